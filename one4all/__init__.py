@@ -1,0 +1,47 @@
+"""one4all: protect images against training without consent.
+
+The method and its data plane, as a library that knows no Ray and no command line. The jobs that
+run it at scale are in `pipelines`. Start here:
+
+* `Protector`: images in, protected images out, within the budget.
+* `open_storage`, `read_samples`, `ShardWriter`: shards on folders and S3.
+* `Ledger`: what is done.
+* `GeneratorConfig`, `ObjectiveConfig`: the method's choices; docs/method.md explains them.
+"""
+
+from one4all.concepts import ConceptBank
+from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.errors import One4AllError, UsageError
+from one4all.generator import Generator, GeneratorConfig
+from one4all.images import decode, encode
+from one4all.ledger import Ledger, Manifest
+from one4all.objective import ObjectiveConfig, concept_objective
+from one4all.perturbation import apply_perturbation
+from one4all.protector import Protector, ProtectorCard
+from one4all.shards import ShardWriter, read_members, read_samples
+from one4all.storage import Storage, open_storage
+
+__all__ = [
+    "ConceptBank",
+    "Encoder",
+    "EncoderConfig",
+    "Generator",
+    "GeneratorConfig",
+    "Ledger",
+    "Manifest",
+    "ObjectiveConfig",
+    "One4AllError",
+    "Protector",
+    "ProtectorCard",
+    "ShardWriter",
+    "Storage",
+    "UsageError",
+    "apply_perturbation",
+    "concept_objective",
+    "decode",
+    "encode",
+    "load_encoder",
+    "open_storage",
+    "read_members",
+    "read_samples",
+]

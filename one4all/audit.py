@@ -1,0 +1,207 @@
+"""Audit of one protected shard against its source: every promise, checked from the bytes.
+
+Nothing is taken from the manifest that can be measured; the manifest is then held against what was
+measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from one4all.errors import BadImageError, One4AllError
+from one4all.images import decode, extension_for
+from one4all.ledger import Binding, Manifest, SourceShard
+from one4all.metrics import max_difference, psnr_db, ssim
+from one4all.shards import Member, Sample, is_protectable, read_samples
+from one4all.storage import Reader, Storage
+
+_MAX_PROBLEMS = 20  # a shard, in the report; the count is always complete
+
+
+@dataclass(frozen=True)
+class ImageDistances:
+    """Distances of one decoded image from its clean original."""
+
+    member: str
+    max_levels: int
+    psnr_db: float
+    ssim: float
+
+
+@dataclass
+class ShardAudit:
+    """What the audit of one shard found.
+
+    Attributes:
+        problems: Broken promises, each with its place; empty means all hold.
+        num_problems: All of them; ``problems`` lists the first few.
+        num_sidecars: Members compared byte for byte.
+        images: One entry for each protected image.
+    """
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    num_problems: int = 0
+    num_samples: int = 0
+    num_sidecars: int = 0
+    num_dropped: int = 0
+    num_passed_through: int = 0
+    images: list[ImageDistances] = field(default_factory=list)
+
+    def report(self, problem: str) -> None:
+        self.num_problems += 1
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(problem)
+
+
+def audit_shard(
+    shard: SourceShard,
+    manifest: Manifest,
+    source: Storage,
+    destination: Storage,
+    binding: Binding,
+) -> ShardAudit:
+    """Read both sides of one shard and compare.
+
+    Checked: keys and their order, member names, every sidecar's bytes and header, size and layout
+    of every image, the budget on what a reader decodes (wherever the output is lossless), dropped
+    and passed-through samples against the manifest, size and sha256 of the output.
+
+    A damaged shard is a finding, never an exception.
+    """
+    audit = ShardAudit(shard.name)
+    try:
+        with (
+            closing(source.open(shard.name, etag=shard.etag)) as clean,
+            closing(destination.open(shard.name)) as stored,
+        ):
+            written = _HashingReader(stored)
+            _Comparison(audit, manifest, binding).run(read_samples(clean), read_samples(written))
+            written.read_to_end()
+            if written.sha256.hexdigest() != manifest.output_sha256:
+                audit.report("sha256 of the output is not the one in its manifest")
+            if written.num_bytes != manifest.output_size:
+                audit.report(
+                    f"output has {written.num_bytes} bytes, its manifest says "
+                    f"{manifest.output_size}"
+                )
+    except One4AllError as error:
+        audit.report(str(error))
+    return audit
+
+
+class _HashingReader:
+    """Digest and size of what passes through."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self._reader.read(size)
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return data
+
+    def read_to_end(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+
+class _Comparison:
+    """Walks both sides of a shard in step."""
+
+    def __init__(self, audit: ShardAudit, manifest: Manifest, binding: Binding) -> None:
+        self._audit = audit
+        self._manifest = manifest
+        self._binding = binding
+        self._bad = {entry.member: entry.action for entry in manifest.bad_images}
+        self._dropped = {e.key for e in manifest.bad_images if e.action == "dropped"}
+
+    def run(self, clean: Iterator[Sample], written: Iterator[Sample]) -> None:
+        audit, manifest = self._audit, self._manifest
+        for before, after in zip_longest(self._without_dropped(clean), written):
+            if before is None or after is None or before.key != after.key:
+                audit.report(
+                    f"sample {before.key if before else None!r} of the source meets "
+                    f"{after.key if after else None!r} in the output"
+                )
+                return  # out of step: from here on everything would differ
+            self._compare_sample(before, after)
+        counted = (audit.num_samples, len(audit.images))
+        stated = (manifest.num_samples, manifest.num_protected)
+        if counted != stated:
+            audit.report(
+                f"{counted[0]} samples and {counted[1]} protected images found, the manifest "
+                f"states {stated[0]} and {stated[1]}"
+            )
+
+    def _without_dropped(self, clean: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in clean:
+            self._audit.num_samples += any(member.is_file for member in sample.members)
+            if sample.key in self._dropped:
+                self._audit.num_dropped += 1
+            else:
+                yield sample
+
+    def _compare_sample(self, before: Sample, after: Sample) -> None:
+        if len(before.members) != len(after.members):
+            self._audit.report(
+                f"sample {before.key!r} has {len(after.members)} members, the source has "
+                f"{len(before.members)}"
+            )
+            return
+        for clean, written in zip(before.members, after.members, strict=True):
+            if not is_protectable(clean, self._binding.sidecar_patterns):
+                self._audit.num_sidecars += 1
+                self._expect_identical(clean, written)
+            elif self._bad.get(clean.name) == "passed through":
+                self._audit.num_passed_through += 1
+                self._expect_identical(clean, written)
+            else:
+                self._compare_image(clean, written)
+
+    def _expect_identical(self, clean: Member, written: Member) -> None:
+        if clean.header != written.header:
+            self._audit.report(f"{clean.name}: its tar header is not the source's")
+        if clean.payload != written.payload:
+            self._audit.report(f"{clean.name}: its bytes are not the source's")
+
+    def _compare_image(self, clean: Member, written: Member) -> None:
+        limit = self._binding.max_image_pixels
+        try:
+            before, after = (decode(m.payload, max_pixels=limit) for m in (clean, written))
+        except BadImageError as error:
+            self._audit.report(f"{clean.name}: {error}")
+            return
+        output_format = self._binding.output_format
+        expected = extension_for(clean.name, before, output_format)
+        if written.name != expected:
+            self._audit.report(f"{clean.name}: written as {written.name!r}, not {expected!r}")
+        if before.pixels.shape != after.pixels.shape:
+            self._audit.report(
+                f"{clean.name}: {before.pixels.shape} pixels became {after.pixels.shape}"
+            )
+            return
+        levels = max_difference(before.pixels, after.pixels)
+        exact = output_format == "lossless" or before.format != "JPEG"
+        if exact and levels > self._binding.epsilon_levels:
+            self._audit.report(
+                f"{clean.name}: differs by {levels} levels, the budget is "
+                f"{self._binding.epsilon_levels}"
+            )
+        if levels == 0:
+            self._audit.report(f"{clean.name}: is not protected: every pixel is the source's")
+        self._audit.images.append(
+            ImageDistances(
+                clean.name,
+                levels,
+                psnr_db(before.pixels, after.pixels),
+                ssim(before.pixels, after.pixels),
+            )
+        )

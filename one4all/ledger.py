@@ -1,0 +1,289 @@
+"""What is done: prefix binding, shard manifests, attempts.
+
+Everything lives below ``_one4all/`` of the destination, as small JSON objects:
+
+    binding.json                       what determines the bytes; created once, compared ever after
+    shards/<name>@<version>.json       manifest: this version of this shard is done
+    attempts/<name>@<version>/<n>.json an attempt that is running, or why it failed
+
+A *version* is a digest of the source object's ETag and size, so what is done can be told from two
+listings, without opening a single manifest, and a changed source is simply another version. The
+manifest is the only truth of "done": a shard without one is written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from one4all.errors import BindingError, ConflictError, NotFoundError, ShardError
+from one4all.images import OutputFormat
+from one4all.storage import INTERNAL, ObjectInfo, Storage
+
+MAX_ATTEMPTS = 3
+SHARD_SUFFIX = ".tar"
+_BINDING = f"{INTERNAL}binding.json"
+_SHARDS = f"{INTERNAL}shards/"
+_ATTEMPTS = f"{INTERNAL}attempts/"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Binding(_Record):
+    """What a destination prefix is bound to: all that determines the bytes written to it."""
+
+    format: Literal[1] = 1
+    source_uri: str
+    protector: str
+    protector_sha256: str
+    epsilon_levels: int
+    output_format: OutputFormat
+    on_bad_image: Literal["drop", "fail", "passthrough"]
+    max_image_pixels: int
+    sidecar_patterns: tuple[str, ...]
+    transform_version: int
+
+
+class SourceShard(_Record):
+    """One version of one shard of the source."""
+
+    name: str
+    size: int
+    etag: str
+
+    @property
+    def version(self) -> str:
+        return hashlib.sha256(f"{self.size} {self.etag}".encode()).hexdigest()[:16]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class BadImage(_Record):
+    """An image that was not protected, and what became of it."""
+
+    key: str
+    member: str
+    reason: str
+    action: Literal["dropped", "passed through"]
+
+
+class Distances(_Record):
+    """Distances between clean and protected images of one shard; levels are 8-bit steps.
+
+    Attributes:
+        max_before_encoding: Largest |difference| before the output codec; never above the budget.
+        max_decoded: Largest |difference| of what a reader decodes; the codec's share included.
+        mean_psnr_db: Mean over images of the PSNR of what a reader decodes.
+    """
+
+    max_before_encoding: int = 0
+    max_decoded: int = 0
+    mean_psnr_db: float = 0.0
+
+
+class Manifest(_Record):
+    """The proof that one version of one shard was protected."""
+
+    format: Literal[1] = 1
+    source: SourceShard
+    output_etag: str
+    output_size: int
+    output_sha256: str
+    num_samples: int
+    num_images: int
+    num_protected: int
+    num_members: int
+    bad_images: tuple[BadImage, ...] = ()
+    converted: dict[str, int] = Field(default_factory=dict)
+    distances: Distances
+    seconds: dict[str, float] = Field(default_factory=dict)
+    run_id: str = ""
+
+
+class Ledger:
+    """The records of one destination."""
+
+    def __init__(self, destination: Storage) -> None:
+        self._storage = destination
+
+    def bind(self, binding: Binding) -> None:
+        """Bind the destination, or check that it is bound to the same configuration.
+
+        Raises:
+            BindingError: Bound to another configuration, or the prefix holds data that is not ours.
+        """
+        try:
+            bound = self.binding()
+        except NotFoundError:
+            stranger = next(
+                (info for info in self._storage.list() if not info.key.startswith(INTERNAL)), None
+            )
+            if stranger is not None:
+                raise BindingError(
+                    f"destination {self._storage.uri} holds {stranger.key!r}, which this program "
+                    "did not write; choose an empty prefix"
+                ) from None
+            try:
+                self._storage.create(_BINDING, _to_json(binding))
+                return
+            except ConflictError:  # another run was faster: compare with what it wrote
+                bound = self.binding()
+        if bound != binding:
+            old, new = bound.model_dump(), binding.model_dump()
+            changes = [f"{key} {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
+            raise BindingError(
+                f"destination {self._storage.uri} is bound to another configuration "
+                f"({'; '.join(changes)}); use the same configuration or another prefix"
+            )
+
+    def binding(self) -> Binding:
+        """Raises: NotFoundError if the destination was never bound; BindingError if unreadable."""
+        data = self._storage.read_bytes(_BINDING)
+        try:
+            return Binding.model_validate_json(data)
+        except ValueError as error:
+            raise BindingError(
+                f"{self._storage.uri}/{_BINDING} was written by another version of this program; "
+                "use another prefix"
+            ) from error
+
+    def done(self) -> set[str]:
+        """Ids (``name@version``) of the shards that have a manifest; one listing."""
+        return {
+            info.key[len(_SHARDS) :].removesuffix(".json") for info in self._storage.list(_SHARDS)
+        }
+
+    def manifest(self, shard: SourceShard) -> Manifest:
+        """Raises: NotFoundError; ShardError if it cannot be read."""
+        data = self._storage.read_bytes(_manifest_key(shard))
+        try:
+            return Manifest.model_validate_json(data)
+        except ValueError as error:
+            raise ShardError(f"manifest of {shard.name} cannot be read: {error}") from error
+
+    def manifests(self) -> Iterator[Manifest]:
+        """All manifests, in key order."""
+        for info in self._storage.list(_SHARDS):
+            yield Manifest.model_validate_json(self._storage.read_bytes(info.key))
+
+    def record(self, manifest: Manifest) -> None:
+        """Declare a shard done; the data object must be complete before.
+
+        A lost conditional create means "somebody, maybe this very process before a retry". The
+        same input and protector make the same bytes, so normally both manifests agree. Where they
+        do not (two runs on different hardware), the manifest must describe the object that stands.
+        """
+        key = _manifest_key(manifest.source)
+        try:
+            self._storage.create(key, _to_json(manifest))
+        except ConflictError:
+            standing = self._storage.head(manifest.source.name)
+            if (
+                self.manifest(manifest.source).output_sha256 != manifest.output_sha256
+                and standing.etag == manifest.output_etag
+            ):
+                self._storage.write_bytes(key, _to_json(manifest))
+        self._forget_attempts(manifest.source)
+        self._forget_older_versions(manifest.source)
+
+    def begin_attempt(self, shard: SourceShard, run_id: str) -> int:
+        """Record durably that an attempt starts, before a byte of the shard is looked at.
+
+        An attempt of the same run that never reported back has killed its process, and counts.
+        One of an earlier run does not: a killed driver or machine is not the shard's fault.
+
+        Returns:
+            The number of this attempt, from 1. Above ``MAX_ATTEMPTS`` the shard is quarantined and
+            must be left alone.
+        """
+        counted = 0
+        for info in self._storage.list(_attempts_prefix(shard)):
+            record = json.loads(self._storage.read_bytes(info.key))
+            if not record["error"] and record["run_id"] == run_id:
+                record["error"] = "the worker process died"
+                self._storage.write_bytes(info.key, json.dumps(record).encode())
+            counted += bool(record["error"])
+        if counted < MAX_ATTEMPTS:
+            self._write_attempt(shard, counted + 1, run_id, error="")
+        return counted + 1
+
+    def fail_attempt(self, shard: SourceShard, number: int, run_id: str, error: str) -> None:
+        """Record why an attempt failed."""
+        self._write_attempt(shard, number, run_id, error)
+
+    def failures(self) -> dict[str, list[str]]:
+        """Reasons of failed attempts, by shard id; reads only shards that have failed."""
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for info in self._storage.list(_ATTEMPTS):
+            record = json.loads(self._storage.read_bytes(info.key))
+            if record["error"]:
+                reasons[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].append(record["error"])
+        return dict(reasons)
+
+    def quarantined(self) -> dict[str, str]:
+        """Shards given up after ``MAX_ATTEMPTS`` failures: id to last reason."""
+        return {
+            shard_id: reasons[-1]
+            for shard_id, reasons in self.failures().items()
+            if len(reasons) >= MAX_ATTEMPTS
+        }
+
+    def _write_attempt(self, shard: SourceShard, number: int, run_id: str, error: str) -> None:
+        record = {"run_id": run_id, "error": error}
+        self._storage.write_bytes(
+            f"{_attempts_prefix(shard)}{number}.json", json.dumps(record).encode()
+        )
+
+    def _forget_attempts(self, shard: SourceShard) -> None:
+        for info in self._storage.list(_attempts_prefix(shard)):
+            self._storage.delete(info.key)
+
+    def _forget_older_versions(self, shard: SourceShard) -> None:
+        """Remove manifests of earlier versions: they describe bytes that are no longer there."""
+        for info in self._storage.list(f"{_SHARDS}{shard.name}@"):
+            if info.key != _manifest_key(shard):
+                self._storage.delete(info.key)
+
+
+def list_shards(source: Storage) -> tuple[list[SourceShard], list[str]]:
+    """The shards of a corpus, in name order, and the keys that are not shards."""
+    shards, others = [], []
+    for info in source.list():
+        if info.key.startswith(INTERNAL):
+            continue
+        if info.key.endswith(SHARD_SUFFIX):
+            shards.append(to_shard(info))
+        else:
+            others.append(info.key)
+    return shards, others
+
+
+def to_shard(info: ObjectInfo) -> SourceShard:
+    return SourceShard(name=info.key, size=info.size, etag=info.etag)
+
+
+def pending(shards: Iterable[SourceShard], done: set[str]) -> list[SourceShard]:
+    """Shards without a manifest, largest first, so that none is left alone at the end."""
+    todo = [shard for shard in shards if shard.id not in done]
+    return sorted(todo, key=lambda shard: (-shard.size, shard.name))
+
+
+def _manifest_key(shard: SourceShard) -> str:
+    return f"{_SHARDS}{shard.id}.json"
+
+
+def _attempts_prefix(shard: SourceShard) -> str:
+    return f"{_ATTEMPTS}{shard.id}/"
+
+
+def _to_json(record: BaseModel) -> bytes:
+    return record.model_dump_json(indent=1).encode() + b"\n"

@@ -1,0 +1,104 @@
+"""The integer budget rule: how a perturbation reaches the pixels of an image.
+
+Every method (ours, a baseline, a control) adds its perturbation here and nowhere else, so that
+
+    max |protected - clean| <= epsilon_levels      for every image, in uint8 levels
+
+holds by construction and not by trust in a network. Levels are steps of an 8-bit channel: the
+paper's budget of 8/255 is 8 levels.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from one4all.images import Pixels
+
+DEFAULT_EPSILON_LEVELS = 8
+
+Levels: TypeAlias = npt.NDArray[np.float32]
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for "L"
+_BAND_PIXELS = 1 << 20
+
+
+def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int) -> Pixels:
+    """Add a perturbation to one image, at the image's own size, within the budget.
+
+    The perturbation is resized, never the image. A gray image gets the luma of the perturbation
+    and stays gray; alpha is copied. Large images are processed in bands of rows, so that the
+    memory beside ``clean`` and the result does not grow with the image's height.
+
+    Args:
+        clean: (H, W, C) uint8, C in 1..4.
+        delta_hwC: (h, w, 3) float32, in levels, any range and any size.
+        epsilon_levels: Budget, 0..255.
+
+    Returns:
+        (H, W, C) uint8: ``clip(round(clean + delta), clean -+ epsilon)``, within 0..255.
+
+    Source: paper section 3.2, budget 8/255; docs/method.md decisions 14 and 20.
+    """
+    height, width, channels = clean.shape
+    num_colours = 1 if channels < 3 else 3
+    if num_colours == 1:
+        delta_hwC = (delta_hwC @ LUMA)[:, :, None]
+    protected = clean.copy()
+    rows = max(1, _BAND_PIXELS // width)
+    resize = _BandResizer(delta_hwC, height, width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        delta = resize.rows(top, bottom)
+        np.rint(delta, out=delta)
+        np.clip(delta, -epsilon_levels, epsilon_levels, out=delta)
+        band = clean[top:bottom, :, :num_colours].astype(np.int16)
+        band += delta.astype(np.int16)
+        protected[top:bottom, :, :num_colours] = np.clip(band, 0, 255)
+    return protected
+
+
+def resize_perturbation(delta_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize perturbations bilinearly, antialiased when shrinking; used while training.
+
+    Args:
+        delta_BCHW: (B, C, h, w) float.
+        size: (height, width) in pixels.
+
+    Returns:
+        (B, C, height, width) float. Interpolation is a weighted mean, so a bound is kept.
+    """
+    if tuple(delta_BCHW.shape[-2:]) == tuple(size):
+        return delta_BCHW
+    return F.interpolate(
+        delta_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+class _BandResizer:
+    """Rows of a resized perturbation, on demand; equal to `resize_perturbation` row for row."""
+
+    def __init__(self, delta_hwC: Levels, height: int, width: int) -> None:
+        delta = torch.from_numpy(np.ascontiguousarray(delta_hwC)).permute(2, 0, 1)[None].float()
+        source_rows = min(delta.shape[2], height)
+        # Width, and height where it shrinks, at once: that is small. Rows are added band by band.
+        wide = resize_perturbation(delta, (source_rows, width))
+        self._wide: Levels = np.ascontiguousarray(wide[0].permute(1, 2, 0).numpy())
+        centre = (np.arange(height, dtype=np.float64) + 0.5) * source_rows / height - 0.5
+        centre = centre.clip(0, source_rows - 1)
+        self._above = np.floor(centre).astype(np.intp)
+        self._below = np.minimum(self._above + 1, source_rows - 1)
+        self._weight = (centre - self._above).astype(np.float32)[:, None, None]
+
+    def rows(self, top: int, bottom: int) -> Levels:
+        """Rows ``top`` to ``bottom``, (bottom - top, W, C) float32; the caller may overwrite it."""
+        above = self._wide[self._above[top:bottom]]
+        below = self._wide[self._below[top:bottom]]
+        below -= above
+        below *= self._weight[top:bottom]
+        above += below
+        return above

@@ -1,0 +1,223 @@
+"""The protector: the artefact that protects images.
+
+A folder with ``card.json`` (what it is, readable) and ``generator.safetensors`` (weights; nothing
+that unpickles). Frozen encoder, generator and budget together map images to perturbations:
+
+    e = E_I(x);  delta = epsilon * tanh(G(e, x));  protected = clip(round(x + delta), x +- epsilon)
+
+Source: paper Eq. 1 and 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load, save_file
+
+from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.errors import NotFoundError, ProtectorError
+from one4all.generator import Generator, GeneratorConfig
+from one4all.images import Pixels, working_copy
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, apply_perturbation
+from one4all.storage import open_storage
+
+CARD = "card.json"
+WEIGHTS = "generator.safetensors"
+SHIPPED = files("one4all") / "assets" / "protectors"
+DEFAULT_PROTECTOR = "default"
+_GOLDEN_TOLERANCE = 1e-3
+
+
+class ProtectorCard(BaseModel):
+    """What a protector is, and where it comes from.
+
+    Attributes:
+        encoder: The frozen encoder it was trained against and must be used with.
+        encoder_hash: `Encoder.content_hash` at training.
+        golden_embedding: First values of the embedding of a fixed test image. Catches what a hash
+            of weights cannot: another activation, another library version.
+        concept_bank_hash: Identity of the text embeddings of the training objective.
+        working_size: Side in pixels of the copy that encoder and generator see.
+        epsilon_levels: Budget in 8-bit levels.
+        training: Free record: data, steps, seeds, objective, commit, command, final figures.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    name: str
+    encoder: EncoderConfig
+    encoder_hash: str
+    golden_embedding: tuple[float, ...]
+    vocabulary: str
+    concept_bank_hash: str
+    generator: GeneratorConfig
+    working_size: Annotated[int, Field(ge=16, le=2048)]
+    epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
+    weights_sha256: str = ""
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of the protector: all that determines its output, nothing that does not."""
+        content = self.model_dump(exclude={"name", "training", "golden_embedding"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Protector:
+    """Images in, perturbations or protected images out.
+
+    Args:
+        card: Description; its encoder must be the one given.
+        encoder: Frozen encoder.
+        generator: Trained generator.
+    """
+
+    def __init__(self, card: ProtectorCard, encoder: Encoder, generator: Generator) -> None:
+        self.card = card
+        self.encoder = encoder
+        self.generator = generator.eval().requires_grad_(False)
+        self._device = torch.device("cpu")
+        self.to("cpu")
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move to a device. On a GPU, inference runs in bfloat16 autocast."""
+        self._device = torch.device(device)
+        self.encoder.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    @torch.inference_mode()
+    def perturb(self, working_BHWC: Pixels) -> Levels:
+        """Perturbations of working copies.
+
+        Args:
+            working_BHWC: (B, S, S, 3) uint8 with S = ``card.working_size``.
+
+        Returns:
+            (B, h, w, 3) float32 in levels, within +-``card.epsilon_levels``, on the generator's
+            grid; `apply_perturbation` takes it to an image's own size.
+        """
+        # Channels stay last in memory: (B, H, W, C) permuted is what channels_last means.
+        image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
+        image = image.permute(0, 3, 1, 2).float() / 255
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            delta = self.generator(self.encoder.encode_image(image), image)
+        levels = delta.float() * self.card.epsilon_levels
+        result: Levels = levels.permute(0, 2, 3, 1).cpu().numpy()
+        return result
+
+    def protect(self, images: Sequence[Pixels], *, batch_size: int = 8) -> list[Pixels]:
+        """Protect images of any size and layout; see `apply_perturbation` for the promise.
+
+        Args:
+            images: (H, W, C) uint8 each, C in 1..4.
+            batch_size: Images a forward pass. The last batch is filled up, so that every pass has
+                the same shape and an image's result does not depend on its neighbours.
+        """
+        protected: list[Pixels] = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            working = [working_copy(pixels, self.card.working_size) for pixels in batch]
+            deltas = self.perturb(fill_batch(working, batch_size))
+            protected += [
+                apply_perturbation(pixels, delta, epsilon_levels=self.card.epsilon_levels)
+                for pixels, delta in zip(batch, deltas, strict=False)
+            ]
+        return protected
+
+    def save(self, folder: Path) -> ProtectorCard:
+        """Write the artefact; returns the card with the digest of the weights filled in."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.cpu().contiguous() for name, t in self.generator.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        self.card = self.card.model_copy(update={"weights_sha256": digest})
+        (folder / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", "utf-8")
+        return self.card
+
+    @classmethod
+    def load(cls, protector: str, *, encoder: Encoder | None = None) -> Protector:
+        """Load a protector by name, path or URI.
+
+        Args:
+            protector: Name of a shipped one (``default``), a folder, or ``s3://bucket/prefix``.
+            encoder: Use this one instead of loading the card's; it must have the same content.
+
+        Raises:
+            ProtectorError: Missing or damaged; or the encoder found here is not the one it was
+                trained with.
+        """
+        card, weights = load_card(protector), _read(protector, WEIGHTS)
+        if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
+            raise ProtectorError(
+                f"{WEIGHTS} of protector {protector!r} is not the file its card "
+                "describes; copy the folder again"
+            )
+        encoder = encoder or load_encoder(card.encoder)
+        _check_encoder(card, encoder)
+        generator = Generator(card.generator, encoder.embedding_dim)
+        generator.load_state_dict(load(weights))
+        return cls(card, encoder, generator)
+
+
+def load_card(protector: str) -> ProtectorCard:
+    """The card of a protector, without loading a network. Raises: ProtectorError."""
+    try:
+        return ProtectorCard.model_validate_json(_read(protector, CARD))
+    except ValidationError as error:
+        raise ProtectorError(f"{CARD} of protector {protector!r} is damaged: {error}") from error
+
+
+def golden_embedding(encoder: Encoder) -> tuple[float, ...]:
+    """First 8 values of the embedding of a fixed test image."""
+    ramp = torch.linspace(0, 1, encoder.input_size)
+    image = torch.stack(
+        [ramp[:, None] * ramp, ramp[:, None].expand(-1, len(ramp)), ramp.flip(0) * ramp[:, None]]
+    )
+    with torch.inference_mode():
+        return tuple(round(float(v), 6) for v in encoder.encode_image(image[None])[0, :8])
+
+
+def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:
+    """Stack (S, S, 3) copies to (batch_size, S, S, 3), filling up with zeros."""
+    batch = np.zeros((batch_size, *working[0].shape), np.uint8)
+    batch[: len(working)] = working
+    return batch
+
+
+def _check_encoder(card: ProtectorCard, encoder: Encoder) -> None:
+    if encoder.content_hash() != card.encoder_hash:
+        raise ProtectorError(
+            f"encoder mismatch: protector {card.name!r} was trained with encoder content "
+            f"{card.encoder_hash[:12]}, the one found here is {encoder.content_hash()[:12]}"
+        )
+    difference = np.abs(np.subtract(golden_embedding(encoder), card.golden_embedding)).max()
+    if difference > _GOLDEN_TOLERANCE:
+        raise ProtectorError(
+            f"encoder mismatch: the weights are those of protector {card.name!r}, but they embed "
+            f"its test image differently (by {difference:.2g}); check open_clip and timm versions"
+        )
+
+
+def _read(protector: str, name: str) -> bytes:
+    """One file of a protector, wherever it lives."""
+    shipped = SHIPPED / protector
+    if "/" not in protector and (shipped / CARD).is_file():
+        return (shipped / name).read_bytes()
+    try:
+        return open_storage(protector).read_bytes(name)
+    except NotFoundError as error:
+        known = sorted(entry.name for entry in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+        raise ProtectorError(
+            f"no protector at {protector!r} ({name} is missing); give a folder, an s3:// URI, or "
+            f"one of {', '.join(known)}"
+        ) from error

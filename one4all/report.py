@@ -1,0 +1,164 @@
+"""Numbers to pictures, plots and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from one4all.images import Pixels, colour
+
+AMPLIFICATION = 12
+_CURVES = (
+    ("l1 and l2 of Eq. 4", ("l1", "l2")),
+    ("cosine of protected images to concepts", ("cosine_own", "cosine_opposite")),
+    ("entropy of chosen opposites (1 = spread evenly)", ("opposite_entropy",)),
+)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Pixels, Pixels]],
+    *,
+    tile: int = 224,
+    amplification: int = AMPLIFICATION,
+) -> Image.Image:
+    """A picture of clean image, amplified perturbation and protected image, one row each.
+
+    Args:
+        rows: (caption, clean, protected), (H, W, C) uint8 each.
+        tile: Height of a row in pixels; images are shrunk to fit, never enlarged beyond it.
+        amplification: Factor on the difference, which is drawn around middle gray.
+    """
+    margin, caption_height, header = 8, 16, 24
+    width = 3 * (tile + margin) + margin
+    sheet = Image.new(
+        "RGB", (width, header + len(rows) * (tile + caption_height + margin)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    titles = ("clean", f"perturbation x {amplification}", "protected")
+    for column, title in enumerate(titles):
+        draw.text((margin + column * (tile + margin), 5), title, "black", font)
+    for index, (caption, clean, protected) in enumerate(rows):
+        top = header + index * (tile + caption_height + margin)
+        draw.text((margin, top), caption, "#555555", font)
+        difference = colour(protected).astype(np.int16) - colour(clean)
+        amplified = np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
+        for column, pixels in enumerate((clean, amplified, protected)):
+            picture = _to_rgb(pixels)
+            picture.thumbnail((tile, tile))
+            if max(picture.size) < tile:  # small images: whole-number enlargement shows the pixels
+                factor = max(1, tile // max(picture.size))
+                size = (picture.width * factor, picture.height * factor)
+                picture = picture.resize(size, Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + column * (tile + margin), top + caption_height))
+    return sheet
+
+
+def plot_loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss terms over steps, as a PNG file.
+
+    Args:
+        history: Metrics in step order, as logged by training.
+        path: File to write.
+    """
+    figure = _figure(len(_CURVES) * 4.2, 3.2)
+    steps = [entry["step"] for entry in history]
+    for index, (title, names) in enumerate(_CURVES):
+        axes = figure.add_subplot(1, len(_CURVES), index + 1)
+        for name in names:
+            axes.plot(steps, [entry[name] for entry in history], label=name, marker=".")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_accuracies(
+    accuracies: Mapping[str, Sequence[float]], *, chance: float, title: str
+) -> bytes:
+    """Test accuracy of adversaries by the data they were trained on, as PNG.
+
+    Args:
+        accuracies: Per variant, one value for each seed, in 0..1.
+        chance: Accuracy of always answering the most frequent class.
+        title: Above the plot.
+    """
+    figure = _figure(7.5, 0.55 * len(accuracies) + 1.4)
+    axes = figure.add_subplot()
+    names = list(accuracies)
+    means = [100 * float(np.mean(values)) for values in accuracies.values()]
+    axes.barh(names, means, color=["#4c72b0" if n == "clean" else "#b0b0b0" for n in names])
+    for position, values in enumerate(accuracies.values()):
+        axes.plot([100 * v for v in values], [position] * len(values), "k.", markersize=5)
+        axes.text(means[position] + 1, position, f"{means[position]:.1f}", va="center", fontsize=9)
+    axes.axvline(100 * chance, color="#c44e52", linestyle="--", linewidth=1)
+    axes.set_xlabel("test accuracy on clean images, % (dashed: most frequent class; dots: seeds)")
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    return _to_png(figure)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a report.
+
+    Attributes:
+        title: Heading.
+        text: Paragraphs, plain text.
+        table: Header row, then rows; or empty.
+        pictures: (caption, PNG file) pairs.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    table: Sequence[Sequence[object]] = ()
+    pictures: Sequence[tuple[str, bytes]] = ()
+
+
+def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Section]) -> None:
+    """Write one HTML file that needs nothing beside it."""
+    from jinja2 import Environment
+
+    template = (files("one4all") / "assets" / "report.html.j2").read_text("utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    html = environment.from_string(template).render(title=title, summary=summary, sections=sections)
+    path.write_text(html, "utf-8")
+
+
+def to_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _to_rgb(pixels: Pixels) -> Image.Image:
+    rgb = colour(pixels)
+    return Image.fromarray(
+        np.ascontiguousarray(rgb[:, :, 0] if rgb.shape[2] == 1 else rgb)
+    ).convert("RGB")
+
+
+def _figure(width: float, height: float) -> Any:
+    # The object-oriented interface needs no display and keeps no global state.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _to_png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,135 @@
+"""What every storage promises; see `one4all.storage`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from one4all.errors import One4AllError
+
+_log = logging.getLogger(__name__)
+
+INTERNAL = "_one4all/"  # our own records below a destination; never listed as data
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One version of one object.
+
+    Attributes:
+        key: Path below the storage root, ``/``-separated.
+        size: Bytes.
+        etag: Identifies the version: the S3 ETag, or size and modification time of a file.
+    """
+
+    key: str
+    size: int
+    etag: str
+
+
+class Reader(Protocol):
+    """A byte stream; `read` may return fewer bytes than asked for, and ``b""`` at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Writer(ABC):
+    """An object being written. Leave the ``with`` block without `commit` and it never existed."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self._committed = False
+
+    def write(self, data: bytes, /) -> None:
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        self._write(data)
+
+    def commit(self) -> str:
+        """Publish, replacing what was there; returns the ETag."""
+        etag = self._commit()
+        self._committed = True
+        return etag
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._committed:
+            return
+        try:
+            self._abort()
+        except One4AllError as problem:  # must not hide the error that brought us here
+            _log.warning("cleaning up an unfinished object failed: %s", problem)
+
+    @abstractmethod
+    def _write(self, data: bytes) -> None: ...
+    @abstractmethod
+    def _commit(self) -> str: ...
+    @abstractmethod
+    def _abort(self) -> None: ...
+
+
+class Storage(ABC):
+    """Objects below one URI."""
+
+    uri: str
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key starts with ``prefix``, in key order."""
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectInfo:
+        """Raises: NotFoundError."""
+
+    @abstractmethod
+    def open(self, key: str, *, etag: str | None = None) -> Reader:
+        """Stream one version of an object.
+
+        Raises:
+            NotFoundError: No such object.
+            SourceChangedError: ``etag`` is given and is not the current version; also from `read`.
+        """
+
+    @abstractmethod
+    def writer(self, key: str) -> Writer:
+        """Write an object that becomes visible at `Writer.commit`, whole."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> None:
+        """Create a small object; raises `ConflictError` if it exists."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Delete an object; no error if there is none."""
+
+    @abstractmethod
+    def check(self, *, writable: bool) -> None:
+        """Raise `AccessError` unless the root can be used; writes nothing."""
+
+    def read_bytes(self, key: str) -> bytes:
+        """A whole small object."""
+        reader = self.open(key)
+        try:
+            return b"".join(iter(lambda: reader.read(1 << 20), b""))
+        finally:
+            reader.close()
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Write a whole small object, replacing what was there."""
+        with self.writer(key) as writer:
+            writer.write(data)
+            writer.commit()

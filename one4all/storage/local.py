@@ -1,0 +1,181 @@
+"""Local folders: objects are published by rename (replace) or by hard link (create)."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from one4all.errors import (
+    AccessError,
+    ConflictError,
+    NotFoundError,
+    SourceChangedError,
+    StorageError,
+)
+from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
+
+TEMPORARY_SUFFIX = ".one4all-tmp"
+
+
+class LocalStorage(Storage):
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.uri = str(self.root)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        folder = prefix.rpartition("/")[0]
+        yield from (
+            info for info in _walk(self.root / folder, folder) if info.key.startswith(prefix)
+        )
+
+    def head(self, key: str) -> ObjectInfo:
+        try:
+            return _file_info(self._path(key), key)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"no such file: {self._path(key)}") from error
+
+    def open(self, key: str, *, etag: str | None = None) -> Reader:
+        info = self.head(key)
+        if etag is not None and info.etag != etag:
+            raise SourceChangedError(f"{self._path(key)} changed since it was listed")
+        return _LocalReader(self._path(key), info)
+
+    def writer(self, key: str) -> Writer:
+        return _LocalWriter(self._path(key))
+
+    def create(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with _local_errors(path), _temporary_file(path) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError as error:
+                raise ConflictError(f"{path} exists already") from error
+            _sync(path.parent)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def check(self, *, writable: bool) -> None:
+        if not writable:
+            if not self.root.is_dir():
+                raise AccessError(f"no such folder: {self.root}")
+            if not os.access(self.root, os.R_OK | os.X_OK):
+                raise AccessError(f"folder {self.root} cannot be read by this user")
+            return
+        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise AccessError(f"cannot write to {self.root}: {existing} is not a writable folder")
+
+    def _path(self, key: str) -> Path:
+        parts = PurePosixPath(key).parts
+        if not parts or ".." in parts or key.startswith("/"):
+            raise StorageError(f"{key!r} is not a key below {self.root}")
+        return self.root.joinpath(*parts)
+
+
+class _LocalReader:
+    def __init__(self, path: Path, info: ObjectInfo) -> None:
+        self._path, self._info = path, info
+        self._file = path.open("rb", buffering=0)
+        self._left = info.size
+
+    def read(self, size: int, /) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if not data and size and self._left == 0:
+            # Renamed over: our handle still shows the old file. Written in place: it does not.
+            if _file_info(self._path, self._info.key).etag != self._info.etag:
+                raise SourceChangedError(f"{self._path} changed while it was read")
+        elif not data and size:
+            raise SourceChangedError(f"{self._path} shrank while it was read")
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _LocalWriter(Writer):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        with _local_errors(path):
+            self._temporary = _temporary_path(path)
+            self._file = self._temporary.open("xb", buffering=1 << 20)
+
+    def _write(self, data: bytes) -> None:
+        with _local_errors(self._path):
+            self._file.write(data)
+
+    def _commit(self) -> str:
+        with _local_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self._path)
+            _sync(self._path.parent)
+            return _file_info(self._path, "").etag
+
+    def _abort(self) -> None:
+        with suppress(OSError):  # a full disk fails again on the flush of close
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[ObjectInfo]:
+    """Files below ``folder`` in key order, hidden ones left out."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    entries.sort(key=lambda entry: entry.name + "/" if entry.is_dir() else entry.name)
+    for entry in entries:
+        key = f"{prefix}/{entry.name}" if prefix else entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), key)
+        elif entry.is_file():
+            yield _file_info(Path(entry.path), key)
+
+
+def _file_info(path: Path, key: str) -> ObjectInfo:
+    stat = path.stat()
+    return ObjectInfo(key, stat.st_size, f"{stat.st_size:x}-{stat.st_mtime_ns:x}")
+
+
+def _temporary_path(path: Path) -> Path:
+    """A hidden name beside the target, so that publishing is a rename within one file system."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    temporary = _temporary_path(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _local_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,292 @@
+"""S3 through boto3: our own resuming reader and our own multipart writer.
+
+``with fs.open(...)`` of pyarrow and fsspec publishes a truncated object when its body raises, and
+`get_object().read()` does not resume a broken body; both are measured in docs/pipeline.md.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from one4all.errors import (
+    AccessError,
+    ConflictError,
+    NotFoundError,
+    SourceChangedError,
+    StorageError,
+    UsageError,
+)
+from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PART_BYTES = 8 << 20  # S3 allows 10,000 parts, so shards up to 78 GiB
+PARTS_IN_FLIGHT = 2
+READ_ATTEMPTS = 8
+
+
+class S3Storage(Storage):
+    """A bucket and a prefix."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    @property
+    def _client(self) -> S3Client:
+        return _s3_client(os.getpid())
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        with self._errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                for entry in page.get("Contents", []):
+                    key = entry["Key"][len(self._prefix) :]
+                    if key and not key.endswith("/"):
+                        yield ObjectInfo(key, entry["Size"], entry["ETag"])
+
+    def head(self, key: str) -> ObjectInfo:
+        with self._errors(key):
+            head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+            return ObjectInfo(key, head["ContentLength"], head["ETag"])
+
+    def open(self, key: str, *, etag: str | None = None) -> Reader:
+        return _S3Reader(self, key, etag)
+
+    def writer(self, key: str) -> Writer:
+        return _S3Writer(self, key)
+
+    def create(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self._client.put_object(
+                Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*"
+            )
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def check(self, *, writable: bool) -> None:
+        client = _s3_client(os.getpid(), patient=False)
+        try:
+            with self._errors(""):
+                client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        except StorageError as error:
+            raise AccessError(str(error)) from error
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        """Translate the SDK's errors into one sentence each."""
+        import botocore.exceptions as sdk
+
+        what = f"{self.uri}/{key}".rstrip("/")
+        try:
+            yield
+        except sdk.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if code == "NoSuchBucket":
+                raise AccessError(f"bucket {self._bucket!r} does not exist") from error
+            if code in ("NoSuchKey", "404", "NotFound"):
+                raise NotFoundError(f"no such object: {what}") from error
+            if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                raise ConflictError(f"{what} exists already or has changed") from error
+            if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
+                raise AccessError(
+                    f"access to {what} was denied ({code}); check the AWS credentials and the "
+                    "bucket policy"
+                ) from error
+            raise StorageError(f"{what}: {error}") from error
+        except (sdk.NoCredentialsError, sdk.PartialCredentialsError) as error:
+            raise AccessError(
+                f"no AWS credentials for {what}; set AWS_PROFILE, AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or give this machine a role"
+            ) from error
+        except (sdk.EndpointConnectionError, sdk.ConnectTimeoutError) as error:
+            raise AccessError(f"cannot reach the S3 server of {what}: {error}") from error
+        except (sdk.BotoCoreError, sdk.HTTPClientError, ValueError) as error:
+            raise StorageError(f"{what}: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _s3_client(process_id: int, *, patient: bool = True) -> S3Client:
+    """One client a process: a client does not survive a fork. Impatient for start-up checks."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise UsageError("s3:// needs boto3: pip install boto3") from error
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 8 if patient else 2},
+        max_pool_connections=32,
+        connect_timeout=5,
+        read_timeout=60,
+        tcp_keepalive=True,
+    )
+    return boto3.client("s3", config=config)
+
+
+class _S3Reader:
+    """One GET, resumed from the last good byte when the body breaks; pinned by If-Match."""
+
+    def __init__(self, storage: S3Storage, key: str, etag: str | None) -> None:
+        self._storage, self._key, self._etag = storage, key, etag
+        self._position = 0
+        self._size = -1
+        self._body: Any = None
+        self._connect()
+
+    def read(self, size: int, /) -> bytes:
+        import urllib3.exceptions
+        from botocore.exceptions import BotoCoreError, FlexibleChecksumError
+
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                if self._body is None:
+                    self._connect()
+                data: bytes = self._body.read(size)
+            except FlexibleChecksumError as error:  # noticed at the end, when the bytes are used
+                raise StorageError(f"{self._storage.uri}/{self._key}: {error}") from error
+            except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
+                self._drop()
+                if attempt == READ_ATTEMPTS - 1:
+                    raise StorageError(
+                        f"{self._storage.uri}/{self._key}: reading broke off at byte "
+                        f"{self._position:,} {READ_ATTEMPTS} times in a row: {error}"
+                    ) from error
+                _pause(attempt)
+                continue
+            if data or not size or self._position == self._size:
+                self._position += len(data)
+                return data
+            self._drop()  # the body ended early without an error
+            _pause(attempt)
+        raise StorageError(
+            f"{self._storage.uri}/{self._key}: ends at byte {self._position:,} of {self._size:,}"
+        )
+
+    def close(self) -> None:
+        self._drop()
+
+    def _connect(self) -> None:
+        storage = self._storage
+        request: dict[str, Any] = {
+            "Bucket": storage._bucket,
+            "Key": storage._prefix + self._key,
+        }
+        if self._etag is not None:
+            request["IfMatch"] = self._etag
+        if self._position:
+            if self._position == self._size:
+                self._body = io.BytesIO()
+                return
+            request["Range"] = f"bytes={self._position}-"
+        try:
+            with storage._errors(self._key):
+                response = storage._client.get_object(**request)
+        except ConflictError as error:
+            raise SourceChangedError(
+                f"{storage.uri}/{self._key} changed since it was listed"
+            ) from error
+        self._etag = response["ETag"]
+        self._size = self._position + response["ContentLength"]
+        self._body = response["Body"]
+
+    def _drop(self) -> None:
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+
+class _S3Writer(Writer):
+    """A multipart upload with a bounded number of parts in flight; one PUT if it is small."""
+
+    def __init__(self, storage: S3Storage, key: str) -> None:
+        super().__init__()
+        self._storage, self._key = storage, key
+        self._request: dict[str, Any] = {
+            "Bucket": storage._bucket,
+            "Key": storage._prefix + key,
+        }
+        self._buffer = bytearray()
+        self._upload_id = ""
+        self._pool: ThreadPoolExecutor | None = None
+        self._in_flight: deque[Future[str]] = deque()
+        self._etags: list[str] = []
+
+    def _write(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= PART_BYTES:
+            part = bytes(self._buffer[:PART_BYTES])
+            del self._buffer[:PART_BYTES]
+            self._send(part)
+
+    def _send(self, part: bytes) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, "upload")
+            with self._storage._errors(self._key):
+                created = self._storage._client.create_multipart_upload(**self._request)
+            self._upload_id = created["UploadId"]
+        while len(self._in_flight) >= PARTS_IN_FLIGHT:
+            self._etags.append(self._in_flight.popleft().result())
+        number = len(self._etags) + len(self._in_flight) + 1
+        self._in_flight.append(self._pool.submit(self._upload, number, part))
+
+    def _upload(self, number: int, part: bytes) -> str:
+        with self._storage._errors(self._key):
+            uploaded = self._storage._client.upload_part(
+                **self._request, PartNumber=number, UploadId=self._upload_id, Body=part
+            )
+            return uploaded["ETag"]
+
+    def _commit(self) -> str:
+        client = self._storage._client
+        if self._pool is None:
+            with self._storage._errors(self._key):
+                return client.put_object(**self._request, Body=bytes(self._buffer))["ETag"]
+        if self._buffer:
+            self._send(bytes(self._buffer))
+            self._buffer.clear()
+        while self._in_flight:
+            self._etags.append(self._in_flight.popleft().result())
+        with self._storage._errors(self._key):
+            done = client.complete_multipart_upload(
+                **self._request,
+                UploadId=self._upload_id,
+                MultipartUpload={
+                    "Parts": [
+                        {"ETag": etag, "PartNumber": number}
+                        for number, etag in enumerate(self._etags, start=1)
+                    ]
+                },
+            )
+        self._pool.shutdown()
+        return done["ETag"]
+
+    def _abort(self) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(cancel_futures=True)  # waits: a part that lands later is billed
+        if self._upload_id:
+            with self._storage._errors(self._key):
+                self._storage._client.abort_multipart_upload(
+                    **self._request, UploadId=self._upload_id
+                )
+
+
+def _pause(attempt: int) -> None:
+    """Exponential back-off with full jitter, 20 s at most (seconds; not part of any result)."""
+    time.sleep(random.uniform(0, min(20.0, 0.1 * 2**attempt)))
