@@ -1,0 +1,1 @@
+"""The jobs: everything that knows Ray."""

@@ -1,0 +1,355 @@
+"""The command line: parse, load a configuration, call one function, show the result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from tqdm import tqdm
+
+from one4all.errors import One4AllError
+from pipelines.config import ProtectConfig, TrainConfig, VerifyConfig, load_config
+
+app = typer.Typer(
+    help="Protect images against training without consent: train, protect, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads annotations at run time
+    typer.Option("--config", help="YAML file holding what differs from the defaults."),
+]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", help="Override one key: key.path=value. May be repeated."),
+]
+
+
+@app.command()
+def protect(
+    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of .tar shards.")],
+    destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
+    protector: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name, folder or s3:// URI of a protector."),
+    ] = None,
+    output_format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="match (keep file formats) or lossless (JPEG becomes PNG)."),
+    ] = None,
+    on_bad_image: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="drop, fail or passthrough."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Protect every shard of a corpus that is not protected yet. Safe to kill and to repeat."""
+    from pipelines.protect import protect as run
+
+    settings = load_config(
+        ProtectConfig,
+        config,
+        set_,
+        protector=protector,
+        output_format=output_format,
+        on_bad_image=on_bad_image,
+    )
+    bar = _bar("shard")
+
+    def on_plan(todo: Any, num_shards: int) -> None:
+        bar.reset(total=len(todo))
+        if len(todo) < num_shards:
+            bar.write(f"{num_shards - len(todo)} of {num_shards} shards are done already")
+
+    def on_progress(row: dict[str, Any]) -> None:
+        if row["status"] == "done":
+            bar.update()
+        else:
+            bar.write(f"{row['status']}: {row['name']}: {row['error']}")
+
+    with bar:
+        result = run(source, destination, settings, on_plan=on_plan, on_progress=on_progress)
+    print(
+        f"{result.num_done} of {result.num_shards} shards protected "
+        f"({result.num_protected_now} now, {result.num_images} images, "
+        f"{result.num_bad_images} bad)"
+    )
+    for name, reason in (result.failed | result.quarantined).items():
+        print(f"  not protected: {name}: {reason}")
+    if result.ignored:
+        print(
+            f"  {len(result.ignored)} objects are no .tar shards and were left alone, such as "
+            f"{result.ignored[0]}"
+        )
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="The source that was protected.")],
+    destination: Annotated[str, typer.Argument(help="What protect wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    per_image: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also write one JSON line for each image to this file."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Re-read both sides and check every promise; exit 0 only if all hold."""
+    from pipelines.verify import verify as run
+
+    settings = load_config(VerifyConfig, config, set_)
+    bar = _bar("shard")
+    lines = per_image.open("w", encoding="utf-8") if per_image else None
+
+    def on_audit(audit: Any) -> None:
+        bar.update()
+        for image in audit.images if lines else ():
+            print(json.dumps({"shard": audit.name} | asdict(image)), file=lines)
+
+    with bar:
+        result = run(
+            source,
+            destination,
+            settings,
+            on_plan=lambda total: bar.reset(total=total),
+            on_audit=on_audit,
+        )
+    if lines:
+        lines.close()
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        _print_verification(result)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def train(
+    source: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Folder or s3:// prefix of shards; several separated by commas."),
+    ] = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Protector folder or s3:// prefix to write."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Train a generator with Ray Train; the same command resumes an interrupted run."""
+    from pipelines.train import train as run
+
+    settings = load_config(TrainConfig, config, set_, source=source, output=output)
+    bar = _bar("step", total=settings.steps)
+
+    def on_metrics(metrics: dict[str, float]) -> None:
+        bar.update(max(0, int(metrics["step"]) - bar.n))
+        bar.set_postfix_str(
+            f"l1 {metrics['l1']:.3f} l2 {metrics['l2']:.3f} "
+            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f}"
+        )
+
+    with bar:
+        card = run(settings, command=_command(), on_metrics=on_metrics)
+    print(f"protector {card.content_hash[:12]} written to {settings.output}")
+    print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(help="Embedded corpus, folder of class folders, or torchvision:NAME."),
+    ],
+    destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    labels: Annotated[str, typer.Option(help="coarse or fine; embedded corpora have both.")] = (
+        "coarse"
+    ),
+    root: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where torchvision keeps its files."),
+    ] = None,
+    download: Annotated[bool, typer.Option(help="Let torchvision download.")] = False,
+    images_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+) -> None:
+    """Pack labelled images into WebDataset shards."""
+    from one4all.corpora import open_corpus
+    from one4all.corpora import pack as run
+    from one4all.storage import open_storage
+
+    images = open_corpus(
+        source,
+        split=_choice("--split", split, "train", "test"),
+        labels=_choice("--labels", labels, "coarse", "fine"),
+        root=root,
+        download=download,
+    )
+    storage = open_storage(destination)
+    storage.check(writable=True)
+    num_shards, num_images = run(
+        tqdm(images, unit="image", disable=None, leave=False),
+        storage,
+        prefix=split,
+        images_per_shard=images_per_shard,
+    )
+    print(f"{num_images} images in {num_shards} shards written to {storage.uri}")
+
+
+@app.command()
+def preview(
+    source: Annotated[str, typer.Argument(help="An image, a folder of images, or a .tar shard.")],
+    output: Annotated[Path, typer.Argument(help="PNG file to write.")] = Path("preview.png"),
+    protector: Annotated[str, typer.Option(help="Name, folder or s3:// URI.")] = "default",
+    num_images: Annotated[int, typer.Option(min=1, max=64)] = 6,
+) -> None:
+    """Draw a contact sheet: clean, amplified perturbation, protected."""
+    from pipelines.preview import preview as run
+
+    count = run(source, output, protector=protector, num_images=num_images)
+    print(f"{count} images drawn to {output}")
+
+
+@app.command()
+def status(
+    destination: Annotated[str, typer.Argument(help="What protect writes to.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show what is done, pending, bad and quarantined at a destination."""
+    from pipelines.status import read_status
+
+    found = read_status(destination)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    print(f"{found.destination}  <-  {found.source}  ({found.protector}, {found.output_format})")
+    print(
+        f"  done         {found.num_done:>9,} of {found.num_shards:,} shards, "
+        f"{_size(found.output_bytes)} written"
+    )
+    print(f"  pending      {found.num_pending:>9,} shards, {_size(found.pending_bytes)} to read")
+    print(f"  images       {found.num_protected:>9,} protected, {found.num_bad:,} bad")
+    print(f"  quarantined  {len(found.quarantined):>9,} shards")
+    for name, reason in (found.failing | found.quarantined).items():
+        print(f"    {name}: {reason}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where results go.")] = Path("runs/demo"),
+) -> None:
+    """Run everything, small: pack, train, protect to S3, verify, and attack; writes report.html."""
+    from pipelines.demo import demo as run
+
+    report = run(folder, say=print)
+    print(f"report: {report}")
+
+
+@app.command()
+def bench(
+    source: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Shards to measure on; default: photos made here."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/bench.json"),
+) -> None:
+    """Measure protect against a plain loop that does the same work."""
+    from pipelines.bench import bench as run
+
+    print(run(source, output, say=print))
+
+
+def main() -> None:
+    """Entry point: every expected error is one sentence and an exit code."""
+    _keep_native_messages_off_the_terminal()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    # A scheduler stops us with SIGTERM: unwind as for Ctrl-C, so that uploads are aborted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(standalone_mode=True)
+    except One4AllError as error:
+        print(f"one4all: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("one4all: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _keep_native_messages_off_the_terminal() -> None:
+    """Let only Python write to standard error.
+
+    Ray's C++ core prints to file descriptor 2 whatever its log level, such as a warning about every
+    restartable actor of Ray Data. ONE4ALL_NATIVE_LOG names a file that keeps these messages.
+    """
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+    target = os.environ.get("ONE4ALL_NATIVE_LOG", os.devnull)
+    with open(target, "ab") as log:
+        os.dup2(log.fileno(), 2)
+
+
+def _bar(unit: str, total: int | None = None) -> Any:
+    """A progress bar on a terminal; plain lines at a low rate elsewhere."""
+    return tqdm(
+        total=total,
+        unit=unit,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
+
+
+def _choice(option: str, value: str, *allowed: str) -> Any:
+    if value not in allowed:
+        raise typer.BadParameter(f"{option} must be {' or '.join(allowed)}, not {value!r}")
+    return value
+
+
+def _print_verification(result: Any) -> None:
+    verdict = "every promise holds" if result.ok else f"{result.num_problems} PROBLEMS"
+    print(
+        f"{verdict}: {result.num_shards} shards, {result.num_samples} samples, "
+        f"{result.num_images} images, {result.num_sidecars} sidecars"
+    )
+    if result.num_images:
+        print(
+            f"  {result.num_within_budget} of {result.num_images} images within "
+            f"{result.epsilon_levels} levels once decoded (largest {result.max_levels})"
+        )
+        print(
+            f"  PSNR {result.mean_psnr_db:.1f} dB (worst {result.min_psnr_db:.1f}), "
+            f"SSIM {result.mean_ssim:.3f} (worst {result.min_ssim:.3f})"
+        )
+    for note in result.notes:
+        print(f"  note: {note}")
+    for problem in result.problems:
+        print(f"  problem: {problem}")
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
+def _command() -> str:
+    return " ".join(["one4all", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

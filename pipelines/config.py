@@ -1,0 +1,201 @@
+"""Run configurations: one frozen model per job, loaded from defaults, YAML and ``--set``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from one4all.encoders import EncoderConfig
+from one4all.errors import ConfigError
+from one4all.generator import PRESETS as GENERATORS
+from one4all.generator import GeneratorConfig
+from one4all.images import DEFAULT_MAX_PIXELS, OutputFormat
+from one4all.objective import PRESETS as OBJECTIVES
+from one4all.objective import ObjectiveConfig
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.protector import DEFAULT_PROTECTOR
+
+
+class JobConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Config = TypeVar("Config", bound=JobConfig)
+
+
+def _preset(presets: dict[str, Any]) -> BeforeValidator:
+    """Let a field be given as the name of a preset."""
+
+    def look_up(value: object) -> object:
+        if isinstance(value, str):
+            if value not in presets:
+                raise ValueError(f"no preset {value!r}, only {', '.join(sorted(presets))}")
+            return presets[value]
+        return value
+
+    return BeforeValidator(look_up)
+
+
+class RayConfig(JobConfig):
+    """How to reach Ray.
+
+    Attributes:
+        address: "" starts Ray in this process, unless RAY_ADDRESS says otherwise; "auto" or a
+            cluster address connects.
+        num_cpus: CPUs of a local Ray; 0 asks the machine.
+        object_store_bytes: Object store of a local Ray. Only status rows travel through it.
+    """
+
+    address: str = ""
+    num_cpus: Annotated[int, Field(ge=0)] = 0
+    object_store_bytes: Annotated[int, Field(ge=80_000_000)] = 200_000_000
+
+
+class ProtectConfig(JobConfig):
+    """`one4all protect`.
+
+    Attributes:
+        protector: Name, folder or URI.
+        output_format: "match" keeps file formats (a JPEG is encoded again, so what a reader decodes
+            is not within the budget bit for bit); "lossless" turns JPEG into PNG.
+        on_bad_image: For an image that cannot be protected: "drop" its sample, "passthrough" it
+            unprotected, or "fail" the shard. Always recorded.
+        sidecar_patterns: Members copied although they are images, such as ``*.seg.png``; matched
+            against the last component of the name.
+        max_image_pixels: Larger images are bad images; refused before they are decoded.
+        max_member_bytes: Larger members make a bad shard; a member has to fit in memory.
+        batch_size: Images in one forward pass. Part of what makes bytes reproducible.
+        batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight.
+        num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow.
+        cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
+            GPU, or the node's CPUs divided by its GPUs.
+        gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
+        wave_shards: Shards handed to Ray at once; the source is listed again between waves.
+    """
+
+    protector: str = DEFAULT_PROTECTOR
+    output_format: OutputFormat = "match"
+    on_bad_image: Literal["drop", "fail", "passthrough"] = "drop"
+    sidecar_patterns: tuple[str, ...] = ()
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = DEFAULT_MAX_PIXELS
+    max_member_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    gpus_per_worker: float = -1
+    wave_shards: Annotated[int, Field(ge=1)] = 5000
+    ray: RayConfig = RayConfig()
+
+
+class VerifyConfig(JobConfig):
+    """`one4all verify`."""
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    ray: RayConfig = RayConfig()
+
+
+class TrainConfig(JobConfig):
+    """`one4all train`.
+
+    Attributes:
+        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas.
+        output: Protector folder or URI to write.
+        run_folder: Checkpoints, metrics.jsonl, TensorBoard files and curves; s3:// for several
+            nodes. The same folder resumes.
+        vocabulary: Shipped vocabulary or text file.
+        templates: Prompt templates; empty means the encoder's own.
+        encoder, generator, objective: See there; generator and objective also take a preset name.
+        working_size: Side in pixels; 0 means the encoder's input size.
+        steps: Optimiser steps.
+        batch_size: Images per worker and step.
+        learning_rate, weight_decay: Of Adam; warm-up over 1 % of the steps, then cosine to 0.
+        log_every, checkpoint_every: Steps.
+        num_workers: Ray Train workers; each takes ``gpus_per_worker`` GPUs (below 0: 1 if there is
+            any) and ``cpus_per_worker`` CPUs.
+        max_failures: Restarts after a lost worker.
+    """
+
+    source: str = ""
+    output: str = "protector"
+    run_folder: str = "runs/train"
+    vocabulary: str = "imagenet1k"
+    templates: tuple[str, ...] = ()
+    encoder: EncoderConfig = EncoderConfig()
+    generator: Annotated[GeneratorConfig, _preset(GENERATORS)] = GeneratorConfig()
+    objective: Annotated[ObjectiveConfig, _preset(OBJECTIVES)] = ObjectiveConfig()
+    epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
+    working_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    steps: Annotated[int, Field(ge=1)] = 1000
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
+    seed: int = 0
+    log_every: Annotated[int, Field(ge=1)] = 10
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: float = -1
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    ray: RayConfig = RayConfig()
+
+
+def load_config(
+    model: type[Config],
+    path: Path | None = None,
+    overrides: list[str] | None = None,
+    **arguments: object,
+) -> Config:
+    """Compose a configuration: defaults, then the YAML file, then ``--set``, then arguments.
+
+    Args:
+        model: The job's configuration class.
+        path: YAML file holding only what differs.
+        overrides: ``key.path=value``; the value is read as YAML.
+        arguments: Named options of the command line; None means not given.
+
+    Raises:
+        ConfigError: All mistakes at once, each with its path and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read configuration {path}: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"configuration {path} must be a mapping of keys to values")
+        values = loaded or {}
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {override!r}: write key.path=value")
+        _assign(values, key.split("."), yaml.safe_load(value))
+    values |= {key: value for key, value in arguments.items() if value is not None}
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model)) from error
+
+
+def _assign(values: dict[str, Any], path: list[str], value: object) -> None:
+    for key in path[:-1]:
+        inner = values.get(key)
+        values[key] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[key]
+    values[path[-1]] = value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {path!r}; known keys: {', '.join(model.model_fields)}")
+        else:
+            lines.append(f"{path}: {problem['msg']} (given: {problem['input']!r})")
+    return "configuration: " + "; ".join(lines)

@@ -1,0 +1,70 @@
+"""Contact sheet of what a protector does to a few images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+from one4all.errors import BadImageError, UsageError
+from one4all.images import IMAGE_EXTENSIONS, decode
+from one4all.protector import Protector
+from one4all.report import contact_sheet
+from one4all.shards import is_protectable, read_samples
+from one4all.storage import open_storage
+
+
+def preview(source: str, output: Path, *, protector: str, num_images: int) -> int:
+    """Draw clean image, amplified perturbation and protected image to a PNG file.
+
+    Args:
+        source: An image, a folder of images, or a .tar shard; local or s3://.
+        output: PNG file.
+        protector: Name, folder or URI.
+        num_images: At most; the first ones found.
+
+    Returns:
+        Number of images drawn; unreadable ones are left out.
+
+    Raises:
+        UsageError: No readable image.
+    """
+    names, images = [], []
+    for name, data in _images(source):
+        try:
+            images.append(decode(data).pixels)
+        except BadImageError:
+            continue
+        names.append(name)
+        if len(images) == num_images:
+            break
+    if not images:
+        raise UsageError(f"{source} holds no image that can be read")
+    model = Protector.load(protector)
+    rows = list(zip(names, images, model.protect(images), strict=True))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows).save(output, "PNG")
+    return len(rows)
+
+
+def _images(source: str) -> Iterator[tuple[str, bytes]]:
+    """(name, file) of the images of a source, in order."""
+    parent, _, base = source.rstrip("/").rpartition("/")
+    extension = base.rpartition(".")[2].lower()
+    if extension == "tar" or extension in IMAGE_EXTENSIONS:
+        storage = open_storage(parent or ("/" if source.startswith("/") else "."))
+        if extension != "tar":
+            yield base, storage.read_bytes(base)
+            return
+        with closing(storage.open(base)) as reader:
+            for sample in read_samples(reader):
+                for member in sample.members:
+                    if is_protectable(member, ()):
+                        yield member.name, member.payload
+        return
+    storage = open_storage(source)
+    storage.check(writable=False)
+    keys = (i.key for i in storage.list() if i.key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+    for key in islice(keys, 1000):
+        yield key, storage.read_bytes(key)

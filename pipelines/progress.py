@@ -1,0 +1,115 @@
+"""Progress from workers to the driver, wherever the workers run, and the log kept of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from one4all.errors import NotFoundError
+from one4all.report import plot_loss_curves
+from one4all.storage import LocalStorage, open_storage
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "loss_curves.png"
+
+
+class ProgressBoard:
+    """Ray actor that workers write to and the driver reads."""
+
+    def __init__(self) -> None:
+        self._entries: list[dict[str, Any]] = []
+
+    def post(self, entry: dict[str, Any]) -> None:
+        self._entries.append(entry)
+
+    def since(self, start: int) -> list[dict[str, Any]]:
+        return self._entries[start:]
+
+
+@contextmanager
+def progress_board(on_entry: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
+    """A board for workers; ``on_entry`` is called on the driver with each entry, in order."""
+    import ray
+
+    board: Any = ray.remote(num_cpus=0)(ProgressBoard)
+    board = board.remote()
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen, last = 0, False
+        while not last:
+            last = stop.wait(0.5)
+            entries = ray.get(board.since.remote(seen))
+            for entry in entries:
+                on_entry(entry)
+            seen += len(entries)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        watcher.join(timeout=10)
+        ray.kill(board)
+
+
+class RunLog:
+    """metrics.jsonl, TensorBoard files and loss curves of a training run.
+
+    A resumed run continues the log it finds; steps that are trained again replace their entries.
+
+    Args:
+        run_folder: Folder or s3:// prefix. TensorBoard files go to a folder only, since their
+            writer cannot write to S3.
+    """
+
+    def __init__(self, run_folder: str) -> None:
+        self._storage = open_storage(run_folder)
+        try:
+            lines = self._storage.read_bytes(METRICS_FILE).decode().splitlines()
+        except NotFoundError:
+            lines = []
+        self._by_step = {entry["step"]: entry for entry in map(json.loads, lines)}
+        self._board: Any = None
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Entries in step order."""
+        return [self._by_step[step] for step in sorted(self._by_step)]
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Log the metrics of one step; the file is complete after every call."""
+        self._by_step[metrics["step"]] = metrics
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        self._storage.write_bytes(METRICS_FILE, lines.encode())
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, int(metrics["step"]))
+
+    def __enter__(self) -> Self:
+        if isinstance(self._storage, LocalStorage):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self._storage.root / "tensorboard")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+        if len(self._by_step) > 1:
+            with tempfile.TemporaryDirectory() as folder:
+                curves = Path(folder) / CURVES_FILE
+                plot_loss_curves(self.history, curves)
+                self._storage.write_bytes(CURVES_FILE, curves.read_bytes())

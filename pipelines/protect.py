@@ -1,0 +1,232 @@
+"""Protect a corpus: plan, hand shards to workers through Ray Data, account for every one.
+
+The shard is the unit of work: one row, one block, one actor call. Ray carries a plan row in and a
+status row out; pixels never leave the worker. Success is the ledger held against the source
+listing, never "Ray did not raise".
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from one4all.errors import NotFoundError, UsageError
+from one4all.ledger import (
+    MAX_ATTEMPTS,
+    Binding,
+    Ledger,
+    SourceShard,
+    list_shards,
+    pending,
+)
+from one4all.protector import load_card
+from one4all.storage import Storage, open_storage
+from pipelines.config import ProtectConfig
+from pipelines.ray_session import ray_session, worker_layout
+from pipelines.shard_worker import ShardWorker
+
+_log = logging.getLogger(__name__)
+
+# Raise this when the same configuration would write other bytes than before.
+TRANSFORM_VERSION = 1
+
+Row = dict[str, Any]
+OnProgress = Callable[[Row], None]
+
+
+@dataclass
+class ProtectResult:
+    """What a run did, and what stands at the destination when it ends.
+
+    Attributes:
+        num_shards: Shards of the source.
+        num_done: Of these, protected: they have a manifest.
+        num_protected_now: Of these, in this run.
+        num_images, num_bad_images: Of this run; bad ones were dropped or passed through.
+        failed: Shards without a manifest, with the reason.
+        quarantined: Shards given up after three failures, with the reason.
+        ignored: Keys of the source that are no shards.
+    """
+
+    run_id: str
+    num_shards: int = 0
+    num_done: int = 0
+    num_protected_now: int = 0
+    num_images: int = 0
+    num_bad_images: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 everything protected; 3 finished but something was dropped or given up; 1 failure."""
+        if self.failed:
+            return 1
+        return 3 if self.quarantined or self.num_bad_images else 0
+
+
+def protect(
+    source_uri: str,
+    destination_uri: str,
+    config: ProtectConfig,
+    *,
+    on_plan: Callable[[Sequence[SourceShard], int], None] = lambda todo, num_shards: None,
+    on_progress: OnProgress = lambda row: None,
+) -> ProtectResult:
+    """Protect every shard of a corpus that is not protected yet.
+
+    Safe to kill, to run again, and to run twice at once: a shard is visible whole or not at all,
+    and done only when its manifest stands.
+
+    Args:
+        source_uri: Folder or s3:// prefix of ``.tar`` shards.
+        destination_uri: Folder or prefix; bound to this configuration by its first run.
+        config: See there.
+        on_plan: Called once with the shards to do and the number of all shards.
+        on_progress: Called with each status row of a worker.
+
+    Raises:
+        UsageError: Nothing was written.
+    """
+    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    _refuse_overlap(source, destination)
+    card = load_card(config.protector)
+    source.check(writable=False)
+    destination.check(writable=True)
+    shards, ignored = list_shards(source)
+    if not shards:
+        raise UsageError(f"source {source.uri} holds no .tar shard")
+    ledger = Ledger(destination)
+    ledger.bind(
+        Binding(
+            source_uri=source.uri,
+            protector=card.name,
+            protector_sha256=card.content_hash,
+            epsilon_levels=card.epsilon_levels,
+            output_format=config.output_format,
+            on_bad_image=config.on_bad_image,
+            max_image_pixels=config.max_image_pixels,
+            sidecar_patterns=config.sidecar_patterns,
+            transform_version=TRANSFORM_VERSION,
+        )
+    )
+    result = ProtectResult(run_id=uuid.uuid4().hex[:12], ignored=ignored)
+    refused: dict[str, str] = {}
+    for attempt in range(MAX_ATTEMPTS + 1):
+        todo = _plan(shards, ledger, refused)
+        if attempt == 0:
+            on_plan(todo, len(shards))
+        if not todo or attempt == MAX_ATTEMPTS:
+            break
+        with ray_session(config.ray):
+            for start in range(0, len(todo), config.wave_shards):
+                wave = todo[start : start + config.wave_shards]
+                for row in _run_wave(wave, source, destination, config, result.run_id):
+                    on_progress(row)
+                    result.num_protected_now += row["status"] == "done"
+                    result.num_images += row["num_images"]
+                    result.num_bad_images += row["num_bad"]
+                    if row["status"] == "refused":
+                        refused[row["name"]] = row["error"]
+        shards, _ = list_shards(source)  # a shard that changed while it was read is planned anew
+    return _account(result, shards, ledger, refused)
+
+
+def _plan(
+    shards: Sequence[SourceShard], ledger: Ledger, refused: dict[str, str]
+) -> list[SourceShard]:
+    """Shards to do: without a manifest, not quarantined, not refused by policy in this run."""
+    given_up = ledger.quarantined()
+    return [
+        shard
+        for shard in pending(shards, ledger.done())
+        if shard.id not in given_up and shard.name not in refused
+    ]
+
+
+def _run_wave(
+    wave: Sequence[SourceShard],
+    source: Storage,
+    destination: Storage,
+    config: ProtectConfig,
+    run_id: str,
+) -> Iterator[Row]:
+    """One Ray Data execution; yields a status row for each shard that came back."""
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+
+    num_workers, cpus, gpus = worker_layout(
+        config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+    )
+
+    source_uri, destination_uri = source.uri, destination.uri
+
+    class Worker(ShardWorker):
+        # Arguments are bound here because Ray prints a warning, in C++, about restartable actors
+        # whose constructor takes any.
+        def __init__(self) -> None:
+            super().__init__(config, source_uri, destination_uri, run_id, num_threads=cpus)
+
+    Worker.__name__ = Worker.__qualname__ = ShardWorker.__name__
+    # Ray restarts a dead actor and retries its shard without end; the worker itself stops that,
+    # by the durable count of attempts.
+    rows = [{"name": shard.name, "size": shard.size, "etag": shard.etag} for shard in wave]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Worker,
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+        compute=ActorPoolStrategy(
+            size=min(num_workers, len(rows)), max_tasks_in_flight_per_actor=1
+        ),
+    )
+    try:
+        yield from dataset.iter_rows()
+    except RayError as error:  # what did not come back is planned again from the ledger
+        _log.warning("Ray gave up on a part of the plan: %s", str(error).splitlines()[-1])
+
+
+def _account(
+    result: ProtectResult,
+    shards: Sequence[SourceShard],
+    ledger: Ledger,
+    refused: dict[str, str],
+) -> ProtectResult:
+    """Hold the ledger against the listing of the source."""
+    done = ledger.done()
+    failures, quarantined = ledger.failures(), ledger.quarantined()
+    result.num_shards = len(shards)
+    for shard in shards:
+        if shard.id in done:
+            result.num_done += 1
+        elif shard.id in quarantined:
+            result.quarantined[shard.name] = quarantined[shard.id]
+        else:
+            reasons = failures.get(shard.id) or ["no worker reported on it"]
+            result.failed[shard.name] = refused.get(shard.name, reasons[-1])
+    return result
+
+
+def _refuse_overlap(source: Storage, destination: Storage) -> None:
+    """Source and destination must not contain one another."""
+    inner, outer = source.uri.rstrip("/") + "/", destination.uri.rstrip("/") + "/"
+    if inner == outer:
+        raise UsageError(f"source and destination are the same: {source.uri}")
+    if inner.startswith(outer) or outer.startswith(inner):
+        raise UsageError(
+            f"source {source.uri} and destination {destination.uri} contain one another; the "
+            "next run would take protected shards for new ones"
+        )
+
+
+def read_binding(destination: Storage) -> Binding:
+    """The binding of a destination. Raises: UsageError if it never was one."""
+    try:
+        return Ledger(destination).binding()
+    except NotFoundError as error:
+        raise UsageError(f"{destination.uri} was not written by one4all protect") from error

@@ -1,0 +1,89 @@
+"""Starting or joining Ray, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.config import RayConfig
+
+# Must be set before Ray starts. Token authentication is switched on by the mere presence of
+# ~/.ray/auth_token, which an earlier local session leaves behind; say what we want instead.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+_NOISY_LOGGERS = ("ray", "ray.data", "ray.train")
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Join the Ray that is running here or is named by ``config``, or start a local one.
+
+    A session that was running before is left running. A local one stops with the block.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus or None,
+            object_store_memory=config.object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        import ray.data
+        import ray.train
+
+        for name in _NOISY_LOGGERS:  # after the imports, which set their own levels
+            logging.getLogger(name).setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # A shard may take longer than Ray's default of 30 minutes without an output row.
+        context.execution_no_progress_timeout_s = -1
+        context.max_errored_blocks = 0
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_layout(
+    num_workers: int, cpus_per_worker: int, gpus_per_worker: float
+) -> tuple[int, int, float]:
+    """Actors, CPUs each, GPUs each: what was asked for, completed by what the cluster has.
+
+    Args:
+        num_workers: 0 for as many as fit.
+        cpus_per_worker: 0 for a fair share of a node.
+        gpus_per_worker: Below 0 for one if there is any.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    cpus_of_a_node = int(min(node.get("CPU", 1.0) for node in nodes if node.get("CPU")))
+    gpus_each = gpus_per_worker if gpus_per_worker >= 0 else (1.0 if gpus else 0.0)
+    if gpus_each:
+        gpus_of_a_node = max(node.get("GPU", 0.0) for node in nodes)
+        per_node = max(1, int(gpus_of_a_node / gpus_each))
+        cpus_each = cpus_per_worker or max(1, cpus_of_a_node // per_node)
+        return num_workers or max(1, int(gpus / gpus_each)), cpus_each, gpus_each
+    cpus_each = cpus_per_worker or cpus_of_a_node
+    total = sum(int(node.get("CPU", 0.0)) // cpus_each for node in nodes)
+    return num_workers or max(1, total), cpus_each, 0.0

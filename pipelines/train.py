@@ -1,0 +1,373 @@
+"""Train a generator with Ray Train: any number of workers, checkpoints, resume.
+
+The result is a protector folder. The run folder holds checkpoints (Ray Train's), metrics.jsonl,
+TensorBoard files and loss_curves.png; running the same command again resumes from its last
+checkpoint, at the same position of the same stream of images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from one4all.concepts import ConceptBank
+from one4all.encoders import load_encoder
+from one4all.errors import ConflictError, One4AllError, UsageError
+from one4all.generator import Generator
+from one4all.loader import ImageStream
+from one4all.objective import ObjectiveTerms, concept_objective, normalised_entropy
+from one4all.perturbation import resize_perturbation
+from one4all.protector import CARD, WEIGHTS, Protector, ProtectorCard, golden_embedding
+from one4all.storage import open_storage
+from pipelines.config import TrainConfig
+from pipelines.progress import RunLog, progress_board
+from pipelines.ray_session import ray_session, worker_layout
+
+_RUN_FILE = "run.json"
+_STATE_FILE = "state.pt"
+
+
+class GeneratorTrainer:
+    """One rank's training state: a step at a time, savable and loadable.
+
+    Args:
+        config: The run.
+        rank, world_size: This worker.
+        device: Where it computes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.encoder = load_encoder(config.encoder)
+        self.bank = ConceptBank.build(config.vocabulary, self.encoder, templates=config.templates)
+        self.encoder.to(self.device)
+        self._concepts_ND = self.bank.embeddings.to(self.device)
+        torch.manual_seed(config.seed)  # the same start on every rank
+        self.generator = Generator(config.generator, self.encoder.embedding_dim).to(self.device)
+        self._model = wrap(self.generator)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate_at)
+        self._stream = ImageStream(
+            [uri.strip() for uri in config.source.split(",")],
+            size=self.working_size,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            shuffle_buffer=config.shuffle_buffer,
+            num_threads=config.cpus_per_worker,
+        )
+        self.step_number = self.epoch = self.position = 0
+        self._opposites_N = torch.zeros(len(self.bank.concepts))
+
+    @property
+    def working_size(self) -> int:
+        return self.config.working_size or self.encoder.input_size
+
+    def steps(self) -> Any:
+        """Train to the end, yielding after each step ``(step, terms or None)``; terms when due."""
+        self._model.train()
+        batches = self._stream.batches(
+            self.config.batch_size, epoch=self.epoch, position=self.position
+        )
+        while self.step_number < self.config.steps:
+            self.epoch, self.position, image_BHWC = next(batches)
+            terms = self.step(torch.from_numpy(image_BHWC))
+            self.step_number += 1
+            yield self.step_number, terms
+
+    def step(self, image_BHWC: Tensor) -> ObjectiveTerms:
+        """One optimiser step on clean images, uint8 (B, S, S, 3)."""
+        # Collated with channels last, permuted here: that is the fast memory layout.
+        clean = image_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        epsilon = self.config.epsilon_levels / 255
+        gpu = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
+            with torch.no_grad():
+                clean_BD = self.encoder.encode_image(clean)
+            delta = epsilon * self._model(clean_BD, clean).float()
+            height, width = clean.shape[-2:]
+            protected = (clean + resize_perturbation(delta, (height, width))).clamp(0, 1)
+            protected_BD = self.encoder.encode_image(protected)
+        terms = concept_objective(clean_BD, protected_BD, self._concepts_ND, self.config.objective)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self._schedule.step()
+        self._opposites_N += torch.bincount(
+            terms.targets.opposite.cpu(), minlength=len(self._opposites_N)
+        )
+        return terms
+
+    def metrics(self, terms: ObjectiveTerms) -> dict[str, float]:
+        """Loggable figures of the last step; resets the histogram of opposites."""
+        entropy = normalised_entropy(self._opposites_N)
+        self._opposites_N.zero_()
+        return {
+            "step": self.step_number,
+            "epoch": self.epoch,
+            "loss": float(terms.loss),
+            "l1": float(terms.l1),
+            "l2": float(terms.l2),
+            "lambda": float(terms.lambda_),
+            "cosine_own": float(terms.cosine_own),
+            "cosine_opposite": float(terms.cosine_opposite),
+            "opposite_entropy": entropy,
+            "learning_rate": float(self._schedule.get_last_lr()[0]),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write all that resuming needs; a file of tensors and numbers only."""
+        state = {
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "position": (self.step_number, self.epoch, self.position),
+        }
+        torch.save(state, folder / _STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.step_number, self.epoch, self.position = state["position"]
+
+    def protector(self, training: dict[str, Any]) -> Protector:
+        """The trained protector, with its card."""
+        config = self.config
+        card = ProtectorCard(
+            name=Path(config.output.rstrip("/")).name,
+            encoder=config.encoder,
+            encoder_hash=self.encoder.content_hash(),
+            golden_embedding=golden_embedding(self.encoder.cpu()),
+            vocabulary=config.vocabulary,
+            concept_bank_hash=self.bank.hash,
+            generator=config.generator,
+            working_size=self.working_size,
+            epsilon_levels=config.epsilon_levels,
+            training=training,
+        )
+        return Protector(card, self.encoder, self.generator)
+
+    def _rate_at(self, step: int) -> float:
+        """Warm-up over 1 % of the steps, then cosine to 0."""
+        warm_up = max(1, self.config.steps // 100)
+        progress = max(0, step - warm_up) / max(1, self.config.steps - warm_up)
+        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def train(
+    config: TrainConfig,
+    *,
+    command: str = "",
+    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> ProtectorCard:
+    """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
+
+    Args:
+        config: See there.
+        command: Recorded in the card.
+        on_metrics: Called on the driver with the metrics of rank 0, every ``log_every`` steps.
+
+    Raises:
+        UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
+        One4AllError: Training failed more often than ``max_failures``.
+    """
+    if not config.source:
+        raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
+    for uri in config.source.split(","):
+        open_storage(uri.strip()).check(writable=False)
+    ImageStream([uri.strip() for uri in config.source.split(",")], size=16)
+    open_storage(config.output).check(writable=True)
+    _refuse_other_run(config)
+    log = RunLog(config.run_folder)
+
+    def on_entry(metrics: dict[str, float]) -> None:
+        log.add(metrics)
+        on_metrics(metrics)
+
+    with ray_session(config.ray), log, progress_board(on_entry) as board:
+        from ray.exceptions import RayError
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        _, _, gpus = worker_layout(
+            config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+        )
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"config": config.model_dump_json(), "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=config.num_workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={
+                    "CPU": config.cpus_per_worker,
+                    **({"GPU": gpus} if gpus else {}),
+                },
+            ),
+            run_config=RunConfig(
+                **_ray_storage(config.run_folder),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            raise One4AllError(f"training failed: {_root_cause(error)}") from error
+        if result.checkpoint is None:
+            raise One4AllError("training ended without a checkpoint")
+        with result.checkpoint.as_directory() as folder:
+            checkpoint = Path(folder)
+            return _export(config, checkpoint, log.history, command)
+
+
+def _train_loop(settings: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    import ray.train
+    from ray.train import Checkpoint
+    from ray.train.torch import get_device, prepare_model
+
+    config = TrainConfig.model_validate_json(settings["config"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    torch.set_num_threads(config.cpus_per_worker)
+    trainer = GeneratorTrainer(
+        config,
+        rank=rank,
+        world_size=context.get_world_size(),
+        device=get_device(),
+        wrap=prepare_model,
+    )
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            trainer.load(Path(folder))
+    for step, terms in trainer.steps():
+        metrics: dict[str, float] = {}
+        if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
+            metrics = trainer.metrics(terms)
+            settings["board"].post.remote(metrics)
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            # report() is a barrier: every rank calls it, at the same steps.
+            with tempfile.TemporaryDirectory() as folder:
+                if rank == 0:
+                    trainer.save(Path(folder))
+                ray.train.report(
+                    metrics or {"step": step},
+                    checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
+                    checkpoint_dir_name=f"step-{step:08d}",
+                )
+
+
+def _export(
+    config: TrainConfig, checkpoint: Path, history: list[dict[str, float]], command: str
+) -> ProtectorCard:
+    """Write the protector folder from the last checkpoint."""
+    trainer = GeneratorTrainer(config)
+    trainer.load(checkpoint)
+    training = {
+        "source": config.source,
+        "steps": config.steps,
+        "batch_size": config.batch_size * config.num_workers,
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "objective": config.objective.model_dump(),
+        "first_metrics": history[0] if history else {},
+        "last_metrics": history[-1] if history else {},
+        "commit": _commit(),
+        "command": command,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        card = trainer.protector(training).save(Path(folder))
+        output = open_storage(config.output)
+        for name in (WEIGHTS, CARD):  # the card last: a folder with a card is complete
+            output.write_bytes(name, (Path(folder) / name).read_bytes())
+    return card
+
+
+def _refuse_other_run(config: TrainConfig) -> None:
+    """Bind the run folder to what the run computes, so that resuming never mixes two runs."""
+    storage = open_storage(config.run_folder)
+    storage.check(writable=True)
+    # These may change between two sittings of one run.
+    free = {"ray", "num_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "log_every"}
+    wanted = config.model_dump(mode="json", exclude=free)
+    data = json.dumps(wanted, indent=1, sort_keys=True).encode()
+    try:
+        storage.create(_RUN_FILE, data)
+    except ConflictError:
+        found = json.loads(storage.read_bytes(_RUN_FILE))
+        changes = [
+            f"{key} {found.get(key)!r} -> {value!r}"
+            for key, value in json.loads(data).items()
+            if found.get(key) != value
+        ]
+        if changes:
+            raise UsageError(
+                f"run folder {config.run_folder} belongs to another run ({'; '.join(changes)}); "
+                "choose another run_folder, or delete it to start again"
+            ) from None
+
+
+def _ray_storage(run_folder: str) -> dict[str, Any]:
+    """The run folder as Ray Train wants it: storage path, run name, and a file system for S3.
+
+    pyarrow's S3 client ignores AWS_ENDPOINT_URL, which everything else here honours.
+    """
+    if not run_folder.startswith("s3://"):
+        path = Path(open_storage(run_folder).uri)
+        return {"storage_path": str(path.parent), "name": path.name}
+    from pyarrow.fs import S3FileSystem
+
+    parent, _, name = run_folder.removeprefix("s3://").rstrip("/").rpartition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    scheme, _, host = endpoint.rpartition("://")
+    options = {"endpoint_override": host, "scheme": scheme or "https"} if endpoint else {}
+    return {"storage_path": parent, "name": name, "storage_filesystem": S3FileSystem(**options)}
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the innermost failure: what a user can act on."""
+    text = str(error).strip().splitlines()
+    return text[-1] if text else type(error).__name__
+
+
+def _commit() -> str:
+    """The commit of the code, if it runs from a checkout; with "+" if the checkout is dirty."""
+    try:
+        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()

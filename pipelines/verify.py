@@ -1,0 +1,179 @@
+"""Verify a protected corpus: audit every shard against its source, on all workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from one4all.audit import ShardAudit, audit_shard
+from one4all.errors import One4AllError, UsageError
+from one4all.ledger import Binding, Ledger, SourceShard, list_shards
+from one4all.storage import INTERNAL, open_storage
+from pipelines.config import VerifyConfig
+from pipelines.protect import read_binding
+from pipelines.ray_session import ray_session, worker_layout
+
+
+@dataclass
+class Verification:
+    """The audit of a corpus; ``problems`` empty means every promise holds.
+
+    Attributes:
+        max_levels: Largest |difference| of a decoded image, in levels.
+        budget_exact: Whether the output format promises the budget on decoded pixels.
+    """
+
+    source: str
+    destination: str
+    output_format: str
+    epsilon_levels: int
+    num_shards: int = 0
+    num_samples: int = 0
+    num_images: int = 0
+    num_sidecars: int = 0
+    num_dropped: int = 0
+    num_passed_through: int = 0
+    num_within_budget: int = 0
+    max_levels: int = 0
+    mean_psnr_db: float = 0.0
+    min_psnr_db: float = math.inf
+    mean_ssim: float = 0.0
+    min_ssim: float = math.inf
+    num_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.num_problems == 0
+
+    def add(self, audit: ShardAudit) -> None:
+        """Add one shard; what is kept does not grow with the number of images."""
+        self.num_samples += audit.num_samples
+        self.num_sidecars += audit.num_sidecars
+        self.num_dropped += audit.num_dropped
+        self.num_passed_through += audit.num_passed_through
+        for image in audit.images:
+            self.num_images += 1
+            self.num_within_budget += image.max_levels <= self.epsilon_levels
+            self.max_levels = max(self.max_levels, image.max_levels)
+            self.mean_psnr_db += (image.psnr_db - self.mean_psnr_db) / self.num_images
+            self.mean_ssim += (image.ssim - self.mean_ssim) / self.num_images
+            self.min_psnr_db = min(self.min_psnr_db, image.psnr_db)
+            self.min_ssim = min(self.min_ssim, image.ssim)
+        self.num_problems += audit.num_problems
+        self.problems += [f"{audit.name}: {problem}" for problem in audit.problems]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok} | asdict(self)
+
+
+def verify(
+    source_uri: str,
+    destination_uri: str,
+    config: VerifyConfig,
+    *,
+    on_plan: Callable[[int], None] = lambda num_shards: None,
+    on_audit: Callable[[ShardAudit], None] = lambda audit: None,
+) -> Verification:
+    """Re-read source and destination and check every promise.
+
+    Args:
+        source_uri, destination_uri: As given to protect.
+        config: See there.
+        on_plan: Called once with the number of shards to audit.
+        on_audit: Called with the audit of each shard, which lists every image.
+
+    Raises:
+        UsageError: The destination was never written by protect, or a side cannot be read.
+    """
+    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    source.check(writable=False)
+    destination.check(writable=False)
+    binding = read_binding(destination)
+    if binding.source_uri != source.uri:
+        raise UsageError(
+            f"{destination.uri} was made from {binding.source_uri}, not from {source.uri}"
+        )
+    result = Verification(
+        source.uri, destination.uri, binding.output_format, binding.epsilon_levels
+    )
+    shards, _ = list_shards(source)
+    ledger = Ledger(destination)
+    done = ledger.done()
+    quarantined = ledger.quarantined()
+    result.num_shards = len(shards)
+    problems: list[str] = []
+    todo = []
+    for shard in shards:
+        if shard.id in done:
+            todo.append(shard)
+        else:
+            reason = quarantined.get(shard.id, "no manifest")
+            problems.append(f"{shard.name}: not protected ({reason})")
+    names = {shard.name for shard in shards}
+    problems += [
+        f"{info.key}: is no shard of the source"
+        for info in destination.list()
+        if not info.key.startswith(INTERNAL) and info.key not in names
+    ]
+    result.problems, result.num_problems = problems, len(problems)
+    on_plan(len(todo))
+    for audit in _audit_all(todo, source.uri, destination.uri, binding, config):
+        result.add(audit)
+        on_audit(audit)
+    result.problems.sort()
+    result.notes = _notes(result)
+    return result
+
+
+def _audit_all(
+    shards: list[SourceShard],
+    source_uri: str,
+    destination_uri: str,
+    binding: Binding,
+    config: VerifyConfig,
+) -> Iterator[ShardAudit]:
+    if not shards:
+        return
+
+    def audit(batch: dict[str, Any]) -> dict[str, Any]:
+        shard = SourceShard.model_validate_json(str(batch["shard"][0]))
+        source, destination = open_storage(source_uri), open_storage(destination_uri)
+        try:
+            manifest = Ledger(destination).manifest(shard)
+        except One4AllError as error:
+            lost = ShardAudit(shard.name)
+            lost.report(str(error))
+            return {"audit": [lost]}
+        return {"audit": [audit_shard(shard, manifest, source, destination, binding)]}
+
+    with ray_session(config.ray):
+        import ray
+        from ray.data import TaskPoolStrategy
+
+        workers, _, _ = worker_layout(config.num_workers, 1, 0)
+        rows = [{"shard": shard.model_dump_json()} for shard in shards]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(workers)
+        )
+        for row in dataset.iter_rows():
+            yield row["audit"]
+
+
+def _notes(result: Verification) -> list[str]:
+    """What holds but a reader should know."""
+    notes = []
+    if result.num_dropped:
+        notes.append(f"{result.num_dropped} samples were dropped, as the manifests record")
+    if result.num_passed_through:
+        notes.append(f"{result.num_passed_through} images left UNPROTECTED, as recorded")
+    if result.num_within_budget < result.num_images and result.output_format == "match":
+        notes.append(
+            f"{result.num_images - result.num_within_budget} images differ by more than "
+            f"{result.epsilon_levels} levels once decoded: JPEG adds its own error to the "
+            "perturbation; output_format lossless keeps the budget exactly"
+        )
+    return notes
