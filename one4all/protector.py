@@ -42,8 +42,8 @@ class ProtectorCard(BaseModel):
     Attributes:
         encoder: The frozen encoder it was trained against and must be used with.
         encoder_hash: `Encoder.content_hash` at training.
-        golden_embedding: First values of the embedding of a fixed test image. Catches what a hash
-            of weights cannot: another activation, another library version.
+        golden_embedding: Digest of the embedding of a fixed test image. Catches what a hash of
+            weights cannot: another activation, another library version.
         concept_bank_hash: Identity of the text embeddings of the training objective.
         working_size: Side in pixels of the copy that encoder and generator see.
         epsilon_levels: Budget in 8-bit levels.
@@ -178,13 +178,14 @@ def load_card(protector: str) -> ProtectorCard:
 
 
 def golden_embedding(encoder: Encoder) -> tuple[float, ...]:
-    """First 8 values of the embedding of a fixed test image."""
+    """Sums over 8 sections of the embedding of a fixed test image."""
     ramp = torch.linspace(0, 1, encoder.input_size)
     image = torch.stack(
         [ramp[:, None] * ramp, ramp[:, None].expand(-1, len(ramp)), ramp.flip(0) * ramp[:, None]]
     )
     with torch.inference_mode():
-        return tuple(round(float(v), 6) for v in encoder.encode_image(image[None])[0, :8])
+        sections = encoder.encode_image(image[None])[0].tensor_split(8)
+    return tuple(round(float(section.sum()), 6) for section in sections)
 
 
 def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:

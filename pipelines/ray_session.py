@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pipelines.config import RayConfig
 
@@ -75,7 +76,8 @@ def worker_layout(
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    all_nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in all_nodes if node["Alive"]]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     cpus_of_a_node = int(min(node.get("CPU", 1.0) for node in nodes if node.get("CPU")))
     gpus_each = gpus_per_worker if gpus_per_worker >= 0 else (1.0 if gpus else 0.0)
