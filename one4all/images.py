@@ -39,7 +39,7 @@ JPEG_QUALITY = 95
 # image and the policy decides, instead of being copied as if it were a sidecar.
 IMAGE_EXTENSIONS = frozenset(
     "apng arw avif bmp cr2 cr3 dib dng exr gif hdr heic heif ico j2k jfif jp2 jpe jpeg jpg jpx jxl "
-    "nef pbm pgm png pnm ppm psd tga tif tiff webp".split()  # noqa: SIM905 - readable
+    "nef pbm pgm png pnm ppm psd tga tif tiff webp".split()
 )
 _MAGIC = (
     b"\xff\xd8\xff",  # JPEG

@@ -177,6 +177,11 @@ def load_card(protector: str) -> ProtectorCard:
         raise ProtectorError(f"{CARD} of protector {protector!r} is damaged: {error}") from error
 
 
+def locate(protector: str) -> str:
+    """The name of a shipped protector as it is, or else the absolute URI of the folder."""
+    return protector if _is_shipped(protector) else open_storage(protector).uri
+
+
 def golden_embedding(encoder: Encoder) -> tuple[float, ...]:
     """Sums over 8 sections of the embedding of a fixed test image."""
     ramp = torch.linspace(0, 1, encoder.input_size)
@@ -209,11 +214,14 @@ def _check_encoder(card: ProtectorCard, encoder: Encoder) -> None:
         )
 
 
+def _is_shipped(protector: str) -> bool:
+    return "/" not in protector and (SHIPPED / protector / CARD).is_file()
+
+
 def _read(protector: str, name: str) -> bytes:
     """One file of a protector, wherever it lives."""
-    shipped = SHIPPED / protector
-    if "/" not in protector and (shipped / CARD).is_file():
-        return (shipped / name).read_bytes()
+    if _is_shipped(protector):
+        return (SHIPPED / protector / name).read_bytes()
     try:
         return open_storage(protector).read_bytes(name)
     except NotFoundError as error:

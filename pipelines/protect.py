@@ -22,7 +22,7 @@ from one4all.ledger import (
     list_shards,
     pending,
 )
-from one4all.protector import load_card
+from one4all.protector import load_card, locate
 from one4all.storage import Storage, open_storage
 from pipelines.config import ProtectConfig
 from pipelines.ray_session import ray_session, worker_layout
@@ -94,6 +94,8 @@ def protect(
     """
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
+    # Workers run in another directory: no relative path reaches them.
+    config = config.model_copy(update={"protector": locate(config.protector)})
     card = load_card(config.protector)
     source.check(writable=False)
     destination.check(writable=True)

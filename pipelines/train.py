@@ -69,7 +69,7 @@ class GeneratorTrainer:
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate_at)
         self._stream = ImageStream(
-            [uri.strip() for uri in config.source.split(",")],
+            config.source.split(","),
             size=self.working_size,
             rank=rank,
             world_size=world_size,
@@ -196,9 +196,10 @@ def train(
     """
     if not config.source:
         raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
+    given, config = config, _with_absolute_paths(config)
     for uri in config.source.split(","):
-        open_storage(uri.strip()).check(writable=False)
-    ImageStream([uri.strip() for uri in config.source.split(",")], size=16)
+        open_storage(uri).check(writable=False)
+    ImageStream(config.source.split(","), size=16)
     open_storage(config.output).check(writable=True)
     _refuse_other_run(config)
     log = RunLog(config.run_folder)
@@ -241,7 +242,7 @@ def train(
             raise One4AllError("training ended without a checkpoint")
         with result.checkpoint.as_directory() as folder:
             checkpoint = Path(folder)
-            return _export(config, checkpoint, log.history, command)
+            return _export(config, given.source, checkpoint, log.history, command)
 
 
 def _train_loop(settings: dict[str, Any]) -> None:
@@ -282,13 +283,17 @@ def _train_loop(settings: dict[str, Any]) -> None:
 
 
 def _export(
-    config: TrainConfig, checkpoint: Path, history: list[dict[str, float]], command: str
+    config: TrainConfig,
+    source: str,
+    checkpoint: Path,
+    history: list[dict[str, float]],
+    command: str,
 ) -> ProtectorCard:
     """Write the protector folder from the last checkpoint."""
     trainer = GeneratorTrainer(config)
     trainer.load(checkpoint)
     training = {
-        "source": config.source,
+        "source": source,
         "steps": config.steps,
         "batch_size": config.batch_size * config.num_workers,
         "seed": config.seed,
@@ -305,6 +310,24 @@ def _export(
         for name in (WEIGHTS, CARD):  # the card last: a folder with a card is complete
             output.write_bytes(name, (Path(folder) / name).read_bytes())
     return card
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Workers run in another directory, perhaps on another machine: no relative path reaches them."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+    encoder = config.encoder.model_copy(update={"pretrained": absolute(config.encoder.pretrained)})
+    return config.model_copy(
+        update={
+            "source": ",".join(open_storage(u.strip()).uri for u in config.source.split(",")),
+            "output": open_storage(config.output).uri,
+            "run_folder": open_storage(config.run_folder).uri,
+            "vocabulary": absolute(config.vocabulary),
+            "encoder": encoder if config.encoder.pretrained else config.encoder,
+        }
+    )
 
 
 def _refuse_other_run(config: TrainConfig) -> None:

@@ -1,0 +1,1 @@
+"""What a protector is compared with: one file per method."""
