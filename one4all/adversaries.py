@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -86,7 +87,7 @@ def train_adversary(
     random = np.random.default_rng(seed)
     num_classes = int(max(train_labels_N.max(), test_labels_N.max())) + 1
     model = NarrowResNet18(num_classes, width=config.width, stem_stride=config.stem_stride)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.learning_rate,
@@ -136,7 +137,7 @@ class NarrowResNet18(nn.Module):
                     _BasicBlock(before, after, 1 if before == after else 2),
                     _BasicBlock(after, after, 1),
                 )
-                for before, after in zip(channels[:-1], channels[1:], strict=True)
+                for before, after in pairwise(channels)
             )
         )
         self.classifier = nn.Linear(channels[-1], num_classes)

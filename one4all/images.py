@@ -128,8 +128,10 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage
             raise
         except UnidentifiedImageError as error:
             raise BadImageError("not an image file that can be read") from error
+        except Image.DecompressionBombError as error:  # far above any limit that we accept
+            raise BadImageError(f"more than the limit of {max_pixels:,} pixels") from error
         # Pillow's decoders raise nearly anything on hostile input; each means "cannot be decoded".
-        except (Exception, Image.DecompressionBombError) as error:
+        except Exception as error:
             raise BadImageError(f"cannot be decoded: {error}") from error
     info = image.info
     dpi = info.get("dpi")

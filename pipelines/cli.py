@@ -64,20 +64,20 @@ def protect(
         output_format=output_format,
         on_bad_image=on_bad_image,
     )
-    bar = _bar("shard")
+    progress = _Progress("shard")
 
     def on_plan(todo: Any, num_shards: int) -> None:
-        bar.reset(total=len(todo))
         if len(todo) < num_shards:
-            bar.write(f"{num_shards - len(todo)} of {num_shards} shards are done already")
+            progress.say(f"{num_shards - len(todo)} of {num_shards} shards are done already")
+        progress.start(len(todo))
 
     def on_progress(row: dict[str, Any]) -> None:
         if row["status"] == "done":
-            bar.update()
+            progress.advance()
         else:
-            bar.write(f"{row['status']}: {row['name']}: {row['error']}")
+            progress.say(f"{row['status']}: {row['name']}: {row['error']}")
 
-    with bar:
+    with progress:
         result = run(source, destination, settings, on_plan=on_plan, on_progress=on_progress)
     print(
         f"{result.num_done} of {result.num_shards} shards protected "
@@ -110,20 +110,20 @@ def verify(
     from pipelines.verify import verify as run
 
     settings = load_config(VerifyConfig, config, set_)
-    bar = _bar("shard")
+    progress = _Progress("shard")
     lines = per_image.open("w", encoding="utf-8") if per_image else None
 
     def on_audit(audit: Any) -> None:
-        bar.update()
+        progress.advance()
         for image in audit.images if lines else ():
             print(json.dumps({"shard": audit.name} | asdict(image)), file=lines)
 
-    with bar:
+    with progress:
         result = run(
             source,
             destination,
             settings,
-            on_plan=lambda total: bar.reset(total=total),
+            on_plan=progress.start,
             on_audit=on_audit,
         )
     if lines:
@@ -152,17 +152,22 @@ def train(
     from pipelines.train import train as run
 
     settings = load_config(TrainConfig, config, set_, source=source, output=output)
-    bar = _bar("step", total=settings.steps)
+    progress = _Progress("step")
 
     def on_metrics(metrics: dict[str, float]) -> None:
-        bar.update(max(0, int(metrics["step"]) - bar.n))
-        bar.set_postfix_str(
+        progress.advance_to(
+            int(metrics["step"]),
             f"l1 {metrics['l1']:.3f} l2 {metrics['l2']:.3f} "
-            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f}"
+            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f}",
         )
 
-    with bar:
-        card = run(settings, command=_command(), on_metrics=on_metrics)
+    with progress:
+        card = run(
+            settings,
+            command=_command(),
+            on_start=lambda: progress.start(settings.steps),
+            on_metrics=on_metrics,
+        )
     print(f"protector {card.content_hash[:12]} written to {settings.output}")
     print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
 
@@ -299,15 +304,39 @@ def _keep_native_messages_off_the_terminal() -> None:
         os.dup2(log.fileno(), 2)
 
 
-def _bar(unit: str, total: int | None = None) -> Any:
-    """A progress bar on a terminal; plain lines at a low rate elsewhere."""
-    return tqdm(
-        total=total,
-        unit=unit,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-        file=sys.stderr,
-    )
+class _Progress:
+    """A progress bar that appears with the first news: a quick failure shows only its message."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._bar: Any = None
+
+    def start(self, total: int) -> None:
+        self._bar = tqdm(
+            total=total,
+            unit=self._unit,
+            mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(steps)
+
+    def advance_to(self, position: int, note: str) -> None:
+        self.advance(max(0, position - self._bar.n), note)
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _choice(option: str, value: str, *allowed: str) -> Any:

@@ -94,9 +94,9 @@ def protect(
     """
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
+    card = load_card(config.protector)
     # Workers run in another directory: no relative path reaches them.
     config = config.model_copy(update={"protector": locate(config.protector)})
-    card = load_card(config.protector)
     source.check(writable=False)
     destination.check(writable=True)
     shards, ignored = list_shards(source)

@@ -11,6 +11,7 @@ makes the same bytes.
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -105,19 +106,25 @@ class ShardWorker:
 
         Returns:
             One status row: ``name``, ``status`` (done, failed, refused or quarantined),
-            ``num_images``, ``num_bad``, ``num_bytes``, ``error``.
+            ``num_images``, ``num_bad``, ``num_bytes``, ``peak_bytes`` of this process, ``error``.
         """
         shard = SourceShard(
             name=str(batch["name"][0]), size=int(batch["size"][0]), etag=str(batch["etag"][0])
         )
-        return {key: [value] for key, value in self.protect(shard).items()}
+        row = self.protect(shard) | {"peak_bytes": _peak_bytes()}
+        return {key: [value] for key, value in row.items()}
 
     def protect(self, shard: SourceShard) -> dict[str, Any]:
         """Attempt one shard; the outcome as a status row."""
         row: dict[str, Any] = {
-            "name": shard.name, "status": "done", "num_images": 0, "num_bad": 0,
-            "num_bytes": shard.size, "error": "",
-        }  # fmt: skip
+            "name": shard.name,
+            "status": "done",
+            "num_images": 0,
+            "num_bad": 0,
+            "num_bytes": shard.size,
+            "peak_bytes": 0,
+            "error": "",
+        }
         number = 0
         try:
             number = self._ledger.begin_attempt(shard, self._run_id)
@@ -146,6 +153,11 @@ class ShardWorker:
                 except One4AllError as problem:
                     _log.warning("recording a failed attempt at %s: %s", shard.name, problem)
             return row | {"status": status, "error": reason}
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def protect_shard(

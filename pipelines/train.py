@@ -84,6 +84,19 @@ class GeneratorTrainer:
     def working_size(self) -> int:
         return self.config.working_size or self.encoder.input_size
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """One image through generator and objective, so that a misfit shows before Ray starts.
+
+        Raises:
+            ConfigError: Working size, vocabulary and objective do not fit together.
+        """
+        size = self.working_size
+        clean = torch.zeros(1, 3, size, size, device=self.device)
+        embedding = self.encoder.encode_image(clean)
+        self.generator.eval()(embedding, clean)
+        concept_objective(embedding, embedding, self._concepts_ND, self.config.objective)
+
     def steps(self) -> Any:
         """Train to the end, yielding after each step ``(step, terms or None)``; terms when due."""
         self._model.train()
@@ -126,7 +139,7 @@ class GeneratorTrainer:
         return {
             "step": self.step_number,
             "epoch": self.epoch,
-            "loss": float(terms.loss),
+            "loss": terms.loss.item(),
             "l1": float(terms.l1),
             "l2": float(terms.l2),
             "lambda": float(terms.lambda_),
@@ -181,6 +194,7 @@ def train(
     config: TrainConfig,
     *,
     command: str = "",
+    on_start: Callable[[], None] = lambda: None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
@@ -188,6 +202,7 @@ def train(
     Args:
         config: See there.
         command: Recorded in the card.
+        on_start: Called when all checks have passed.
         on_metrics: Called on the driver with the metrics of rank 0, every ``log_every`` steps.
 
     Raises:
@@ -199,10 +214,11 @@ def train(
     given, config = config, _with_absolute_paths(config)
     for uri in config.source.split(","):
         open_storage(uri).check(writable=False)
-    ImageStream(config.source.split(","), size=16)
+    GeneratorTrainer(config).check()
     open_storage(config.output).check(writable=True)
     _refuse_other_run(config)
     log = RunLog(config.run_folder)
+    on_start()
 
     def on_entry(metrics: dict[str, float]) -> None:
         log.add(metrics)
@@ -313,7 +329,7 @@ def _export(
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers run in another directory, perhaps on another machine: no relative path reaches them."""
+    """Workers run in another directory, perhaps on another machine: paths are absolute."""
 
     def absolute(path: str) -> str:
         return str(Path(path).absolute()) if Path(path).exists() else path

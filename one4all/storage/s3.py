@@ -45,7 +45,7 @@ class S3Storage(Storage):
 
     @property
     def _client(self) -> S3Client:
-        return _s3_client(os.getpid())
+        return _client_for_environment()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._errors(prefix):
@@ -80,7 +80,7 @@ class S3Storage(Storage):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
     def check(self, *, writable: bool) -> None:
-        client = _s3_client(os.getpid(), patient=False)
+        client = _client_for_environment(patient=False)
         try:
             with self._errors(""):
                 client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
@@ -121,9 +121,15 @@ class S3Storage(Storage):
             raise StorageError(f"{what}: {error}") from error
 
 
+def _client_for_environment(*, patient: bool = True) -> S3Client:
+    """The client for this process and its AWS_* variables; impatient for start-up checks."""
+    variables = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    return _client(os.getpid(), variables, patient)
+
+
 @lru_cache(maxsize=4)
-def _s3_client(process_id: int, *, patient: bool = True) -> S3Client:
-    """One client a process: a client does not survive a fork. Impatient for start-up checks."""
+def _client(process_id: int, variables: tuple[tuple[str, str], ...], patient: bool) -> S3Client:
+    """One client a process, since a client does not survive a fork."""
     try:
         import boto3
         from botocore.config import Config

@@ -1,0 +1,33 @@
+# The front door. Every target sets up .venv itself, from a bare Python 3.11+ and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready  ## pack, train, protect to S3, verify, attack; writes runs/demo/report.html
+	$(BIN)/one4all demo
+
+test: .venv/ready  ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready  ## images/s and memory of protect beside a plain loop
+	$(BIN)/one4all bench
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; say make PYTHON=python3.12"; exit 1; }
+	@echo "setting up .venv: a few minutes, once"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,demo]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,189 @@
+"""Throughput and memory of protect beside a plain loop that does the same work.
+
+Both sides decode, encode, perturb, write and read back the same shards with the same protector
+and the same number of threads, in turn, in one run. The clock starts when a side has finished its
+first shard, so neither pays for its start-up. Ratios can be compared between machines; absolute
+rates cannot.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from one4all.images import decode, encode, extension_for, working_copy
+from one4all.metrics import max_difference, psnr_db
+from one4all.perturbation import apply_perturbation
+from one4all.protector import DEFAULT_PROTECTOR, Protector
+from one4all.shards import ShardWriter, is_protectable, read_samples, write_shard
+from one4all.storage import open_storage
+from pipelines.config import ProtectConfig, RayConfig
+from pipelines.protect import protect
+from pipelines.ray_session import ray_session
+
+ROUNDS = 3
+BATCH_SIZE = ProtectConfig().batch_size
+
+
+def bench(source: str | None, output: Path, *, say: Callable[[str], None]) -> str:
+    """Measure and write a JSON file.
+
+    Args:
+        source: Corpus to measure on; None makes 6 shards of 64 photo crops of 500x375.
+        output: JSON file.
+        say: Receives a line for each measurement.
+
+    Returns:
+        The result in one line.
+    """
+    num_threads = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = source or make_photo_corpus(Path(scratch) / "corpus")
+        rates: dict[str, list[float]] = {"protect": [], "loop": []}
+        peaks: dict[str, list[int]] = {"protect": [], "loop": []}
+        for index in range(ROUNDS):
+            for side, measure in (("protect", _measure_protect), ("loop", _measure_loop)):
+                target = Path(scratch) / "out"
+                rate, peak = measure(corpus, str(target), num_threads)
+                shutil.rmtree(target)
+                rates[side].append(rate)
+                peaks[side].append(peak)
+                say(f"round {index + 1}: {side} {rate:.1f} images/s, {peak / 1e9:.2f} GB peak")
+    ratios = [a / b for a, b in zip(rates["protect"], rates["loop"], strict=True)]
+    record = {
+        "source": source or "photo crops, 500x375 JPEG",
+        "threads": num_threads,
+        "images_per_second": rates,
+        "peak_bytes": peaks,
+        "ratio": ratios,
+        "ratio_median": statistics.median(ratios),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    return (
+        f"protect / loop: {record['ratio_median']:.2f} (rounds "
+        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}); peak memory of a worker "
+        f"{max(peaks['protect']) / 1e9:.2f} GB, of the loop {max(peaks['loop']) / 1e9:.2f} GB; "
+        f"{output}"
+    )
+
+
+def make_photo_corpus(
+    folder: Path,
+    *,
+    num_shards: int = 6,
+    images_per_shard: int = 64,
+    size: tuple[int, int] = (500, 375),
+) -> str:
+    """Shards of random crops of the embedded photos, JPEG at quality 90; the same every time."""
+    photos = [
+        Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        for path in sorted(Path(str(files("one4all") / "assets" / "photos")).glob("*.jpg"))
+    ]
+    random = np.random.default_rng(0)
+    storage = open_storage(str(folder))
+    for shard in range(num_shards):
+        with storage.writer(f"photos-{shard:06d}.tar") as writer:
+            write_shard(writer, _photo_members(photos, random, shard, images_per_shard, size))
+            writer.commit()
+    return str(folder)
+
+
+def _photo_members(
+    photos: list[Image.Image],
+    random: np.random.Generator,
+    shard: int,
+    count: int,
+    size: tuple[int, int],
+) -> Iterator[tuple[str, bytes]]:
+    for index in range(count):
+        photo = photos[int(random.integers(len(photos)))]
+        side = random.uniform(0.5, 1.0)
+        width, height = photo.width * side, photo.height * side
+        left = random.uniform(0, photo.width - width)
+        top = random.uniform(0, photo.height - height)
+        box = (left, top, left + width, top + height)
+        crop = photo.resize(size, Image.Resampling.BICUBIC, box=box)
+        buffer = io.BytesIO()
+        crop.save(buffer, "JPEG", quality=90)
+        yield f"{shard:03d}_{index:05d}.jpg", buffer.getvalue()
+        yield f"{shard:03d}_{index:05d}.cls", b"0"
+
+
+def _measure_protect(source: str, target: str, num_threads: int) -> tuple[float, int]:
+    """Images per second after the first shard, and peak memory of the worker in bytes."""
+    ticks: list[tuple[float, dict[str, Any]]] = []
+    config = ProtectConfig(num_workers=1, cpus_per_worker=num_threads)
+    with ray_session(RayConfig(num_cpus=num_threads)):
+        protect(
+            source, target, config, on_progress=lambda row: ticks.append((time.perf_counter(), row))
+        )
+    images = sum(row["num_images"] for _, row in ticks[1:])
+    return images / (ticks[-1][0] - ticks[0][0]), max(row["peak_bytes"] for _, row in ticks)
+
+
+def _measure_loop(source: str, target: str, num_threads: int) -> tuple[float, int]:
+    """The same for the plain loop, in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(plain_loop, (source, target, num_threads))
+
+
+def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> tuple[float, int]:
+    """One process, one thing after the other: what a careful script would do."""
+    torch.set_num_threads(num_threads)
+    protector = Protector.load(DEFAULT_PROTECTOR)
+    epsilon, size = protector.card.epsilon_levels, protector.card.working_size
+    source, target = open_storage(source_uri), open_storage(target_uri)
+    num_images, start = 0, 0.0
+    for number, info in enumerate(list(source.list())):
+        with closing(source.open(info.key)) as reader, target.writer(info.key) as sink:
+            writer = ShardWriter(sink)
+            samples = list(read_samples(reader))
+            members = [m for s in samples for m in s.members]
+            images = [m for m in members if is_protectable(m, ())]
+            protected = {}
+            for first in range(0, len(images), BATCH_SIZE):
+                batch = images[first : first + BATCH_SIZE]
+                clean = [decode(member.payload) for member in batch]
+                deltas = protector.perturb(
+                    np.stack([working_copy(image.pixels, size) for image in clean])
+                )
+                for member, image, delta in zip(batch, clean, deltas, strict=True):
+                    pixels = apply_perturbation(image.pixels, delta, epsilon_levels=epsilon)
+                    payload = encode(replace(image, pixels=pixels), "match")
+                    seen = decode(payload).pixels
+                    max_difference(image.pixels, pixels)
+                    max_difference(image.pixels, seen)
+                    psnr_db(image.pixels, seen)
+                    protected[member.name] = (extension_for(member.name, image, "match"), payload)
+            for member in members:
+                if member.name in protected:
+                    name, payload = protected[member.name]
+                    writer.replace(member, name=name, payload=payload)
+                else:
+                    writer.copy(member)
+            writer.close()
+            sink.commit()
+        if number == 0:
+            start = time.perf_counter()
+        else:
+            num_images += len(images)
+    elapsed = time.perf_counter() - start
+    return num_images / elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,248 @@
+"""Protect and verify through Ray, onto S3 and folders; killed, repeated, misused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from builders import make_image, make_samples, make_tar, write_corpus
+
+from one4all.errors import UsageError
+from one4all.ledger import Ledger
+from one4all.storage import open_storage
+from pipelines import cli
+from pipelines.config import ProtectConfig, VerifyConfig
+from pipelines.protect import protect
+from pipelines.status import read_status
+from pipelines.verify import verify
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def upload(folder: Path, uri: str) -> str:
+    storage = open_storage(uri)
+    for path in folder.glob("*.tar"):
+        storage.write_bytes(path.name, path.read_bytes())
+    return uri
+
+
+@pytest.fixture
+def config(protector_folder):
+    return ProtectConfig(protector=str(protector_folder), batch_size=4, cpus_per_worker=1)
+
+
+def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):
+    corpus = write_corpus(tmp_path / "in", num_shards=4)
+    source, target = upload(corpus, f"{s3_uri}/in"), f"{s3_uri}/out"
+    rows = []
+    result = protect(source, target, config, on_progress=rows.append)
+    assert (result.exit_code, result.num_done, result.num_images) == (0, 4, 20)
+    assert {row["status"] for row in rows} == {"done"}
+    audit = verify(source, target, VerifyConfig())
+    assert audit.ok, audit.problems
+    assert (audit.num_images, audit.num_sidecars) == (20, 60)
+
+    again = protect(source, target, config)
+    assert (again.exit_code, again.num_done, again.num_protected_now) == (0, 4, 0)
+
+    storage = open_storage(source)
+    storage.write_bytes("new.tar", make_tar(make_samples(2, seed=50)))
+    storage.write_bytes("shard-000.tar", make_tar(make_samples(3, seed=60)))
+    assert not verify(source, target, VerifyConfig()).ok
+    third = protect(source, target, config)
+    assert (third.num_done, third.num_protected_now, third.num_images) == (5, 2, 5)
+    assert verify(source, target, VerifyConfig()).ok
+    status = read_status(target)
+    assert (status.num_done, status.num_pending, status.num_protected) == (5, 0, 20)
+
+
+def test_folder_and_bucket_get_the_same_bytes(tmp_path, s3_uri, config):
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    protect(str(corpus), str(tmp_path / "out"), config)
+    protect(str(corpus), s3_uri, config)
+    for name in ("shard-000.tar", "shard-001.tar"):
+        local = (tmp_path / "out" / name).read_bytes()
+        assert open_storage(s3_uri).read_bytes(name) == local
+
+
+def test_damaged_shards_are_given_up_and_the_rest_goes_on(tmp_path, config):
+    corpus = write_corpus(tmp_path / "in", num_shards=3)
+    (corpus / "cut.tar").write_bytes((corpus / "shard-000.tar").read_bytes()[:4096])
+    (corpus / "notes.txt").write_text("not a shard")
+    out = tmp_path / "out"
+    result = protect(str(corpus), str(out), config)
+    assert (result.exit_code, result.num_done) == (3, 3)
+    assert list(result.quarantined) == ["cut.tar"]
+    assert "truncated" in result.quarantined["cut.tar"]
+    assert result.ignored == ["notes.txt"]
+    assert not (out / "cut.tar").exists()
+    assert read_status(str(out)).quarantined == result.quarantined
+    audit = verify(str(corpus), str(out), VerifyConfig())
+    assert [p for p in audit.problems if "cut.tar: not protected" in p]
+    # Mended at the source, it is another version, with a clean record.
+    (corpus / "cut.tar").write_bytes(make_tar(make_samples(2)))
+    assert protect(str(corpus), str(out), config).exit_code == 0
+
+
+def test_bad_images_show_in_exit_code_and_policy_fail_stops_the_shard(tmp_path, config):
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    files = [("a.jpg", make_image()), ("b.jpg", b"junk")]
+    (corpus / "s.tar").write_bytes(make_tar(files))
+    assert protect(str(corpus), str(tmp_path / "drop"), config).exit_code == 3
+    failing = config.model_copy(update={"on_bad_image": "fail"})
+    result = protect(str(corpus), str(tmp_path / "fail"), failing)
+    assert result.exit_code == 1
+    assert "b.jpg: not an image file" in result.failed["s.tar"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        pytest.param(lambda d: (d / "in", d / "in"), "are the same", id="same"),
+        pytest.param(lambda d: (d / "in", d / "in" / "out"), "contain one another", id="inside"),
+        pytest.param(lambda d: (d / "none", d / "out"), "no such folder", id="missing-source"),
+        pytest.param(lambda d: (d / "empty", d / "out"), "holds no .tar shard", id="empty"),
+        pytest.param(lambda d: ("s3://nowhere-at-all", d / "out"), "does not exist", id="bucket"),
+    ],
+)
+def test_impossible_requests_write_nothing(tmp_path, config, prepare, message):
+    write_corpus(tmp_path / "in", num_shards=1)
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    source, destination = prepare(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        protect(str(source), str(destination), config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_configuration_is_refused(tmp_path, config):
+    corpus = str(write_corpus(tmp_path / "in", num_shards=1))
+    out = str(tmp_path / "out")
+    protect(corpus, out, config)
+    other = config.model_copy(update={"output_format": "lossless"})
+    with pytest.raises(UsageError, match="'match' -> 'lossless'"):
+        protect(corpus, out, other)
+    with pytest.raises(UsageError, match="was not written by one4all protect"):
+        verify(corpus, corpus, VerifyConfig())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protector", "nothing"], "no protector at 'nothing'"),
+        (["--set", "colour=blue"], "unknown key 'colour'"),
+        (["--output-format", "gif"], "output_format"),
+        (["--config", "missing.yaml"], "cannot read configuration missing.yaml"),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_sentence(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    corpus = str(write_corpus(tmp_path / "in", num_shards=1))
+    command = ["one4all", "protect", corpus, str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(cli, "_keep_native_messages_off_the_terminal", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_denied_credentials_are_one_sentence(tmp_path, config, s3_uri, monkeypatch):
+    """moto accepts any key until its authentication is switched on."""
+    import urllib.request
+
+    def switch_authentication(free_requests: bytes) -> None:
+        request = urllib.request.Request(
+            f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth",
+            data=free_requests,
+            headers={"Content-Type": "text/plain"},
+        )
+        urllib.request.urlopen(request).close()
+
+    corpus = str(write_corpus(tmp_path / "in", num_shards=1))
+    switch_authentication(b"0")
+    try:
+        with pytest.raises(UsageError, match="denied"):
+            protect(corpus, s3_uri, config)
+    finally:
+        switch_authentication(b"inf")
+
+
+def test_killed_driver_then_the_same_command_again(tmp_path, protector_folder, s3_uri):
+    """kill -9 in mid-run: nothing half-written is visible; the rerun does the rest, once."""
+    corpus = write_corpus(tmp_path / "in", num_shards=8, num_samples=60)
+    command = [
+        *(sys.executable, "-m", "pipelines.cli", "protect", str(corpus), s3_uri),
+        *("--protector", str(protector_folder), "--set", "ray.num_cpus=1"),
+    ]
+    ledger = Ledger(open_storage(s3_uri))
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(ledger.done()) < 2 and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)  # the worker notices that its driver is gone
+    manifests = list(ledger.manifests())
+    assert 2 <= len(manifests) < 8
+    visible = {i.key for i in open_storage(s3_uri).list() if not i.key.startswith("_one4all/")}
+    assert {m.source.name for m in manifests} <= visible
+    first = {m.source.name: m.run_id for m in manifests}
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8 of 8 shards protected" in done.stdout
+    assert f"({8 - len(first)} now" in done.stdout
+    second = {m.source.name: m.run_id for m in ledger.manifests()}
+    assert {name: second[name] for name in first} == first  # nothing was done twice
+    assert len(second) == 8
+    assert verify(str(corpus), s3_uri, VerifyConfig()).ok
+    assert "Traceback" not in done.stderr
+    assert "ray" not in done.stderr.lower()
+
+
+def test_two_runs_at_once_on_one_destination(tmp_path, protector_folder):
+    corpus = write_corpus(tmp_path / "in", num_shards=4, num_samples=20)
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "pipelines.cli", "protect", str(corpus), str(out)),
+        *("--protector", str(protector_folder), "--set", "ray.num_cpus=1"),
+    ]
+    runs = [
+        subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": ""}, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [run.wait(timeout=200) for run in runs] == [0, 0]
+    assert verify(str(corpus), str(out), VerifyConfig()).ok
+    assert len(Ledger(open_storage(str(out))).done()) == 4
+
+
+def test_verify_prints_json_and_lines_for_images(tmp_path, config, monkeypatch, capsys):
+    corpus, out = str(write_corpus(tmp_path / "in", num_shards=1)), str(tmp_path / "out")
+    protect(corpus, out, config)
+    lines = tmp_path / "images.jsonl"
+    monkeypatch.setattr(cli, "_keep_native_messages_off_the_terminal", lambda: None)
+    monkeypatch.setattr(
+        sys, "argv", ["one4all", "verify", corpus, out, "--json", "--per-image", str(lines)]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert printed["ok"]
+    assert printed["num_images"] == 5
+    images = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(images) == 5
+    assert max(image["max_levels"] for image in images) == printed["max_levels"]

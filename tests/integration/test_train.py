@@ -1,0 +1,118 @@
+"""Ray Train: two workers, a killed worker, a killed driver; the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
+
+from one4all.errors import UsageError
+from one4all.protector import Protector
+from pipelines.config import TrainConfig
+from pipelines.train import train
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return str(write_corpus(tmp_path_factory.mktemp("corpus") / "c", num_shards=2, num_samples=24))
+
+
+def config_for(corpus: str, folder: Path, **options) -> TrainConfig:
+    defaults = dict(
+        source=corpus,
+        output=str(folder / "protector"),
+        run_folder=str(folder / "run"),
+        encoder=TINY_ENCODER,
+        generator=TINY_GENERATOR,
+        vocabulary="broad",
+        steps=40,
+        batch_size=4,
+        learning_rate=2e-3,
+        log_every=1,
+        checkpoint_every=5,
+        num_workers=2,
+    )
+    return TrainConfig(**(defaults | options))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_killed_worker_resumes_from_the_last_checkpoint(corpus, tmp_path):
+    steps: list[int] = []
+
+    def kill_once(metrics: dict[str, float]) -> None:
+        steps.append(int(metrics["step"]))
+        if metrics["step"] >= 12 and not killed:
+            for process in psutil.process_iter(["cmdline"]):
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                    killed.append(process.pid)
+                    process.send_signal(signal.SIGKILL)
+                    break
+
+    killed: list[int] = []
+    config = config_for(corpus, tmp_path, steps=400)
+    card = train(config, command="test", on_metrics=kill_once)
+    assert killed
+    assert steps[-1] == 400
+    repeated = [b for a, b in pairwise(steps) if b <= a]
+    assert len(repeated) == 1  # one restart
+    assert repeated[0] > 1
+    assert (repeated[0] - 1) % config.checkpoint_every == 0
+    history = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [int(entry["step"]) for entry in history] == list(range(1, 401))
+    assert history[-1]["l1"] < history[0]["l1"]
+    assert history[-1]["l2"] > history[0]["l2"]
+    assert Protector.load(str(tmp_path / "protector")).card == card
+    assert (tmp_path / "run/loss_curves.png").stat().st_size > 1000
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_killed_driver_resumes_with_the_same_command(corpus, tmp_path):
+    config = config_for(corpus, tmp_path, steps=600, num_workers=1)
+    path = tmp_path / "train.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json", exclude={"ray"})))
+    command = [sys.executable, "-m", "pipelines.cli", "train", "--config", str(path)]
+    command += ["--set", "ray.num_cpus=1"]
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run, deadline = tmp_path / "run", time.monotonic() + 120
+    while not list(run.glob("step-*")) and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not (tmp_path / "protector").exists()
+    time.sleep(3)
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert steps[0] > 1
+    assert steps[-1] == 600
+    assert Protector.load(str(tmp_path / "protector"))
+
+    other = config.model_copy(update={"learning_rate": 1e-3})
+    with pytest.raises(UsageError, match=r"belongs to another run \(learning_rate"):
+        train(other)
+
+
+def test_mistakes_are_found_before_ray_starts(corpus, tmp_path):
+    with pytest.raises(UsageError, match="train needs a source"):
+        train(config_for("", tmp_path))
+    with pytest.raises(UsageError, match="no such folder"):
+        train(config_for(str(tmp_path / "none"), tmp_path))
+    many = config_for(corpus, tmp_path).model_dump() | {"objective": {"num_similar": 50}}
+    with pytest.raises(UsageError, match="too small for 50 similar"):
+        train(TrainConfig(**many))
+    odd = config_for(corpus, tmp_path, working_size=36)
+    with pytest.raises(UsageError, match="36x36 is not a multiple of 8"):
+        train(odd)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,63 @@
+"""Mistakes are found before anything starts, all at once, each with its path."""
+
+from pathlib import Path
+
+import pytest
+
+from one4all.errors import ConfigError
+from pipelines.config import ProtectConfig, TrainConfig, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_training_configs_load(path):
+    load_config(TrainConfig, path)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "protect").glob("*.yaml")), ids=lambda p: p.stem)
+def test_protection_configs_load(path):
+    load_config(ProtectConfig, path)
+
+
+def test_arguments_beat_set_beats_file_beats_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 7\nbatch_size: 3\nseed: 5\nencoder: {input_size: 64}\n")
+    config = load_config(TrainConfig, path, ["batch_size=4", "seed=6"], seed=8, source=None)
+    assert (config.steps, config.batch_size, config.seed, config.source) == (7, 4, 8, "")
+    assert config.encoder.input_size == 64
+
+
+def test_nested_keys_and_numbers_as_people_write_them():
+    config = load_config(
+        TrainConfig, None, ["learning_rate=3e-4", "objective.num_similar=2", "generator=paper"]
+    )
+    assert config.learning_rate == 3e-4
+    assert config.objective.num_similar == 2
+    assert config.generator.num_blocks == 24
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["protectr=x"], ["unknown key 'protectr'", "known keys: protector"]),
+        (["output_format=png", "batch_size=0"], ["output_format", "batch_size"]),
+        (["batch_size"], ["write key.path=value"]),
+        (["ray.num_cpu=2"], ["unknown key 'ray.num_cpu'"]),
+    ],
+)
+def test_mistakes_are_explained(overrides, messages):
+    with pytest.raises(ConfigError) as error:
+        load_config(ProtectConfig, None, overrides)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_unknown_preset_and_unreadable_file(tmp_path):
+    with pytest.raises(ConfigError, match="no preset 'big', only compact, paper"):
+        load_config(TrainConfig, None, ["generator=big"])
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="cannot read configuration"):
+        load_config(TrainConfig, tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="cannot read configuration"):
+        load_config(TrainConfig, tmp_path / "missing.yaml")

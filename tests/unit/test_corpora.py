@@ -1,0 +1,128 @@
+"""Corpora become shards that say what they hold."""
+
+import json
+
+import numpy as np
+import pytest
+from builders import make_image, read_members
+from PIL import Image
+
+from one4all.corpora import embedded_corpora, open_corpus, pack
+from one4all.errors import ConfigError, UsageError
+from one4all.images import decode
+from one4all.storage import open_storage
+
+
+def pack_to(folder, images, **options):
+    return pack(images, open_storage(str(folder)), prefix="train", **options)
+
+
+def test_embedded_corpora_have_different_concepts_two_label_sets_and_a_fixed_split():
+    assert embedded_corpora() == ["emoji-nature", "emoji-things"]
+    concepts = {}
+    for name in embedded_corpora():
+        keys = {}
+        for split in ("train", "test"):
+            images = list(open_corpus(name, split=split))
+            keys[split] = {image.key for image in images}
+            assert len(keys[split]) == len(images)
+            assert decode(images[0].data).pixels.shape == (64, 64, 3)
+        assert not keys["train"] & keys["test"]
+        fine = list(open_corpus(name, labels="fine"))
+        coarse = list(open_corpus(name))
+        assert len({i.label for i in coarse}) >= 10
+        assert len({i.label for i in fine}) > 5 * len({i.label for i in coarse})
+        concepts[name] = {image.label_name for image in fine}
+    assert not concepts["emoji-nature"] & concepts["emoji-things"]
+
+
+def test_packed_shards_hold_image_class_text_and_json(tmp_path):
+    from itertools import islice
+
+    images = list(islice(open_corpus("emoji-nature"), 7))
+    assert pack_to(tmp_path / "a", images, images_per_shard=3) == (3, 7)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [f"train-{i:06d}.tar" for i in range(3)]
+    members = read_members((tmp_path / "a" / names[0]).read_bytes())
+    key = images[0].key
+    assert members[f"{key}.webp"] == images[0].data
+    assert members[f"{key}.cls"] == str(images[0].label).encode()
+    assert members[f"{key}.txt"].decode() == images[0].label_name
+    assert json.loads(members[f"{key}.json"])["style"]
+    pack_to(tmp_path / "b", images, images_per_shard=3)
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_image_folder_is_packed_without_encoding_again(tmp_path):
+    for label, name in enumerate(("cat", "dog.v2")):
+        folder = tmp_path / "images" / name / "sub"
+        folder.mkdir(parents=True)
+        (folder / "one.two.JPG").write_bytes(make_image(seed=label))
+        (folder / "notes.txt").write_text("no image")
+    images = list(open_corpus(str(tmp_path / "images")))
+    assert [(i.key, i.label, i.label_name) for i in images] == [
+        ("cat/sub/one_two", 0, "cat"),
+        ("dog.v2/sub/one_two", 1, "dog.v2"),
+    ]
+    pack_to(tmp_path / "out", images)
+    members = read_members((tmp_path / "out" / "train-000000.tar").read_bytes())
+    assert members["cat/sub/one_two.jpg"] == make_image(seed=0)
+
+
+def test_torchvision_set_of_files_is_packed_from_its_files(tmp_path):
+    """The real OxfordIIITPet class on a tiny copy of its layout."""
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    lines = []
+    for index, name in enumerate(("Abyssinian_1", "Bengal_2")):
+        (base / "images" / f"{name}.jpg").write_bytes(make_image(seed=index))
+        lines.append(f"{name} {index + 1} 1 1")
+    (base / "annotations" / "trainval.txt").write_text("\n".join(lines))
+    images = list(open_corpus("torchvision:OxfordIIITPet", root=tmp_path))
+    assert [image.data for image in images] == [make_image(seed=0), make_image(seed=1)]
+    assert [(i.label, i.label_name, i.extension) for i in images] == [
+        (0, "Abyssinian", "jpg"),
+        (1, "Bengal", "jpg"),
+    ]
+
+
+def test_torchvision_set_of_pixels_is_packed_as_png(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+
+    class Tiny:
+        classes = ("airplane", "automobile")
+
+        def __init__(self, root, train, download):
+            assert train
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Image.fromarray(pixels[index]), index
+
+    monkeypatch.setattr(datasets, "CIFAR10", Tiny)
+    images = list(open_corpus("torchvision:CIFAR10", root=tmp_path))
+    np.testing.assert_array_equal(decode(images[1].data).pixels, pixels[1])
+    assert (images[1].label_name, images[1].extension) == ("automobile", "png")
+
+
+def test_mistakes_are_explained(tmp_path):
+    with pytest.raises(UsageError, match="emoji-nature, emoji-things"):
+        open_corpus("emoji")
+    with pytest.raises(UsageError, match="OxfordIIITPet"):
+        list(open_corpus("torchvision:Pets"))
+    with pytest.raises(UsageError, match="cannot open Food101"):
+        list(open_corpus("torchvision:Food101", root=tmp_path))
+    with pytest.raises(ConfigError, match="only embedded corpora have 'fine'"):
+        open_corpus(str(tmp_path), labels="fine")
+    with pytest.raises(UsageError, match="holds no images"):
+        pack_to(tmp_path / "empty", [])
+    images = list(open_corpus("emoji-nature"))[:1]
+    pack_to(tmp_path / "full", images)
+    with pytest.raises(UsageError, match="already holds"):
+        pack_to(tmp_path / "full", images)

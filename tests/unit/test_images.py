@@ -1,0 +1,160 @@
+"""Each kind of image file has a defined result."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from builders import make_16_bit_png, make_bomb_png, make_image, make_pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from one4all.errors import BadImageError
+from one4all.images import DecodedImage, decode, encode, extension_for, is_image, working_copy
+
+
+@pytest.mark.parametrize(
+    ("data", "channels", "converted"),
+    [
+        pytest.param(make_image("JPEG"), 3, "", id="jpeg"),
+        pytest.param(make_image("JPEG", "L"), 1, "", id="gray-jpeg"),
+        pytest.param(make_image("JPEG", "CMYK"), 3, "CMYK to RGB", id="cmyk-jpeg"),
+        pytest.param(make_image("PNG", "L"), 1, "", id="gray-png"),
+        pytest.param(make_image("PNG", "LA"), 2, "", id="gray-alpha-png"),
+        pytest.param(make_image("PNG", "RGBA"), 4, "", id="alpha-png"),
+        pytest.param(make_image("PNG", "P"), 3, "P to RGB", id="palette-png"),
+        pytest.param(make_image("PNG", "P", transparency=3), 4, "P to RGBA", id="palette-alpha"),
+        pytest.param(make_image("PNG", "L", transparency=9), 2, "L to LA", id="colour-keyed-gray"),
+        pytest.param(make_image("PNG", "1"), 1, "1 to L", id="bilevel-png"),
+        pytest.param(make_image("WEBP", "RGBA", lossless=True), 4, "", id="alpha-webp"),
+        pytest.param(make_image("BMP"), 3, "", id="bmp"),
+        pytest.param(make_image("TIFF", "RGBA"), 4, "", id="tiff"),
+    ],
+)
+def test_kind_of_image_is_decoded_and_written_back_without_loss(data, channels, converted):
+    image = decode(data)
+    assert image.pixels.shape == (40, 56, channels)
+    assert image.converted == converted
+    again = decode(encode(image, "lossless"))
+    np.testing.assert_array_equal(again.pixels, image.pixels)
+    assert decode(encode(image, "match")).format == image.format
+
+
+def _animated(format: str) -> bytes:
+    frames = [Image.fromarray(make_pixels(seed=i)) for i in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(b"not an image", "not an image file", id="garbage"),
+        pytest.param(b"", "not an image file", id="empty"),
+        pytest.param(make_image("JPEG")[:-400], "cannot be decoded", id="truncated-jpeg"),
+        pytest.param(make_image("PNG")[:-400], "cannot be decoded", id="truncated-png"),
+        pytest.param(make_16_bit_png(1), "16 bits a channel", id="16-bit-gray"),
+        pytest.param(make_16_bit_png(3), "16 bits a channel", id="16-bit-rgb"),
+        pytest.param(make_image("GIF", "P"), "format GIF is not supported", id="gif"),
+        pytest.param(_animated("WEBP"), "animated or multi-page", id="animated-webp"),
+        pytest.param(_animated("PNG"), "animated or multi-page", id="animated-png"),
+        pytest.param(_animated("TIFF"), "animated or multi-page", id="multi-page-tiff"),
+        pytest.param(make_bomb_png(), "more than the limit", id="200-megapixels"),
+    ],
+)
+def test_image_that_cannot_be_kept_whole_is_refused_with_a_reason(data, reason):
+    with pytest.raises(BadImageError, match=reason):
+        decode(data)
+
+
+def test_first_picture_of_a_multi_picture_jpeg_is_kept():
+    image = decode(_animated("MPO"))
+    assert (image.format, image.pixels.shape) == ("JPEG", (40, 56, 3))
+    assert "first picture" in image.converted
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("output_format", ["match", "lossless"])
+def test_orientation_and_colour_profile_survive(format, output_format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = make_image(format, exif=exif, icc_profile=profile)
+    written = Image.open(io.BytesIO(encode(decode(data), output_format)))
+    assert written.size == (56, 40)  # stored pixels, not turned
+    assert written.getexif()[0x0112] == 6
+    assert written.info["icc_profile"] == profile
+
+
+def test_text_and_density_of_a_png_survive():
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("Copyright", "Ännchen", lang="de")
+    data = make_image("PNG", pnginfo=text, dpi=(300, 300))
+    written = Image.open(io.BytesIO(encode(decode(data), "match")))
+    assert written.text == {"Copyright": "Ännchen"}
+    assert round(written.info["dpi"][0]) == 300
+
+
+def test_unprotected_thumbnail_in_exif_does_not_survive():
+    thumbnail = make_image("JPEG", seed=9)
+    ifd0 = struct.pack("<H", 1) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    ifd1_at = 8 + len(ifd0) + 4
+    entries = struct.pack("<HHII", 0x0201, 4, 1, ifd1_at + 2 + 24 + 4)
+    entries += struct.pack("<HHII", 0x0202, 4, 1, len(thumbnail))
+    ifd1 = struct.pack("<H", 2) + entries + struct.pack("<I", 0)
+    exif = b"II*\0" + struct.pack("<I", 8) + ifd0 + struct.pack("<I", ifd1_at) + ifd1 + thumbnail
+    data = make_image("JPEG", exif=b"Exif\0\0" + exif)
+    assert thumbnail in data
+    written = encode(decode(data), "match")
+    assert thumbnail[:100] not in written
+    assert Image.open(io.BytesIO(written)).getexif()[0x0112] == 6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    channels=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_our_png_is_what_pillow_reads_back(height, width, channels, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    written = encode(DecodedImage(pixels, "PNG"), "lossless")
+    read = np.asarray(Image.open(io.BytesIO(written)))
+    np.testing.assert_array_equal(read.reshape(pixels.shape), pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jpg", b"garbage", True),
+        ("a/b.JPEG", b"", True),
+        ("a.heic", b"", True),
+        ("a.bin", make_image("JPEG"), True),
+        ("noextension", make_image("PNG"), True),
+        ("a.dat", make_image("WEBP"), True),
+        ("a.cls", b"7", False),
+        ("a.json", b'{"jpg": 1}', False),
+        ("jpg", b"the word jpg", True),
+    ],
+)
+def test_image_is_recognised_by_name_or_by_content(name, data, expected):
+    assert is_image(name, data[:16]) is expected
+
+
+def test_only_a_jpeg_written_as_png_changes_its_name():
+    jpeg, webp = decode(make_image("JPEG")), decode(make_image("WEBP"))
+    assert extension_for("a.b/c.seg.jpeg", jpeg, "lossless") == "a.b/c.seg.png"
+    assert extension_for("c", jpeg, "lossless") == "c.png"
+    assert extension_for("c.jpeg", jpeg, "match") == "c.jpeg"
+    assert extension_for("c.webp", webp, "lossless") == "c.webp"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_working_copy_is_square_rgb(channels):
+    copy = working_copy(make_pixels(1, 300, channels), 32)
+    assert (copy.shape, copy.dtype) == ((32, 32, 3), np.uint8)

@@ -1,0 +1,128 @@
+"""What is done is done once, and only what is done counts."""
+
+import pytest
+
+from one4all.errors import BindingError, NotFoundError
+from one4all.ledger import (
+    MAX_ATTEMPTS,
+    Binding,
+    Distances,
+    Ledger,
+    Manifest,
+    SourceShard,
+    list_shards,
+    pending,
+)
+from one4all.storage import open_storage
+
+BINDING = Binding(
+    source_uri="/in",
+    protector="tiny",
+    protector_sha256="00",
+    epsilon_levels=8,
+    output_format="match",
+    on_bad_image="drop",
+    max_image_pixels=1000,
+    sidecar_patterns=(),
+    transform_version=1,
+)
+SHARD = SourceShard(name="a/b.tar", size=10, etag='"x"')
+
+
+def manifest_of(shard: SourceShard, sha256: str = "00", etag: str = "e") -> Manifest:
+    return Manifest(
+        source=shard,
+        output_etag=etag,
+        output_size=1,
+        output_sha256=sha256,
+        num_samples=1,
+        num_images=1,
+        num_protected=1,
+        num_members=1,
+        distances=Distances(),
+    )
+
+
+def test_destination_is_bound_once(storage):
+    ledger = Ledger(storage)
+    with pytest.raises(NotFoundError):
+        ledger.binding()
+    ledger.bind(BINDING)
+    ledger.bind(BINDING)
+    other = BINDING.model_copy(update={"output_format": "lossless", "epsilon_levels": 4})
+    with pytest.raises(BindingError, match=r"epsilon_levels 8 -> 4.*output_format"):
+        ledger.bind(other)
+
+
+def test_data_of_somebody_else_is_not_written_over(storage):
+    storage.write_bytes("precious.tar", b"x")
+    with pytest.raises(BindingError, match=r"precious\.tar"):
+        Ledger(storage).bind(BINDING)
+
+
+def test_done_is_told_from_listings_and_a_changed_source_is_not_done(storage):
+    ledger = Ledger(storage)
+    ledger.record(manifest_of(SHARD))
+    changed = SourceShard(name=SHARD.name, size=10, etag='"y"')
+    new = SourceShard(name="c.tar", size=99, etag='"z"')
+    assert pending([SHARD, changed, new], ledger.done()) == [new, changed]
+    ledger.record(manifest_of(changed))
+    assert ledger.done() == {changed.id}  # the old manifest described bytes that are gone
+
+
+def test_manifest_that_is_there_already_is_accepted_if_it_says_the_same(storage):
+    ledger = Ledger(storage)
+    storage.write_bytes(SHARD.name, b"x")
+    ledger.record(manifest_of(SHARD))
+    ledger.record(manifest_of(SHARD))
+    assert ledger.manifest(SHARD).output_sha256 == "00"
+
+
+def test_manifest_describes_the_object_that_stands(storage):
+    ledger = Ledger(storage)
+    storage.write_bytes(SHARD.name, b"first")
+    ledger.record(manifest_of(SHARD, "first", storage.head(SHARD.name).etag))
+    storage.write_bytes(SHARD.name, b"second one")
+    ledger.record(manifest_of(SHARD, "second", storage.head(SHARD.name).etag))
+    assert ledger.manifest(SHARD).output_sha256 == "second"
+    ledger.record(manifest_of(SHARD, "a loser", "of bytes that are gone"))
+    assert ledger.manifest(SHARD).output_sha256 == "second"
+
+
+def test_shard_is_quarantined_after_three_failures(storage):
+    ledger = Ledger(storage)
+    for expected in (1, 2, 3):
+        assert ledger.begin_attempt(SHARD, "run") == expected
+        ledger.fail_attempt(SHARD, expected, "run", f"reason {expected}")
+    assert ledger.quarantined() == {SHARD.id: "reason 3"}
+    assert ledger.begin_attempt(SHARD, "another run") == MAX_ATTEMPTS + 1
+
+
+def test_shard_that_kills_its_process_is_quarantined(storage):
+    ledger = Ledger(storage)
+    for expected in (1, 2, 3, 4):  # nobody reports back
+        assert ledger.begin_attempt(SHARD, "run") == expected
+    assert ledger.quarantined() == {SHARD.id: "the worker process died"}
+
+
+def test_killed_runs_do_not_count_against_a_shard(storage):
+    ledger = Ledger(storage)
+    for run in range(10):
+        assert ledger.begin_attempt(SHARD, f"run {run}") == 1
+    assert ledger.quarantined() == {}
+
+
+def test_success_forgets_the_failures(storage):
+    ledger = Ledger(storage)
+    ledger.fail_attempt(SHARD, 1, "run", "network")
+    ledger.record(manifest_of(SHARD))
+    assert ledger.failures() == {}
+
+
+def test_only_tar_objects_are_shards(tmp_path):
+    storage = open_storage(str(tmp_path))
+    for key in ("a.tar", "b.tar.gz", "index.json", "_one4all/shards/a.tar", "x/y.tar"):
+        storage.write_bytes(key, b"")
+    shards, others = list_shards(storage)
+    assert [shard.name for shard in shards] == ["a.tar", "x/y.tar"]
+    assert others == ["b.tar.gz", "index.json"]

@@ -1,0 +1,77 @@
+"""Distances against slow references; pictures and pages that open."""
+
+import math
+
+import numpy as np
+import pytest
+from builders import make_pixels
+from PIL import Image
+
+from one4all.metrics import luminance, max_difference, psnr_db, ssim
+from one4all.report import Section, contact_sheet, plot_accuracies, plot_loss_curves, write_report
+
+
+def slow_ssim(first, second):
+    """Window by window, as the formula reads."""
+    x, y = luminance(first).astype(float), luminance(second).astype(float)
+    weights = np.array([math.exp(-((i - 5) ** 2) / 4.5) for i in range(11)])
+    window = np.outer(weights, weights) / weights.sum() ** 2
+    c1, c2 = 6.5025, 58.5225
+    values = []
+    for top in range(x.shape[0] - 10):
+        for left in range(x.shape[1] - 10):
+            a, b = x[top : top + 11, left : left + 11], y[top : top + 11, left : left + 11]
+            ma, mb = (window * a).sum(), (window * b).sum()
+            va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
+            cov = (window * (a - ma) * (b - mb)).sum()
+            values.append(
+                (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+            )
+    return float(np.mean(values))
+
+
+def test_distances_equal_their_definitions():
+    first = make_pixels(24, 30, seed=1)
+    second = np.clip(
+        first.astype(int) + np.random.default_rng(0).integers(-9, 8, first.shape), 0, 255
+    )
+    second = second.astype(np.uint8)
+    difference = first.astype(int) - second
+    assert max_difference(first, second) == max_difference(second, first) == abs(difference).max()
+    mse = np.mean(difference.astype(float) ** 2)
+    assert psnr_db(first, second) == pytest.approx(10 * math.log10(255**2 / mse))
+    assert abs(ssim(first, second) - slow_ssim(first, second)) < 1e-3
+
+
+def test_identical_images_have_finite_distances():
+    image = make_pixels(1, 3, 4)
+    assert (max_difference(image, image), psnr_db(image, image), ssim(image, image)) == (
+        0,
+        99.0,
+        1.0,
+    )
+
+
+def test_report_is_one_file_with_its_pictures_inside(tmp_path):
+    rows = [
+        ("<a>", make_pixels(300, 200), make_pixels(300, 200, seed=1)),
+        ("b", make_pixels(8, 8, 1), make_pixels(8, 8, 1)),
+    ]
+    sheet = contact_sheet(rows, tile=64)
+    assert sheet.width > 3 * 64
+    history = [
+        dict.fromkeys(("l1", "l2", "cosine_own", "cosine_opposite", "opposite_entropy"), 1.0)
+        | {"step": s}
+        for s in (1, 2)
+    ]
+    plot_loss_curves(history, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.width > 500
+    plot = plot_accuracies({"clean": [0.6, 0.7], "x": [0.1, 0.2]}, chance=0.1, title="t")
+    section = Section("<One>", ["text & more"], [("a", "b"), (1, 2)], [("plot", plot)])
+    write_report(tmp_path / "r.html", title="T", summary="S", sections=[section])
+    html = (tmp_path / "r.html").read_text()
+    assert "&lt;One&gt;" in html
+    assert "<td>2</td>" in html
+    assert html.count("data:image/png;base64,") == 1
+    assert "http" not in html

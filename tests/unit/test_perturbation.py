@@ -1,0 +1,59 @@
+"""The budget holds for every image, by construction."""
+
+import numpy as np
+import pytest
+import torch
+from builders import make_pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from one4all import perturbation
+from one4all.perturbation import apply_perturbation, resize_perturbation
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    clean=hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))),
+    delta=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 12), st.integers(1, 12), st.just(3)),
+        elements=st.floats(-1000, 1000, width=32),
+    ),
+    epsilon=st.integers(0, 20),
+)
+def test_no_image_and_no_perturbation_breaks_the_budget(clean, delta, epsilon):
+    protected = apply_perturbation(clean, delta, epsilon_levels=epsilon)
+    assert protected.dtype == np.uint8
+    difference = np.abs(protected.astype(int) - clean)
+    assert difference.max() <= epsilon
+    if clean.shape[2] in (2, 4):
+        np.testing.assert_array_equal(protected[:, :, -1], clean[:, :, -1])
+
+
+@pytest.mark.parametrize("size", [(7, 90), (33, 33), (64, 48), (200, 301)])
+def test_bands_equal_resizing_the_whole(size, monkeypatch):
+    monkeypatch.setattr(perturbation, "_BAND_PIXELS", 1000)
+    delta = np.random.default_rng(0).uniform(-8, 8, (32, 32, 3)).astype(np.float32)
+    clean = np.full((*size, 3), 128, np.uint8)
+    whole = resize_perturbation(torch.from_numpy(delta).permute(2, 0, 1)[None], size)
+    expected = 128 + np.rint(whole[0].permute(1, 2, 0).numpy())
+    found = apply_perturbation(clean, delta, epsilon_levels=8)
+    # Two ways of interpolating may round one value in thousands to the other side.
+    assert (found != expected).mean() < 1e-3
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_values_are_rounded_not_cut():
+    clean = np.full((1, 2, 3), 100, np.uint8)
+    delta = np.array([[[0.6, -0.6, 7.5]]], np.float32)
+    protected = apply_perturbation(clean, delta, epsilon_levels=8)
+    assert protected[0, 0].tolist() == [101, 99, 108]
+
+
+def test_gray_image_gets_the_luma_of_the_perturbation():
+    delta = np.zeros((4, 4, 3), np.float32)
+    delta[:, :, 1] = 8
+    protected = apply_perturbation(make_pixels(4, 4, 1), delta, epsilon_levels=8)
+    assert protected.shape == (4, 4, 1)
+    assert (protected.astype(int) - make_pixels(4, 4, 1)).max() == 5  # 0.587 * 8

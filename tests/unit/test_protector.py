@@ -1,0 +1,90 @@
+"""The artefact: same images, same protector, same bytes; damage and mismatch are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from builders import make_pixels, make_protector
+
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.errors import ProtectorError
+from one4all.protector import CARD, WEIGHTS, Protector, load_card
+
+
+def test_saved_protector_protects_alike(protector_folder):
+    images = [make_pixels(seed=i) for i in range(3)]
+    loaded = Protector.load(str(protector_folder))
+    for first, second in zip(make_protector().protect(images), loaded.protect(images), strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert loaded.card.content_hash == load_card(str(protector_folder)).content_hash
+
+
+def test_result_depends_on_the_image_alone(protector):
+    images = [make_pixels(30 + i, 50, 3, seed=i) for i in range(7)]
+    together = protector.protect(images, batch_size=4)
+    shuffled = protector.protect(images[::-1], batch_size=4)[::-1]
+    alone = [protector.protect([image], batch_size=4)[0] for image in images]
+    for a, b, c in zip(together, shuffled, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 500, 4), (40, 30, 1), (300, 200, 2)])
+def test_every_layout_and_size_is_protected_within_budget(protector, shape):
+    clean = make_pixels(*shape)
+    (protected,) = protector.protect([clean])
+    difference = np.abs(protected.astype(int) - clean)
+    assert protected.shape == clean.shape
+    assert difference.max() <= 8
+
+
+def test_budget_of_the_card_is_used():
+    clean = np.full((64, 64, 3), 128, np.uint8)
+    protector = make_protector(epsilon_levels=2)
+    protector.generator.head.weight.data *= 1000
+    assert np.abs(protector.protect([clean])[0].astype(int) - clean).max() == 2
+
+
+def test_shipped_protector_loads_and_changes_pictures():
+    protector = Protector.load("default")
+    clean = make_pixels(100, 120)
+    difference = np.abs(protector.protect([clean])[0].astype(int) - clean)
+    assert 2 <= difference.max() <= 8
+    assert protector.card.training["command"].startswith("one4all train")
+
+
+def test_missing_protector_lists_what_there_is(tmp_path):
+    with pytest.raises(ProtectorError, match="one of default"):
+        Protector.load(str(tmp_path / "none"))
+
+
+def test_damaged_weights_are_refused(protector_folder, tmp_path):
+    folder = shutil.copytree(protector_folder, tmp_path / "copy")
+    weights = bytearray((folder / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(weights)
+    with pytest.raises(ProtectorError, match="not the file its card describes"):
+        Protector.load(str(folder))
+
+
+def test_damaged_card_is_refused(protector_folder, tmp_path):
+    folder = shutil.copytree(protector_folder, tmp_path / "copy")
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"epsilon_levels": 900}))
+    with pytest.raises(ProtectorError, match="is damaged"):
+        Protector.load(str(folder))
+
+
+def test_another_encoder_is_refused(protector_folder):
+    other = load_encoder(EncoderConfig(input_size=64))
+    with pytest.raises(ProtectorError, match="encoder mismatch"):
+        Protector.load(str(protector_folder), encoder=other)
+
+
+def test_encoder_that_computes_otherwise_is_refused(protector_folder, monkeypatch):
+    """Same weights, other behaviour: what a changed library or activation looks like."""
+    encoder = load_encoder(EncoderConfig(input_size=32))
+    monkeypatch.setattr(encoder, "_mean", encoder._mean + 0.3)
+    with pytest.raises(ProtectorError, match="embed its test image differently"):
+        Protector.load(str(protector_folder), encoder=encoder)

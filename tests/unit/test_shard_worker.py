@@ -1,0 +1,272 @@
+"""One shard through the worker's stages: the contract of an output shard."""
+
+import io
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from builders import (
+    first_shard,
+    make_16_bit_png,
+    make_bomb_png,
+    make_image,
+    make_samples,
+    make_tar,
+    read_members,
+    write_corpus,
+)
+
+from one4all.audit import audit_shard
+from one4all.errors import ShardError
+from one4all.images import decode
+from one4all.ledger import Binding, Ledger
+from one4all.storage import open_storage
+from pipelines.config import ProtectConfig
+from pipelines.shard_worker import ShardWorker, protect_shard
+
+SMALL = {"batch_size": 4}
+
+
+@pytest.fixture
+def run(tmp_path, protector, pool):
+    """Protect one shard of given members; returns (manifest, members written, audit)."""
+
+    def protect(files, *, pool=pool, **options):
+        tar = files if isinstance(files, bytes) else make_tar(files)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / "s.tar").write_bytes(tar)
+        config = ProtectConfig(**(SMALL | options))
+        source, out = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
+        manifest = protect_shard(first_shard(source), source, out, protector, config, pool=pool)
+        binding = Binding(
+            source_uri=source.uri,
+            protector="tiny",
+            protector_sha256="",
+            epsilon_levels=8,
+            output_format=config.output_format,
+            on_bad_image=config.on_bad_image,
+            max_image_pixels=config.max_image_pixels,
+            sidecar_patterns=config.sidecar_patterns,
+            transform_version=1,
+        )
+        audit = audit_shard(first_shard(source), manifest, source, out, binding)
+        written = (tmp_path / "out" / "s.tar").read_bytes()
+        return manifest, read_members(written), audit
+
+    return protect
+
+
+@pytest.mark.parametrize("output_format", ["match", "lossless"])
+def test_names_order_and_sidecars_are_kept_and_images_are_protected(run, output_format):
+    files = make_samples(11)
+    manifest, written, audit = run(files, output_format=output_format)
+    extension = {"match": "jpg", "lossless": "png"}[output_format]
+    assert list(written) == [name.replace("jpg", extension) for name, _ in files]
+    for name, payload in files:
+        if name.endswith(".jpg"):
+            clean = decode(payload).pixels.astype(int)
+            difference = np.abs(decode(written[name.replace("jpg", extension)]).pixels - clean)
+            assert difference.max() > 0
+            assert output_format == "match" or difference.max() <= 8
+        else:
+            assert written[name] == payload
+    assert (manifest.num_samples, manifest.num_images, manifest.num_protected) == (11, 11, 11)
+    assert manifest.distances.max_before_encoding <= 8
+    assert audit.problems == []
+    assert len(audit.images) == 11
+
+
+# webdataset leaves the file to the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_output_is_read_by_webdataset_and_tarfile(run, tmp_path):
+    run(make_samples(6))
+    path = tmp_path / "out" / "s.tar"
+    dataset = webdataset.WebDataset(str(path), shardshuffle=False).decode("rgb8")
+    samples = list(dataset)
+    assert [sample["__key__"] for sample in samples] == [f"sample{i:04d}" for i in range(6)]
+    assert samples[0]["jpg"].shape == (40, 56, 3)
+    assert samples[3]["cls"] == 0
+    with tarfile.open(path) as archive:
+        assert archive.getmember("sample0000.jpg").uname == "ann"
+
+
+def test_same_shard_makes_the_same_bytes_whatever_the_threads(run):
+    files = make_samples(9)
+    digests = set()
+    for num_threads in (1, 4):
+        torch.set_num_threads(num_threads)
+        with ThreadPoolExecutor(num_threads) as pool:
+            digests.add(run(files, pool=pool)[0].output_sha256)
+    assert len(digests) == 1
+
+
+def test_every_kind_of_image_in_one_shard(run):
+    files = [
+        ("gray.jpg", make_image("JPEG", "L")),
+        ("cmyk.jpg", make_image("JPEG", "CMYK")),
+        ("palette.png", make_image("PNG", "P")),
+        ("alpha.png", make_image("PNG", "RGBA")),
+        ("web.webp", make_image("WEBP")),
+        ("bitmap.bmp", make_image("BMP")),
+        ("tagged.tiff", make_image("TIFF")),
+        ("hidden.bin", make_image("PNG", seed=5)),
+    ]
+    manifest, written, audit = run(files)
+    assert manifest.num_protected == 8
+    assert manifest.converted == {"CMYK to RGB": 1, "P to RGB": 1}
+    assert audit.problems == []
+    assert written["hidden.bin"] != files[-1][1]
+    alpha = decode(written["alpha.png"]).pixels[:, :, 3]
+    np.testing.assert_array_equal(alpha, decode(files[3][1]).pixels[:, :, 3])
+    for name, payload in files:
+        assert decode(written[name]).pixels.shape == decode(payload).pixels.shape
+
+
+BAD = [
+    ("a.jpg", make_image(seed=1)),
+    ("a.cls", b"1"),
+    ("b.cls", b"2"),  # before its image: must not be written before the image is known to be good
+    ("b.jpg", make_image(seed=2)[:-300]),
+    ("c.png", make_16_bit_png(3)),
+    ("c.cls", b"3"),
+    ("d.png", make_bomb_png()),
+    ("e.jpg", make_image(seed=3)),
+    ("e.heic", b"????ftypheic"),
+    ("f.jpg", make_image(seed=4)),
+]
+
+
+def test_dropped_samples_leave_nothing_and_are_recorded(run):
+    manifest, written, audit = run(BAD)
+    assert list(written) == ["a.jpg", "a.cls", "f.jpg"]
+    assert [(b.key, b.member, b.action) for b in manifest.bad_images] == [
+        ("b", "b.jpg", "dropped"),
+        ("c", "c.png", "dropped"),
+        ("d", "d.png", "dropped"),
+        ("e", "e.heic", "dropped"),
+    ]
+    assert "16 bits" in manifest.bad_images[1].reason
+    assert (manifest.num_samples, manifest.num_images, manifest.num_protected) == (6, 7, 2)
+    assert audit.problems == []
+    assert audit.num_dropped == 4
+
+
+def test_passed_through_images_are_unchanged_and_recorded(run):
+    manifest, written, audit = run(BAD, on_bad_image="passthrough")
+    assert list(written) == [name for name, _ in BAD]
+    assert written["b.jpg"] == BAD[3][1]
+    assert written["e.jpg"] != BAD[7][1]
+    assert {b.action for b in manifest.bad_images} == {"passed through"}
+    assert audit.problems == []
+    assert audit.num_passed_through == 4
+
+
+def test_policy_fail_publishes_nothing(run, tmp_path):
+    with pytest.raises(ShardError, match=r"b\.jpg: cannot be decoded.*on_bad_image is fail"):
+        run(BAD, on_bad_image="fail")
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_sidecar_patterns_keep_masks_untouched(run):
+    mask = make_image("PNG", "L", seed=7)
+    files = [("a.jpg", make_image()), ("a.seg.png", mask)]
+    manifest, written, audit = run(files, sidecar_patterns=("*.seg.png",))
+    assert written["a.seg.png"] == mask
+    assert manifest.num_images == 1
+    assert audit.problems == []
+
+
+def test_two_members_that_would_get_one_name_are_refused(run):
+    files = [("a.jpg", make_image()), ("a.png", make_image("PNG"))]
+    assert run(files)[2].problems == []
+    with pytest.raises(ShardError, match="two members of one name"):
+        run(files, output_format="lossless")
+
+
+def test_damaged_shard_publishes_nothing(run, tmp_path):
+    tar = make_tar(make_samples(9))
+    with pytest.raises(ShardError, match="truncated"):
+        run(tar[: len(tar) // 2 // 512 * 512])
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_pickles_are_data(run):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was loaded",))
+
+    import pickle
+
+    files = [("a.jpg", make_image()), ("a.pyd", pickle.dumps(Bomb())), ("a.pth", b"\x80\x04.")]
+    _, written, audit = run(files)
+    assert (written["a.pyd"], written["a.pth"]) == (files[1][1], files[2][1])
+    assert audit.problems == []
+
+
+def test_audit_finds_what_was_tampered_with(run, tmp_path):
+    manifest, _, _ = run(make_samples(4), output_format="lossless")
+    source, out = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
+    path = tmp_path / "out" / "s.tar"
+    honest = path.read_bytes()
+    binding = Binding(
+        source_uri=source.uri,
+        protector="tiny",
+        protector_sha256="",
+        epsilon_levels=8,
+        output_format="lossless",
+        on_bad_image="drop",
+        max_image_pixels=10**6,
+        sidecar_patterns=(),
+        transform_version=1,
+    )
+
+    def problems(tar: bytes) -> str:
+        path.write_bytes(tar)
+        return "\n".join(audit_shard(first_shard(source), manifest, source, out, binding).problems)
+
+    assert problems(honest) == ""
+    members = read_members(honest)
+
+    def with_member(name: str, payload: bytes) -> bytes:
+        return make_tar([(n, payload if n == name else p) for n, p in members.items()])
+
+    assert "its bytes are not the source's" in problems(with_member("sample0001.cls", b"9"))
+    clean = make_samples(4)
+    assert "is not protected" in problems(
+        with_member("sample0000.png", _as_png(decode(clean[0][1]).pixels))
+    )
+    far = decode(clean[0][1]).pixels ^ 64
+    assert "the budget is 8" in problems(with_member("sample0000.png", _as_png(far)))
+    assert "meets" in problems(make_tar(list(members.items())[4:]))
+    assert "truncated" in problems(honest[: len(honest) // 2])
+    assert "sha256" in problems(honest + bytes(512))
+
+
+def _as_png(pixels) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_worker_reports_a_status_row_and_records_it(tmp_path, protector_folder):
+    source_uri = str(write_corpus(tmp_path / "in", num_shards=1))
+    (tmp_path / "in" / "broken.tar").write_bytes(b"garbage" * 1000)
+    config = ProtectConfig(protector=str(protector_folder), **SMALL)
+    worker = ShardWorker(config, source_uri, str(tmp_path / "out"), "run", num_threads=1)
+    rows = []
+    for info in open_storage(source_uri).list():
+        row = worker({"name": [info.key], "size": [info.size], "etag": [info.etag]})
+        rows.append({key: values[0] for key, values in row.items()})
+    broken, good = rows
+    assert (good["status"], good["num_images"], good["error"]) == ("done", 5, "")
+    assert broken["status"] == "failed"
+    assert "garbled header" in broken["error"]
+    ledger = Ledger(open_storage(str(tmp_path / "out")))
+    assert len(ledger.done()) == 1
+    assert list(ledger.failures().values()) == [[broken["error"]]]
+    assert not (tmp_path / "out" / "broken.tar").exists()

@@ -1,0 +1,192 @@
+"""The stream of training images, a training step, and the adversary."""
+
+import numpy as np
+import pytest
+import torch
+from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
+
+from one4all.adversaries import AdversaryConfig, train_adversary
+from one4all.baselines.controls import class_patterns, uniform_noise
+from one4all.errors import UsageError
+from one4all.loader import ImageStream
+from one4all.perturbation import apply_perturbation
+from pipelines.config import TrainConfig
+from pipelines.demo import verdict
+from pipelines.train import GeneratorTrainer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return str(write_corpus(tmp_path_factory.mktemp("corpus") / "c", num_shards=3, num_samples=8))
+
+
+def take(corpus, count, *, batch_size=4, epoch=0, position=0, **options):
+    stream = ImageStream([corpus], size=16, **options)
+    batches = stream.batches(batch_size, epoch=epoch, position=position)
+    found = [next(batches) for _ in range(count)]
+    batches.close()
+    return found
+
+
+# --- loader ----------------------------------------------------------------------------------
+
+
+def test_stream_is_the_same_every_time_and_goes_on_where_it_stopped(corpus):
+    whole = take(corpus, 9)
+    assert [(e, p) for e, p, _ in whole[:7]] == [
+        (0, 4), (0, 8), (0, 12), (0, 16), (0, 20), (0, 24), (1, 4),
+    ]  # fmt: skip
+    epoch, position, _ = whole[3]
+    resumed = take(corpus, 5, epoch=epoch, position=position)
+    for (e1, p1, image1), (e2, p2, image2) in zip(whole[4:], resumed, strict=True):
+        assert (e1, p1) == (e2, p2)
+        np.testing.assert_array_equal(image1, image2)
+
+
+def test_epochs_and_seeds_differ(corpus):
+    first, other_seed = take(corpus, 7), take(corpus, 1, seed=1)
+    assert not np.array_equal(first[0][2], first[6][2])
+    assert not np.array_equal(first[0][2], other_seed[0][2])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_an_epoch_without_loss_or_repetition(corpus, world_size):
+    """More ranks than shards included; told by the payloads, before any random crop."""
+    streams = [
+        ImageStream([corpus], size=16, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    shares = [list(stream._shuffled(0)) for stream in streams]
+    payloads = [payload for share in shares for payload in share]
+    assert len(payloads) == 24
+    assert len(set(payloads)) == 24
+    assert min(len(share) for share in shares) >= 4
+
+
+def test_too_few_images_are_named(corpus, tmp_path):
+    with pytest.raises(UsageError, match="24 images, fewer than batch_size 25"):
+        take(corpus, 1, batch_size=25)
+    with pytest.raises(UsageError, match="one4all pack makes some"):
+        ImageStream([str(tmp_path)], size=16)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def config_for(corpus: str, **options) -> TrainConfig:
+    defaults = dict(
+        source=corpus,
+        encoder=TINY_ENCODER,
+        generator=TINY_GENERATOR,
+        vocabulary="broad",
+        steps=8,
+        batch_size=4,
+        learning_rate=2e-3,
+    )
+    return TrainConfig(**(defaults | options))
+
+
+@pytest.mark.parametrize("objective", ["default", "paper"])
+def test_gradient_reaches_the_generator_and_not_the_encoder(corpus, objective):
+    trainer = GeneratorTrainer(config_for(corpus, objective=objective))
+    before = [p.detach().clone() for p in trainer.encoder.parameters()]
+    trainer.step(torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8))
+    grads = [p.grad for p in trainer.generator.parameters()]
+    assert all(g is not None for g in grads)
+    assert sum(float(g.abs().sum()) for g in grads) > 0
+    assert all(p.grad is None for p in trainer.encoder.parameters())
+    for old, new in zip(before, trainer.encoder.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_resumed_training_equals_uninterrupted_training(corpus, tmp_path):
+    whole = GeneratorTrainer(config_for(corpus))
+    for _ in whole.steps():
+        pass
+    first = GeneratorTrainer(config_for(corpus))
+    for step, _ in first.steps():
+        if step == 5:
+            first.save(tmp_path)
+            break
+    second = GeneratorTrainer(config_for(corpus))
+    second.load(tmp_path)
+    for _ in second.steps():
+        pass
+    assert second.step_number == 8
+    for a, b in zip(whole.generator.parameters(), second.generator.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_training_moves_the_terms_in_the_right_direction(corpus):
+    trainer = GeneratorTrainer(config_for(corpus, steps=40))
+    history = [trainer.metrics(terms) for _, terms in trainer.steps()]
+    first, last = history[0], history[-1]
+    assert last["l1"] < first["l1"]
+    assert last["l2"] > first["l2"]
+
+
+# --- adversary and controls ------------------------------------------------------------------
+
+
+def test_controls_are_within_budget_and_differ_by_class():
+    patterns = class_patterns(4, 16, epsilon_levels=8, seed=0)
+    assert set(np.unique(patterns)) == {-8.0, 8.0}
+    assert len({pattern.tobytes() for pattern in patterns}) == 4
+    clean = np.full((16, 16, 3), 100, np.uint8)
+    noisy = apply_perturbation(clean, uniform_noise(16, epsilon_levels=8, seed=0), epsilon_levels=8)
+    values, counts = np.unique(noisy, return_counts=True)
+    assert (values.min(), values.max()) == (92, 108)
+    assert counts.min() > 0.5 * counts.mean()
+
+
+def test_adversary_learns_what_can_be_learnt_and_is_fooled_by_a_shortcut():
+    """Class = brightness of the left half; the oracle's pattern is easier still."""
+    random = np.random.default_rng(0)
+
+    def make(count):
+        labels = random.integers(0, 2, count)
+        images = random.integers(60, 196, (count, 16, 16, 3)).astype(np.uint8)
+        images[:, :, :8] = (
+            images[:, :, :8] // 2 + (90 * labels).astype(np.uint8)[:, None, None, None]
+        )
+        return images, labels.astype(np.int64)
+
+    train, test = make(256), make(128)
+    config = AdversaryConfig(width=4, epochs=3, batch_size=32)
+    result = train_adversary(*train, *test, config, seed=0)
+    assert result.last > 0.9
+    assert train_adversary(*train, *test, config, seed=0) == result
+    shuffled = (train[0], random.permutation(train[1]))
+    assert train_adversary(*shuffled, *test, config, seed=0).last < 0.8
+
+
+def test_augmentation_keeps_shape_and_is_seeded():
+    images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    labels = (np.arange(64) % 2).astype(np.int64)
+    config = AdversaryConfig(width=4, epochs=1, batch_size=32, augmentation="flip_crop")
+    first, second = (
+        train_adversary(images, labels, images, labels, config, seed=1) for _ in range(2)
+    )
+    assert first == second
+
+
+CLEAN, NOISE = [0.66, 0.67, 0.65], [0.66, 0.65, 0.66]
+
+
+@pytest.mark.parametrize(
+    ("protected", "oracle", "expected"),
+    [
+        ([0.65, 0.66, 0.66], [0.2, 0.2, 0.2], "does NOT protect"),
+        ([0.30, 0.31, 0.29], [0.2, 0.2, 0.2], "protects this corpus"),
+        ([0.55, 0.56, 0.55], [0.2, 0.2, 0.2], "A weak effect, not protection"),
+        ([0.30, 0.31, 0.29], [0.6, 0.6, 0.6], "Inconclusive"),
+        ([0.20, 0.66, 0.25], [0.2, 0.2, 0.2], "does NOT protect"),
+    ],
+)
+def test_verdict_claims_no_more_than_the_controls_allow(protected, oracle, expected):
+    accuracies = {
+        "clean": CLEAN,
+        "protected": protected,
+        "random noise": NOISE,
+        "class-wise oracle": oracle,
+    }
+    assert expected in verdict(accuracies)
