@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -111,14 +112,15 @@ def verify(
 
     settings = load_config(VerifyConfig, config, set_)
     progress = _Progress("shard")
-    lines = per_image.open("w", encoding="utf-8") if per_image else None
 
     def on_audit(audit: Any) -> None:
         progress.advance()
-        for image in audit.images if lines else ():
-            print(json.dumps({"shard": audit.name} | asdict(image)), file=lines)
+        if lines is not None:
+            lines.writelines(
+                json.dumps({"shard": audit.name} | asdict(image)) + "\n" for image in audit.images
+            )
 
-    with progress:
+    with progress, per_image.open("w", encoding="utf-8") if per_image else nullcontext() as lines:
         result = run(
             source,
             destination,
@@ -126,8 +128,6 @@ def verify(
             on_plan=progress.start,
             on_audit=on_audit,
         )
-    if lines:
-        lines.close()
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
     else:
