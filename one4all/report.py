@@ -37,29 +37,41 @@ def contact_sheet(
         amplification: Factor on the difference, which is drawn around middle gray.
     """
     margin, caption_height, header = 8, 16, 24
-    width = 3 * (tile + margin) + margin
-    sheet = Image.new(
-        "RGB", (width, header + len(rows) * (tile + caption_height + margin)), "white"
-    )
+    pictures = [
+        (
+            caption,
+            [_fit(p, tile) for p in (clean, _amplify(clean, protected, amplification), protected)],
+        )
+        for caption, clean, protected in rows
+    ]
+    heights = [caption_height + row[0].height + margin for _, row in pictures]
+    sheet = Image.new("RGB", (3 * (tile + margin) + margin, header + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
-    titles = ("clean", f"perturbation x {amplification}", "protected")
-    for column, title in enumerate(titles):
+    for column, title in enumerate(("clean", f"perturbation x {amplification}", "protected")):
         draw.text((margin + column * (tile + margin), 5), title, "black", font)
-    for index, (caption, clean, protected) in enumerate(rows):
-        top = header + index * (tile + caption_height + margin)
+    top = header
+    for (caption, row), height in zip(pictures, heights, strict=True):
         draw.text((margin, top), caption, "#555555", font)
-        difference = colour(protected).astype(np.int16) - colour(clean)
-        amplified = np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
-        for column, pixels in enumerate((clean, amplified, protected)):
-            picture = _to_rgb(pixels)
-            picture.thumbnail((tile, tile))
-            if max(picture.size) < tile:  # small images: whole-number enlargement shows the pixels
-                factor = max(1, tile // max(picture.size))
-                size = (picture.width * factor, picture.height * factor)
-                picture = picture.resize(size, Image.Resampling.NEAREST)
+        for column, picture in enumerate(row):
             sheet.paste(picture, (margin + column * (tile + margin), top + caption_height))
+        top += height
     return sheet
+
+
+def _amplify(clean: Pixels, protected: Pixels, amplification: int) -> Pixels:
+    """The difference, enlarged around middle gray."""
+    difference = colour(protected).astype(np.int16) - colour(clean)
+    return np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
+
+
+def _fit(pixels: Pixels, tile: int) -> Image.Image:
+    """A picture of at most ``tile`` pixels a side; small ones enlarged by a whole number."""
+    picture = _to_rgb(pixels)
+    picture.thumbnail((tile, tile))
+    factor = max(1, tile // max(picture.size))
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def plot_loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -100,7 +112,9 @@ def plot_accuracies(
     axes.barh(names, means, color=["#4c72b0" if n == "clean" else "#b0b0b0" for n in names])
     for position, values in enumerate(accuracies.values()):
         axes.plot([100 * v for v in values], [position] * len(values), "k.", markersize=5)
-        axes.text(means[position] + 1, position, f"{means[position]:.1f}", va="center", fontsize=9)
+        axes.text(
+            100 * max(values) + 1.5, position, f"{means[position]:.1f}", va="center", fontsize=9
+        )
     axes.axvline(100 * chance, color="#c44e52", linestyle="--", linewidth=1)
     axes.set_xlabel("test accuracy on clean images, % (dashed: most frequent class; dots: seeds)")
     axes.set_xlim(0, 100)
