@@ -62,7 +62,8 @@ def contact_sheet(
 def _amplify(clean: Pixels, protected: Pixels, amplification: int) -> Pixels:
     """The difference, enlarged around middle gray."""
     difference = colour(protected).astype(np.int16) - colour(clean)
-    return np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
+    amplified: Pixels = np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
+    return amplified
 
 
 def _fit(pixels: Pixels, tile: int) -> Image.Image:

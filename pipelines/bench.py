@@ -85,6 +85,51 @@ def bench(source: str | None, output: Path, *, say: Callable[[str], None]) -> st
     )
 
 
+def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -> str:
+    """Peak memory of a worker on one large shard, beside a shard a twentieth of its size.
+
+    Args:
+        shard_gb: Size of the large shard, in 1e9 bytes; of JPEG photos of 2000x1500.
+        output: JSON file.
+        say: Receives a line for each measurement.
+
+    Returns:
+        The result in one line.
+    """
+    num_threads = os.cpu_count() or 1
+    record: dict[str, Any] = {"shard_bytes": [], "peak_bytes": []}
+    size = (2000, 1500)
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = make_photo_corpus(
+            Path(scratch) / "probe", num_shards=1, images_per_shard=8, size=size
+        )
+        image_bytes = next(iter(open_storage(probe).list())).size / 8
+        for share in (0.05, 1.0):
+            corpus, target = Path(scratch) / f"corpus-{share}", Path(scratch) / f"out-{share}"
+            count = max(8, round(share * shard_gb * 1e9 / image_bytes))
+            make_photo_corpus(corpus, num_shards=1, images_per_shard=count, size=size)
+            shard_bytes = next(iter(open_storage(str(corpus)).list())).size
+            rows: list[dict[str, Any]] = []
+            config = ProtectConfig(num_workers=1, cpus_per_worker=num_threads)
+            with ray_session(RayConfig(num_cpus=num_threads)):
+                protect(str(corpus), str(target), config, on_progress=rows.append)
+            record["shard_bytes"].append(shard_bytes)
+            record["peak_bytes"].append(rows[0]["peak_bytes"])
+            say(
+                f"shard of {shard_bytes / 1e9:.2f} GB, {count} images: "
+                f"{rows[0]['peak_bytes'] / 1e9:.2f} GB peak"
+            )
+            shutil.rmtree(target)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    small, large = record["peak_bytes"]
+    return (
+        f"peak memory of a worker: {large / 1e9:.2f} GB on a shard of "
+        f"{record['shard_bytes'][1] / 1e9:.2f} GB, {small / 1e9:.2f} GB on one of "
+        f"{record['shard_bytes'][0] / 1e9:.2f} GB; {output}"
+    )
+
+
 def make_photo_corpus(
     folder: Path,
     *,

@@ -269,11 +269,19 @@ def bench(
         typer.Argument(help="Shards to measure on; default: photos made here."),
     ] = None,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/bench.json"),
+    shard_gb: Annotated[
+        float,
+        typer.Option(help="Measure memory on one shard of this size instead, in GB."),
+    ] = 0.0,
 ) -> None:
     """Measure protect against a plain loop that does the same work."""
     from pipelines.bench import bench as run
+    from pipelines.bench import bench_memory
 
-    print(run(source, output, say=print))
+    if shard_gb > 0:
+        print(bench_memory(shard_gb, output, say=print))
+    else:
+        print(run(source, output, say=print))
 
 
 def main() -> None:
