@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
+
 ConfigOption = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads annotations at run time
     typer.Option("--config", help="YAML file holding what differs from the defaults."),
@@ -291,13 +293,14 @@ def main() -> None:
     # A scheduler stops us with SIGTERM: unwind as for Ctrl-C, so that uploads are aborted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(standalone_mode=True)
+        app()
     except One4AllError as error:
         print(f"one4all: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        print("one4all: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            print("one4all: interrupted; run the same command again to go on", file=sys.stderr)
+        raise
 
 
 def _keep_native_messages_off_the_terminal() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
-from one4all.errors import BadImageError, UsageError
+from one4all.errors import BadImageError, NotFoundError, UsageError
 from one4all.images import IMAGE_EXTENSIONS, decode
 from one4all.protector import Protector
 from one4all.report import contact_sheet
@@ -31,14 +31,15 @@ def preview(source: str, output: Path, *, protector: str, num_images: int) -> in
         UsageError: No readable image.
     """
     names, images = [], []
-    for name, data in _images(source):
-        try:
-            images.append(decode(data).pixels)
-        except BadImageError:
-            continue
-        names.append(name)
-        if len(images) == num_images:
-            break
+    try:
+        for name, data in _images(source):
+            with suppress(BadImageError):
+                images.append(decode(data).pixels)
+                names.append(name)
+            if len(images) == num_images:
+                break
+    except NotFoundError as error:
+        raise UsageError(str(error)) from error
     if not images:
         raise UsageError(f"{source} holds no image that can be read")
     model = Protector.load(protector)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from one4all.errors import NotFoundError, UsageError
+from one4all.errors import NotFoundError, One4AllError, UsageError
 from one4all.ledger import (
     MAX_ATTEMPTS,
     Binding,
@@ -35,6 +35,7 @@ TRANSFORM_VERSION = 1
 
 Row = dict[str, Any]
 OnProgress = Callable[[Row], None]
+OnPlan = Callable[[Sequence[SourceShard], int], None]
 
 
 @dataclass
@@ -74,7 +75,7 @@ def protect(
     destination_uri: str,
     config: ProtectConfig,
     *,
-    on_plan: Callable[[Sequence[SourceShard], int], None] = lambda todo, num_shards: None,
+    on_plan: OnPlan = lambda todo, num_shards: None,
     on_progress: OnProgress = lambda row: None,
 ) -> ProtectResult:
     """Protect every shard of a corpus that is not protected yet.
@@ -116,6 +117,24 @@ def protect(
             transform_version=TRANSFORM_VERSION,
         )
     )
+    _sweep(destination)
+    try:
+        return _run(source, destination, config, ledger, shards, ignored, on_plan, on_progress)
+    finally:
+        _sweep(destination)  # after an interrupt, which kills workers in mid-write
+
+
+def _run(
+    source: Storage,
+    destination: Storage,
+    config: ProtectConfig,
+    ledger: Ledger,
+    shards: list[SourceShard],
+    ignored: list[str],
+    on_plan: OnPlan,
+    on_progress: OnProgress,
+) -> ProtectResult:
+    """Passes over the plan until nothing is left to do or to try again."""
     result = ProtectResult(run_id=uuid.uuid4().hex[:12], ignored=ignored)
     refused: dict[str, str] = {}
     for attempt in range(MAX_ATTEMPTS + 1):
@@ -136,6 +155,14 @@ def protect(
                         refused[row["name"]] = row["error"]
         shards, _ = list_shards(source)  # a shard that changed while it was read is planned anew
     return _account(result, shards, ledger, refused)
+
+
+def _sweep(destination: Storage) -> None:
+    """Remove what killed writers left; a store that forbids it must not stop the run."""
+    try:
+        destination.sweep()
+    except One4AllError as error:
+        _log.warning("left-overs of killed runs could not be removed: %s", error)
 
 
 def _plan(

@@ -120,6 +120,15 @@ class Storage(ABC):
     def check(self, *, writable: bool) -> None:
         """Raise `AccessError` unless the root can be used; writes nothing."""
 
+    def sweep(self) -> int:
+        """Remove what killed writers left behind; returns how many.
+
+        Never visible, but it takes space. What a live process is writing is left alone. S3 does not
+        say whether an upload is alive, so nothing is removed there: give the bucket a lifecycle
+        rule (AbortIncompleteMultipartUpload).
+        """
+        return 0
+
     def read_bytes(self, key: str) -> bytes:
         """A whole small object."""
         reader = self.open(key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +19,7 @@ from one4all.errors import (
 )
 from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
 
+ABANDONED_SECONDS = 24 * 3600  # on another host: of this age, a write has nobody behind it
 TEMPORARY_SUFFIX = ".one4all-tmp"
 
 
@@ -72,6 +75,15 @@ class LocalStorage(Storage):
         existing = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise AccessError(f"cannot write to {self.root}: {existing} is not a writable folder")
+
+    def sweep(self) -> int:
+        removed = 0
+        for path in self.root.rglob(f".*{TEMPORARY_SUFFIX}"):
+            with suppress(OSError):  # somebody else may be sweeping
+                if _is_abandoned(path):
+                    path.unlink()
+                    removed += 1
+        return removed
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts
@@ -153,7 +165,22 @@ def _file_info(path: Path, key: str) -> ObjectInfo:
 def _temporary_path(path: Path) -> Path:
     """A hidden name beside the target, so that publishing is a rename within one file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    writer = f"{socket.gethostname()}+{os.getpid()}"
+    return path.parent / f".{writer}+{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Whether the process that wrote a temporary file is gone."""
+    host, process_id, _ = temporary.name[1:].rsplit("+", 2)
+    if host != socket.gethostname():
+        return time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS
+    try:
+        os.kill(int(process_id), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and belongs to another user
+        return False
+    return False
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Folders and S3 keep the same promises."""
 
 import os
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -145,6 +147,20 @@ def test_source_replaced_between_two_connections_is_noticed(s3_uri, monkeypatch)
     reader._body = _BrokenBody(OSError("reset"))
     with pytest.raises(SourceChangedError):
         reader.read(10)
+
+
+def test_leftovers_of_killed_writers_are_swept_and_live_ones_kept(tmp_path):
+    storage = open_storage(str(tmp_path))
+    code = (
+        "import os, sys; from one4all.storage import open_storage; "
+        "w = open_storage(sys.argv[1]).writer('dead.tar'); w.write(b'x'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, storage.uri], check=False)
+    with storage.writer("live.tar") as writer:
+        writer.write(b"x")
+        assert storage.sweep() == 1
+        writer.commit()
+    assert files_below(storage) == ["live.tar"]
 
 
 def test_key_cannot_leave_the_folder(tmp_path):

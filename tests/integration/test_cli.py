@@ -1,0 +1,98 @@
+"""The verbs as a user calls them, in processes of their own: quiet, and true to their help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import make_image, make_samples, make_tar
+from PIL import Image
+
+
+def one4all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        env=os.environ | {"RAY_ADDRESS": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Path):
+    """The round trip of the README, with relative paths, and nothing on the terminal but ours."""
+    os.chdir(tmp_path)
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(3):
+            image = make_image(seed=index)
+            (tmp_path / "photos" / label / f"{index}.jpg").write_bytes(image)
+    protector = Path(os.path.relpath(protector_folder, tmp_path))
+    packed = one4all("pack", "photos", "in", "--images-per-shard", "4")
+    assert packed.stdout.startswith("6 images in 2 shards")
+    protected = one4all("protect", "in", "out", "--protector", str(protector))
+    assert protected.returncode == 0, protected.stderr
+    assert protected.stdout == "2 of 2 shards protected (2 now, 6 images, 0 bad)\n"
+    assert "ray" not in protected.stderr.lower()
+    verified = one4all("verify", "in", "out")
+    assert verified.returncode == 0
+    assert verified.stdout.startswith("every promise holds: 2 shards, 6 samples, 6 images")
+    status = one4all("status", "out")
+    assert "2 of 2 shards" in status.stdout
+    shown = one4all("preview", "in/train-000000.tar", "sheet.png", "--protector", str(protector))
+    assert shown.stdout == "4 images drawn to sheet.png\n"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 600
+
+    damaged = bytearray((tmp_path / "out" / "train-000000.tar").read_bytes())
+    damaged[2000] ^= 1
+    (tmp_path / "out" / "train-000000.tar").write_bytes(damaged)
+    found = one4all("verify", "in", "out")
+    assert found.returncode == 1
+    assert "train-000000.tar" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "no-such-corpus", "x"], "no corpus 'no-such-corpus'"),
+        (["preview", "no-such.jpg"], "no such file"),
+        (["status", "nowhere"], "no such folder"),
+        (["train"], "train needs a source"),
+        (["verify", "in", "in"], "no such folder"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_two(tmp_path, arguments, message):
+    os.chdir(tmp_path)
+    done = one4all(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_leaves_a_clean_destination_that_can_go_on(tmp_path, protector_folder):
+    import signal
+    import time
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for index in range(6):
+        (source / f"{index}.tar").write_bytes(make_tar(make_samples(60, seed=index)))
+    command = [sys.executable, "-m", "pipelines.cli", "protect", str(source), str(out)]
+    command += ["--protector", str(protector_folder), "--set", "ray.num_cpus=1"]
+    run = subprocess.Popen(
+        command, env=os.environ | {"RAY_ADDRESS": ""}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*.tar")) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "interrupted; run the same command again" in errors
+    assert "Traceback" not in errors
+    assert one4all(*command[3:]).returncode == 0
+    assert not [p for p in out.rglob("*") if p.name.endswith(".one4all-tmp")]
