@@ -16,7 +16,7 @@ from one4all.errors import BadImageError, One4AllError
 from one4all.images import decode, extension_for
 from one4all.ledger import Binding, Manifest, SourceShard
 from one4all.metrics import max_difference, psnr_db, ssim
-from one4all.shards import Member, Sample, is_protectable, read_samples
+from one4all.shards import Member, Sample, is_protectable, printable, read_samples
 from one4all.storage import Reader, Storage
 
 _MAX_PROBLEMS = 20  # a shard, in the report; the count is always complete
@@ -53,6 +53,7 @@ class ShardAudit:
     images: list[ImageDistances] = field(default_factory=list)
 
     def report(self, problem: str) -> None:
+        problem = printable(problem)
         self.num_problems += 1
         if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(problem)
@@ -89,7 +90,7 @@ def audit_shard(
                     f"output has {written.num_bytes} bytes, its manifest says "
                     f"{manifest.output_size}"
                 )
-    except One4AllError as error:
+    except (One4AllError, OSError) as error:
         audit.report(str(error))
     return audit
 
@@ -144,7 +145,7 @@ class _Comparison:
     def _without_dropped(self, clean: Iterator[Sample]) -> Iterator[Sample]:
         for sample in clean:
             self._audit.num_samples += any(member.is_file for member in sample.members)
-            if sample.key in self._dropped:
+            if sample.members[0].is_file and printable(sample.key) in self._dropped:
                 self._audit.num_dropped += 1
             else:
                 yield sample
@@ -160,7 +161,7 @@ class _Comparison:
             if not is_protectable(clean, self._binding.sidecar_patterns):
                 self._audit.num_sidecars += 1
                 self._expect_identical(clean, written)
-            elif self._bad.get(clean.name) == "passed through":
+            elif self._bad.get(printable(clean.name)) == "passed through":
                 self._audit.num_passed_through += 1
                 self._expect_identical(clean, written)
             else:
@@ -199,7 +200,7 @@ class _Comparison:
             self._audit.report(f"{clean.name}: is not protected: every pixel is the source's")
         self._audit.images.append(
             ImageDistances(
-                clean.name,
+                printable(clean.name),
                 levels,
                 psnr_db(before.pixels, after.pixels),
                 ssim(before.pixels, after.pixels),

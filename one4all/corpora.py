@@ -176,17 +176,26 @@ def _embedded(
 
 
 def _image_folder(root: Path) -> Iterator[LabelledImage]:
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    classes = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
     if not classes:
         raise UsageError(f"{root} has no sub-folders; it needs one for each class")
     for label, name in enumerate(classes):
+        taken: set[str] = set()
         for path in sorted((root / name).rglob("*")):
             extension = path.suffix.lower().lstrip(".")
-            if path.is_file() and extension in IMAGE_EXTENSIONS:
-                relative = path.relative_to(root).with_suffix("")
-                yield LabelledImage(
-                    _safe_key(f"{relative.as_posix()}"), path.read_bytes(), extension, label, name
-                )
+            relative = path.relative_to(root)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if not path.is_file() or extension not in IMAGE_EXTENSIONS or hidden:
+                continue
+            key = _safe_key(relative.with_suffix("").as_posix())
+            if key in taken:  # a.jpg beside a.png, or a.b.jpg beside a_b.jpg
+                key = _safe_key(relative.as_posix())
+            if key in taken:
+                raise UsageError(f"{path} would get a key that another image has; rename it")
+            taken.add(key)
+            yield LabelledImage(key, path.read_bytes(), extension, label, name)
 
 
 def _torchvision(

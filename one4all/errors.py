@@ -6,6 +6,7 @@
     │   ├── ProtectorError       a protector is missing, damaged or does not fit its encoder
     │   ├── BindingError         the destination belongs to another configuration
     │   └── AccessError          a bucket is missing, unreachable or denied
+    ├── PerturbationError        a generator's output cannot be used
     ├── BadImageError            one image cannot be protected; the bad-image policy decides
     ├── ShardError               one shard cannot be trusted; it is not published
     │   └── SourceChangedError   the shard was replaced while it was read; plan it again
@@ -43,6 +44,10 @@ class BindingError(UsageError):
 
 class AccessError(UsageError):
     """A bucket or folder is missing, unreachable, or refuses our credentials."""
+
+
+class PerturbationError(One4AllError):
+    """A generator's output cannot be used; its protector is broken, whatever the image."""
 
 
 class BadImageError(One4AllError):

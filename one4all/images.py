@@ -1,7 +1,8 @@
 """Image files to pixels and back: the only place where a file format matters.
 
 Shapes: pixels are (H, W, C) uint8 with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha.
-Pixels are what the file stores: EXIF orientation is kept as metadata, never applied.
+Pixels are what the file stores: EXIF orientation is kept as metadata, not
+applied (except for TIFF, where Pillow applies it on reading).
 
 What happens to each kind of file (docs/formats.md has the table):
 
@@ -10,6 +11,7 @@ What happens to each kind of file (docs/formats.md has the table):
 * more than 8 bits a channel, animations, and formats outside ``FORMATS`` are refused with
   `BadImageError`: protecting them would silently throw data away.
 * an image that declares more than ``max_pixels`` is refused before it is decoded.
+* metadata that may hold a second, unprotected copy (thumbnails, maker notes) is not kept.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from one4all.errors import BadImageError
 
@@ -33,6 +35,7 @@ OutputFormat = Literal["match", "lossless"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_535  # pixels; what JPEG can state
 JPEG_QUALITY = 95
 
 # A member with one of these extensions is an image even when we cannot read it: then it is a bad
@@ -48,15 +51,20 @@ _MAGIC = (
     b"GIF89a",
     b"II*\0",  # TIFF and most raw formats
     b"MM\0*",
+    b"II+\0",  # BigTIFF
+    b"MM\0+",
+    b"\xff\x4f\xff\x51",  # JPEG 2000 codestream
     b"\0\0\0\x0cjP  \r\n\x87\n",  # JPEG 2000
     b"\0\0\0\x0cJXL \r\n\x87\n",
 )
+_BMP_HEADER_SIZES = tuple(struct.pack("<I", n) for n in (12, 40, 52, 56, 64, 108, 124))
 _FTYP_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 
 # Chunks of a PNG that describe the picture and stay true when its samples change.
-_PNG_KEPT_CHUNKS = frozenset(
-    (b"cHRM", b"gAMA", b"iCCP", b"sRGB", b"cICP", b"eXIf", b"pHYs", b"tEXt", b"zTXt", b"iTXt")
-)
+_PNG_KEPT_CHUNKS = frozenset((b"cHRM", b"gAMA", b"iCCP", b"sRGB", b"cICP", b"pHYs"))
+# EXIF: sub-images, XMP, IPTC, Photoshop blocks, ICC (kept elsewhere), maker notes, PrintIM.
+_PICTURE_TAGS = frozenset((0x014A, 0x02BC, 0x83BB, 0x8649, 0x8773, 0x927C, 0xC4A5, 0xC634))
+_LONGEST_METADATA = 2048  # bytes or items of one value; a thumbnail does not fit
 _PNG_COLOUR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}
 _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
@@ -74,7 +82,7 @@ class DecodedImage:
     Attributes:
         pixels: (H, W, C) uint8, C in 1..4.
         format: One of ``FORMATS``; the format it is written back to by `encode`.
-        exif: EXIF block in TIFF structure, without an embedded thumbnail.
+        exif: EXIF block in TIFF structure, without thumbnail and maker notes.
         icc_profile: ICC profile for ``pixels``; dropped when CMYK was converted.
         dpi: Resolution, if stated.
         png_chunks: Descriptive chunks of a PNG, verbatim.
@@ -98,9 +106,11 @@ def is_image(name: str, head: bytes) -> bool:
 
     Args:
         name: Member name.
-        head: At least the first 16 bytes of the member.
+        head: At least the first 32 bytes of the member.
     """
     if name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS:
+        return True
+    if head[:2] == b"BM" and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADER_SIZES:
         return True
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return True
@@ -117,33 +127,19 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage
     Raises:
         BadImageError: The file is not an image we can protect; the text is the reason.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about what we decide ourselves below
-        try:
-            image = Image.open(io.BytesIO(data))
-            _refuse_what_would_lose_data(image, data, max_pixels)
-            image.load()
-            pixels, converted = _to_8_bit_pixels(image)
-        except BadImageError:
-            raise
-        except UnidentifiedImageError as error:
-            raise BadImageError("not an image file that can be read") from error
-        except Image.DecompressionBombError as error:  # far above any limit that we accept
-            raise BadImageError(f"more than the limit of {max_pixels:,} pixels") from error
-        # Pillow's decoders raise nearly anything on hostile input; each means "cannot be decoded".
-        except Exception as error:
-            raise BadImageError(f"cannot be decoded: {error}") from error
-    info = image.info
-    dpi = info.get("dpi")
-    return DecodedImage(
-        pixels=pixels,
-        format="JPEG" if image.format == "MPO" else str(image.format),
-        exif=_without_thumbnail(bytes(info.get("exif") or b"").removeprefix(b"Exif\0\0")),
-        icc_profile=b"" if image.mode == "CMYK" else bytes(info.get("icc_profile") or b""),
-        dpi=(float(dpi[0]), float(dpi[1])) if dpi else None,
-        png_chunks=_png_chunks(data) if image.format == "PNG" else (),
-        converted=converted,
-    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about what we decide ourselves
+            return _decode(data, max_pixels)
+    except BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError("not an image file that can be read") from error
+    except Image.DecompressionBombError as error:  # far above any limit that we accept
+        raise BadImageError(f"more than the limit of {max_pixels:,} pixels") from error
+    # Pillow's decoders raise nearly anything on hostile input; each means "cannot be decoded".
+    except Exception as error:
+        raise BadImageError(f"cannot be decoded: {error}") from error
 
 
 def peek_num_pixels(data: bytes) -> int:
@@ -162,20 +158,25 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
 
     ``match`` writes the same format: JPEG at quality 95, 4:4:4; everything else is lossless.
     ``lossless`` differs only for JPEG, which becomes PNG. See `extension_for`.
+
+    Raises:
+        BadImageError: The format cannot hold this image, such as a WebP of over 16,383 pixels.
     """
     kind = "PNG" if output_format == "lossless" and image.format == "JPEG" else image.format
     if kind == "PNG":
         return _encode_png(image)
     options = dict(_ENCODER_OPTIONS[kind])
-    if kind in ("JPEG", "WEBP", "TIFF"):
-        if image.exif and kind != "TIFF":
-            options["exif"] = b"Exif\0\0" + image.exif
-        if image.icc_profile:
-            options["icc_profile"] = image.icc_profile
+    if image.exif and kind in ("JPEG", "WEBP"):
+        options["exif"] = b"Exif\0\0" + image.exif
+    if image.icc_profile and kind != "BMP":
+        options["icc_profile"] = image.icc_profile
     if image.dpi and kind != "WEBP":
         options["dpi"] = image.dpi
     buffer = io.BytesIO()
-    _to_pillow(image.pixels).save(buffer, format=kind, **options)
+    try:
+        _to_pillow(image.pixels).save(buffer, format=kind, **options)
+    except Exception as error:  # encoders, too, raise nearly anything
+        raise BadImageError(f"cannot be written back as {kind}: {error}") from error
     return buffer.getvalue()
 
 
@@ -208,12 +209,42 @@ def colour(pixels: Pixels) -> Pixels:
     return pixels[:, :, : 1 if pixels.shape[2] < 3 else 3]
 
 
+def _decode(data: bytes, max_pixels: int) -> DecodedImage:
+    image = Image.open(io.BytesIO(data))
+    _refuse_what_would_lose_data(image, data, max_pixels)
+    image.load()
+    pixels, converted = _to_8_bit_pixels(image, data)
+    info = image.info
+    profile, dpi = info.get("icc_profile"), info.get("dpi")
+    # A PNG text chunk may be called "dpi" or "icc_profile": only values of the right type count.
+    return DecodedImage(
+        pixels=pixels,
+        format="JPEG" if image.format == "MPO" else str(image.format),
+        exif=_exif_without_pictures(image) if image.format in ("JPEG", "MPO", "WEBP") else b"",
+        icc_profile=profile if isinstance(profile, bytes) and image.mode != "CMYK" else b"",
+        dpi=_plausible_dpi(dpi),
+        png_chunks=_png_chunks(data, image) if image.format == "PNG" else (),
+        converted=converted,
+    )
+
+
+def _plausible_dpi(dpi: object) -> tuple[float, float] | None:
+    if not isinstance(dpi, tuple) or len(dpi) != 2:
+        return None
+    if not all(isinstance(value, (int, float, TiffImagePlugin.IFDRational)) for value in dpi):
+        return None
+    across, down = float(dpi[0]), float(dpi[1])
+    return (across, down) if 0 < across < 65536 and 0 < down < 65536 else None
+
+
 def _refuse_what_would_lose_data(image: Image.Image, data: bytes, max_pixels: int) -> None:
     width, height = image.size
     if image.format not in (*FORMATS, "MPO"):
         raise BadImageError(f"format {image.format} is not supported, only {', '.join(FORMATS)}")
     if width * height > max_pixels:
         raise BadImageError(f"{width}x{height} is more than the limit of {max_pixels:,} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise BadImageError(f"{width}x{height} is over {MAX_SIDE:,} pixels on a side")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # the rest of an MPO is a depth or gain map
         raise BadImageError(f"animated or multi-page ({frames} frames)")
@@ -224,6 +255,8 @@ def _refuse_what_would_lose_data(image: Image.Image, data: bytes, max_pixels: in
 
 def _bits_per_channel(image: Image.Image, data: bytes) -> int:
     if image.format == "PNG":
+        if data[12:16] != b"IHDR":
+            raise BadImageError("not a valid PNG: its first chunk is not IHDR")
         return data[24]
     if image.format == "TIFF":
         bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
@@ -231,7 +264,7 @@ def _bits_per_channel(image: Image.Image, data: bytes) -> int:
     return {"I;16": 16, "I": 32, "F": 32}.get(image.mode, 8)
 
 
-def _to_8_bit_pixels(image: Image.Image) -> tuple[Pixels, str]:
+def _to_8_bit_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, str]:
     """Pixels in one of the four layouts, and the conversion that this took."""
     mode, target = image.mode, image.mode
     if "transparency" in image.info and mode in ("1", "L", "P", "RGB"):
@@ -242,11 +275,23 @@ def _to_8_bit_pixels(image: Image.Image) -> tuple[Pixels, str]:
     if image.format == "MPO":
         converted = "first picture of a multi-picture JPEG"
     if target == "LA" and mode != "LA":  # Pillow has no direct way for a colour-keyed gray image
-        gray, key = np.asarray(image.convert("L")), image.info["transparency"]
-        alpha = np.where(gray == (255 * key if mode == "1" else key), 0, 255).astype(np.uint8)
+        gray = np.asarray(image.convert("L"))
+        alpha = np.where(gray == _gray_key(image, data), 0, 255).astype(np.uint8)
         return np.stack([gray, alpha], axis=2), converted
     pixels = np.asarray(image if target == mode else image.convert(target))
+    if target == "RGBA" and image.format in ("WEBP", "BMP") and pixels[:, :, 3].min() == 255:
+        # Their encoders drop an alpha channel that hides nothing; so do we, and say it.
+        return np.ascontiguousarray(pixels[:, :, :3]), f"{mode} to RGB (alpha was opaque)"
     return (pixels if pixels.ndim == 3 else pixels[:, :, None]), converted
+
+
+def _gray_key(image: Image.Image, data: bytes) -> int:
+    """The gray value that a PNG declares transparent, on the scale of 8 bits."""
+    key = int(image.info["transparency"])
+    if image.mode == "1":
+        return 255 if key else 0
+    bits = data[24]
+    return key * 255 // (2**bits - 1) if bits < 8 else key
 
 
 def _to_pillow(pixels: Pixels) -> Image.Image:
@@ -254,50 +299,56 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(squeezed))
 
 
-def _without_thumbnail(exif: bytes) -> bytes:
-    """Blank the thumbnail that IFD1 of an EXIF block may carry: it is an unprotected copy.
+def _exif_without_pictures(image: Image.Image) -> bytes:
+    """The EXIF block in TIFF structure, written anew without what may hold an unprotected copy.
 
-    The block is patched in place, so every other tag keeps its bytes and offsets (maker notes
-    break when they move). A block that cannot be parsed is dropped, since it may hide a copy.
+    Orientation, resolution, dates, camera, exposure, place and the like are kept. Thumbnails (the
+    second directory), maker notes, and any value longer than ``_LONGEST_METADATA`` are not. A block
+    that cannot be parsed is dropped.
     """
-    if not exif:
-        return exif
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None:
-        return b""
-    blob = bytearray(exif)
     try:
-        (ifd0,) = struct.unpack_from(f"{order}I", blob, 4)
-        (count,) = struct.unpack_from(f"{order}H", blob, ifd0)
-        link = ifd0 + 2 + 12 * count
-        if link + 4 > len(blob):
-            return exif  # no link to a second directory, so no thumbnail
-        (ifd1,) = struct.unpack_from(f"{order}I", blob, link)
-        if ifd1 == 0:
-            return exif
-        (count,) = struct.unpack_from(f"{order}H", blob, ifd1)
-        entries = {}
-        for index in range(count):
-            tag, _, _, value = struct.unpack_from(f"{order}HHII", blob, ifd1 + 2 + 12 * index)
-            entries[tag] = value
-        start, length = entries.get(0x0201, 0), entries.get(0x0202, 0)
-        if start and start + length <= len(blob):
-            blob[start : start + length] = bytes(length)
-        struct.pack_into(f"{order}I", blob, link, 0)
-    except struct.error:
+        found = image.getexif()
+        kept = Image.Exif()
+        kept.endian = found.endian
+        kept.update({tag: value for tag, value in found.items() if _is_plain(tag, value)})
+        for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            entries = {t: v for t, v in found.get_ifd(directory).items() if _is_plain(t, v)}
+            if entries:
+                kept[directory] = entries
+            else:
+                kept.pop(directory, None)
+        return kept.tobytes().removeprefix(b"Exif\0\0") if len(kept) else b""
+    except Exception:  # hostile or broken metadata; the picture itself is fine
         return b""
-    return bytes(blob)
 
 
-def _png_chunks(data: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """The descriptive chunks of a PNG, verbatim, except for a thumbnail inside its EXIF."""
+def _is_plain(tag: int, value: object) -> bool:
+    if tag in _PICTURE_TAGS:
+        return False
+    size = len(value) if isinstance(value, (bytes, str, tuple, list)) else 1
+    return size <= _LONGEST_METADATA
+
+
+def _png_chunks(data: bytes, image: Image.Image) -> tuple[tuple[bytes, bytes], ...]:
+    """The descriptive chunks of a PNG, verbatim; none that may hold a picture.
+
+    EXIF is written anew, as for other formats. Long texts are left out, and those that carry a
+    whole metadata block (XMP, "Raw profile type ..."): a thumbnail may be inside.
+    """
     chunks, position = [], 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
-        if kind in _PNG_KEPT_CHUNKS:
-            payload = data[position + 8 : position + 8 + length]
-            chunks.append((kind, _without_thumbnail(payload) if kind == b"eXIf" else payload))
+        payload = data[position + 8 : position + 8 + length]
         position += 12 + length
+        if kind == b"eXIf":
+            payload = _exif_without_pictures(image)
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            block = payload.startswith((b"XML:", b"Raw profile"))
+            if block or len(payload) > _LONGEST_METADATA:
+                continue
+        elif kind not in _PNG_KEPT_CHUNKS:
+            continue
+        chunks.append((kind, payload))
     return tuple(chunks)
 
 

@@ -4,7 +4,8 @@ Everything lives below ``_one4all/`` of the destination, as small JSON objects:
 
     binding.json                       what determines the bytes; created once, compared ever after
     shards/<name>@<version>.json       manifest: this version of this shard is done
-    attempts/<name>@<version>/<n>.json an attempt that is running, or why it failed
+    bad/<name>@<version>.json          number of its bad images, if there are any
+    attempts/<name>@<version>/<n>-<run>.json   an attempt that is running, or why it failed
 
 A *version* is a digest of the source object's ETag and size, so what is done can be told from two
 listings, without opening a single manifest, and a changed source is simply another version. The
@@ -21,7 +22,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from one4all.errors import BindingError, ConflictError, NotFoundError, ShardError
+from one4all.errors import (
+    BindingError,
+    ConflictError,
+    NotFoundError,
+    ShardError,
+    SourceChangedError,
+)
 from one4all.images import OutputFormat
 from one4all.storage import INTERNAL, ObjectInfo, Storage
 
@@ -29,6 +36,7 @@ MAX_ATTEMPTS = 3
 SHARD_SUFFIX = ".tar"
 _BINDING = f"{INTERNAL}binding.json"
 _SHARDS = f"{INTERNAL}shards/"
+_BAD = f"{INTERNAL}bad/"
 _ATTEMPTS = f"{INTERNAL}attempts/"
 
 
@@ -172,8 +180,11 @@ class Ledger:
 
     def manifests(self) -> Iterator[Manifest]:
         """All manifests, in key order."""
-        for info in self._storage.list(_SHARDS):
-            yield Manifest.model_validate_json(self._storage.read_bytes(info.key))
+        for info, data in self._records(_SHARDS):
+            try:
+                yield Manifest.model_validate_json(data)
+            except ValueError as error:
+                raise ShardError(f"manifest {info.key} cannot be read: {error}") from error
 
     def record(self, manifest: Manifest) -> None:
         """Declare a shard done; the data object must be complete before.
@@ -182,52 +193,71 @@ class Ledger:
         same input and protector make the same bytes, so normally both manifests agree. Where they
         do not (two runs on different hardware), the manifest must describe the object that stands.
         """
-        key = _manifest_key(manifest.source)
+        shard, key = manifest.source, _manifest_key(manifest.source)
+        if manifest.bad_images:  # before the manifest: what is done must not hide what is bad
+            count = json.dumps({"num_bad": len(manifest.bad_images)})
+            self._storage.write_bytes(_bad_key(shard), count.encode())
         try:
             self._storage.create(key, _to_json(manifest))
         except ConflictError:
-            standing = self._storage.head(manifest.source.name)
+            standing = self._storage.head(shard.name)
             if (
-                self.manifest(manifest.source).output_sha256 != manifest.output_sha256
+                self.manifest(shard).output_sha256 != manifest.output_sha256
                 and standing.etag == manifest.output_etag
             ):
                 self._storage.write_bytes(key, _to_json(manifest))
-        self._forget_attempts(manifest.source)
-        self._forget_older_versions(manifest.source)
+        self._delete_all(_attempts_prefix(shard))
+
+    def num_bad_images(self) -> dict[str, int]:
+        """Bad images of each done shard that has any, by shard id; reads only those."""
+        done = self.done()
+        counts = {}
+        for info, data in self._records(_BAD):
+            shard_id = info.key[len(_BAD) :].removesuffix(".json")
+            if shard_id in done:
+                counts[shard_id] = int(json.loads(data)["num_bad"])
+        return counts
 
     def begin_attempt(self, shard: SourceShard, run_id: str) -> int:
         """Record durably that an attempt starts, before a byte of the shard is looked at.
 
         An attempt of the same run that never reported back has killed its process, and counts.
         One of an earlier run does not: a killed driver or machine is not the shard's fault.
+        Manifests of other versions are removed: from now on their bytes may be written over.
 
         Returns:
             The number of this attempt, from 1. Above ``MAX_ATTEMPTS`` the shard is quarantined and
             must be left alone.
         """
         counted = 0
-        for info in self._storage.list(_attempts_prefix(shard)):
-            record = json.loads(self._storage.read_bytes(info.key))
-            if not record["error"] and record["run_id"] == run_id:
-                record["error"] = "the worker process died"
-                self._storage.write_bytes(info.key, json.dumps(record).encode())
-            counted += bool(record["error"])
+        for info, data in self._records(_attempts_prefix(shard)):
+            attempt = json.loads(data)
+            if not attempt["error"] and attempt["run_id"] == run_id:
+                attempt["error"] = "the worker process died"
+                self._storage.write_bytes(info.key, json.dumps(attempt).encode())
+            counted += bool(attempt["error"])
         if counted < MAX_ATTEMPTS:
             self._write_attempt(shard, counted + 1, run_id, error="")
+            for prefix in (_SHARDS, _BAD):
+                self._delete_all(f"{prefix}{shard.name}@", keep=shard.version)
         return counted + 1
 
     def fail_attempt(self, shard: SourceShard, number: int, run_id: str, error: str) -> None:
-        """Record why an attempt failed."""
+        """Count an attempt against the shard, with its reason."""
         self._write_attempt(shard, number, run_id, error)
 
+    def withdraw_attempt(self, shard: SourceShard, number: int, run_id: str) -> None:
+        """Forget an attempt that failed through no fault of the shard."""
+        self._storage.delete(_attempt_key(shard, number, run_id))
+
     def failures(self) -> dict[str, list[str]]:
-        """Reasons of failed attempts, by shard id; reads only shards that have failed."""
+        """Reasons of failed attempts, by id of shards not done; reads only what has failed."""
         reasons: dict[str, list[str]] = defaultdict(list)
-        for info in self._storage.list(_ATTEMPTS):
-            record = json.loads(self._storage.read_bytes(info.key))
-            if record["error"]:
-                reasons[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].append(record["error"])
-        return dict(reasons)
+        for info, data in self._records(_ATTEMPTS):
+            if error := json.loads(data)["error"]:
+                reasons[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].append(error)
+        done = self.done() if reasons else set()
+        return {shard_id: why for shard_id, why in reasons.items() if shard_id not in done}
 
     def quarantined(self) -> dict[str, str]:
         """Shards given up after ``MAX_ATTEMPTS`` failures: id to last reason."""
@@ -237,20 +267,22 @@ class Ledger:
             if len(reasons) >= MAX_ATTEMPTS
         }
 
+    def _records(self, prefix: str) -> Iterator[tuple[ObjectInfo, bytes]]:
+        """Records and their contents; one that another run deletes meanwhile is left out."""
+        for info in self._storage.list(prefix):
+            try:
+                data = self._storage.read_bytes(info.key)
+            except (NotFoundError, SourceChangedError):
+                continue
+            yield info, data
+
     def _write_attempt(self, shard: SourceShard, number: int, run_id: str, error: str) -> None:
-        record = {"run_id": run_id, "error": error}
-        self._storage.write_bytes(
-            f"{_attempts_prefix(shard)}{number}.json", json.dumps(record).encode()
-        )
+        attempt = {"run_id": run_id, "error": error}
+        self._storage.write_bytes(_attempt_key(shard, number, run_id), json.dumps(attempt).encode())
 
-    def _forget_attempts(self, shard: SourceShard) -> None:
-        for info in self._storage.list(_attempts_prefix(shard)):
-            self._storage.delete(info.key)
-
-    def _forget_older_versions(self, shard: SourceShard) -> None:
-        """Remove manifests of earlier versions: they describe bytes that are no longer there."""
-        for info in self._storage.list(f"{_SHARDS}{shard.name}@"):
-            if info.key != _manifest_key(shard):
+    def _delete_all(self, prefix: str, *, keep: str = "") -> None:
+        for info in self._storage.list(prefix):
+            if info.key != f"{prefix}{keep}.json":
                 self._storage.delete(info.key)
 
 
@@ -281,8 +313,16 @@ def _manifest_key(shard: SourceShard) -> str:
     return f"{_SHARDS}{shard.id}.json"
 
 
+def _bad_key(shard: SourceShard) -> str:
+    return f"{_BAD}{shard.id}.json"
+
+
 def _attempts_prefix(shard: SourceShard) -> str:
     return f"{_ATTEMPTS}{shard.id}/"
+
+
+def _attempt_key(shard: SourceShard, number: int, run_id: str) -> str:
+    return f"{_attempts_prefix(shard)}{number}-{run_id}.json"
 
 
 def _to_json(record: BaseModel) -> bytes:

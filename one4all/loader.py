@@ -86,7 +86,7 @@ class ImageStream:
     ) -> Iterator[tuple[int, int, Pixels]]:
         while True:
             chunk: list[tuple[int, bytes]] = []
-            count = 0
+            count, started, yielded = 0, position, False
             images: list[Pixels] = []
             for index, payload in enumerate(self._shuffled(epoch)):
                 count = index + 1
@@ -99,12 +99,13 @@ class ImageStream:
                 images += [crop for crop in crops if crop is not None]
                 chunk = []
                 if len(images) == batch_size:
+                    yielded = True
                     yield epoch, count, np.stack(images)
                     images = []
-            if count < batch_size:
+            if not yielded and started == 0:
                 raise UsageError(
-                    f"rank {self._rank} finds {count} images, fewer than batch_size {batch_size}; "
-                    "use more images, fewer workers or a smaller batch"
+                    f"rank {self._rank} finds {count} images, not enough that can be read for one "
+                    f"batch of {batch_size}; use more images, fewer workers or a smaller batch"
                 )
             epoch, position = epoch + 1, 0
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from one4all.errors import PerturbationError
 from one4all.images import Pixels
 
 DEFAULT_EPSILON_LEVELS = 8
@@ -42,8 +43,14 @@ def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int)
     Returns:
         (H, W, C) uint8: ``clip(round(clean + delta), clean -+ epsilon)``, within 0..255.
 
+    Raises:
+        PerturbationError: A value is infinite or not a number; cast to integers it would be 0, and
+            the image would leave clean.
+
     Source: paper section 3.2, budget 8/255; docs/method.md decisions 14 and 20.
     """
+    if not np.isfinite(delta_hwC).all():
+        raise PerturbationError("the perturbation holds values that are not numbers")
     height, width, channels = clean.shape
     num_colours = 1 if channels < 3 else 3
     if num_colours == 1:

@@ -24,6 +24,8 @@ BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)
 _EXTENSION_TYPES = (b"x", b"L", b"K")  # headers that describe the member after them
 _MEMBER_TYPES = frozenset(tarfile.SUPPORTED_TYPES) - {tarfile.GNUTYPE_SPARSE}
+MAX_SAMPLE_MEMBERS = 256  # a sample is held in memory, with its decoded images
+_MAX_EXTENSION_HEADERS = 8  # before one member; tar writes three at most
 _MAX_HEADER_PAYLOAD = 1 << 20  # bytes; a PAX or long-name payload beyond this is an attack
 
 
@@ -63,9 +65,12 @@ class Member:
 
     @property
     def key(self) -> str:
-        """WebDataset key: the name up to the first dot of its last component."""
+        """WebDataset key: the name up to the first dot of its last component.
+
+        A name that starts with a dot has no key there; it stands alone, under its whole name.
+        """
         folder, slash, base = self.name.rpartition("/")
-        return folder + slash + base.partition(".")[0]
+        return folder + slash + (base.partition(".")[0] or base)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Sample:
         return sum(len(member.payload) for member in self.members)
 
 
-def read_samples(stream: Readable, *, max_member_bytes: int = 1 << 31) -> Iterator[Sample]:
+def read_samples(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterator[Sample]:
     """Samples of a shard, in order; the end is reached only if the shard is whole.
 
     Raises:
@@ -100,30 +105,36 @@ def read_samples(stream: Readable, *, max_member_bytes: int = 1 << 31) -> Iterat
             seen.add(key)
         return Sample(key, tuple(group))
 
-    for member in read_members(stream, max_member_bytes=max_member_bytes):
+    for member in read_members(stream, max_sample_bytes=max_sample_bytes):
         if group and not (member.is_file and group[0].is_file and member.key == group[0].key):
             yield close()
             group = []
         if any(member.name == other.name for other in group):
             raise ShardError(f"member {member.name!r} appears twice")
         group.append(member)
+        if len(group) > MAX_SAMPLE_MEMBERS or sum(len(m.payload) for m in group) > max_sample_bytes:
+            raise ShardError(
+                f"sample {member.key!r} has over {MAX_SAMPLE_MEMBERS} members or "
+                f"{max_sample_bytes:,} bytes; a key ends at the first dot of a name, so names like "
+                "frame.0001.jpg all belong to one sample"
+            )
     if group:
         yield close()
 
 
-def read_members(stream: Readable, *, max_member_bytes: int = 1 << 31) -> Iterator[Member]:
+def read_members(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterator[Member]:
     """Members of a shard, in order.
 
     Args:
         stream: The shard, from its first byte.
-        max_member_bytes: Refuse a member that declares more; it would have to fit in memory.
+        max_sample_bytes: Refuse a member that declares more; it would have to fit in memory.
 
     Raises:
         ShardError: Truncated, garbled, compressed, sparse, or followed by anything but zeros.
     """
     blocks = _Blocks(stream)
     while True:
-        header, position = b"", blocks.position
+        header, position, num_extensions = b"", blocks.position, 0
         while True:
             block = blocks.take(BLOCK, "a header" if header else "the end-of-archive blocks")
             if block == _ZEROS:
@@ -132,8 +143,9 @@ def read_members(stream: Readable, *, max_member_bytes: int = 1 << 31) -> Iterat
             header += block
             if info.type not in (*_EXTENSION_TYPES, tarfile.XGLTYPE):
                 break
-            if info.size > _MAX_HEADER_PAYLOAD:
-                raise ShardError(f"extension header of {info.size:,} bytes at byte {position:,}")
+            num_extensions += 1
+            if info.size > _MAX_HEADER_PAYLOAD or num_extensions > _MAX_EXTENSION_HEADERS:
+                raise ShardError(f"too many or too large extension headers at byte {position:,}")
             header += blocks.take(_padded(info.size), "an extension header")
             if info.type == tarfile.XGLTYPE:
                 break
@@ -152,10 +164,15 @@ def read_members(stream: Readable, *, max_member_bytes: int = 1 << 31) -> Iterat
         if info.issparse() or info.type not in _MEMBER_TYPES:
             raise ShardError(f"member {info.name!r} has the unsupported type {info.type!r}")
         size = info.size if info.isreg() else 0
-        if not 0 <= size <= max_member_bytes:
+        if not 0 <= size <= max_sample_bytes:
             raise ShardError(f"member {info.name!r} declares {size:,} bytes, over the limit")
         payload = blocks.take(_padded(size), f"member {info.name!r}")
         yield Member(info, header, payload[:size])
+
+
+def printable(text: str) -> str:
+    """Text that any encoding can hold: bytes of a name that are no UTF-8 become ``\\xe9``."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def is_protectable(member: Member, sidecar_patterns: Sequence[str]) -> bool:
@@ -169,7 +186,7 @@ def is_protectable(member: Member, sidecar_patterns: Sequence[str]) -> bool:
     base = member.name.rpartition("/")[2]
     if not member.is_file or any(fnmatch.fnmatchcase(base, p) for p in sidecar_patterns):
         return False
-    return is_image(member.name, member.payload[:16])
+    return is_image(member.name, member.payload[:32])
 
 
 class ShardWriter:

@@ -84,8 +84,8 @@ def protect(
         result = run(source, destination, settings, on_plan=on_plan, on_progress=on_progress)
     print(
         f"{result.num_done} of {result.num_shards} shards protected "
-        f"({result.num_protected_now} now, {result.num_images} images, "
-        f"{result.num_bad_images} bad)"
+        f"({result.num_protected_now} now, {result.num_images} images); "
+        f"{result.num_bad_images} bad images"
     )
     for name, reason in (result.failed | result.quarantined).items():
         print(f"  not protected: {name}: {reason}")

@@ -66,14 +66,15 @@ class ProtectConfig(JobConfig):
         sidecar_patterns: Members copied although they are images, such as ``*.seg.png``; matched
             against the last component of the name.
         max_image_pixels: Larger images are bad images; refused before they are decoded.
-        max_member_bytes: Larger members make a bad shard; a member has to fit in memory.
-        batch_size: Images in one forward pass. Part of what makes bytes reproducible.
+        max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory.
+        batch_size: Images in one forward pass. Another size may round a pixel here
+            and there to its other neighbour.
         batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight.
         num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow.
         cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
             GPU, or the node's CPUs divided by its GPUs.
         gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
-        wave_shards: Shards handed to Ray at once; the source is listed again between waves.
+        wave_shards: Shards handed to Ray at once; a wave starts its own actors.
     """
 
     protector: str = DEFAULT_PROTECTOR
@@ -81,7 +82,7 @@ class ProtectConfig(JobConfig):
     on_bad_image: Literal["drop", "fail", "passthrough"] = "drop"
     sidecar_patterns: tuple[str, ...] = ()
     max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = DEFAULT_MAX_PIXELS
-    max_member_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -165,7 +166,7 @@ def load_config(
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read configuration {path}: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"configuration {path} must be a mapping of keys to values")
@@ -174,7 +175,10 @@ def load_config(
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override!r}: write key.path=value")
-        _assign(values, key.split("."), yaml.safe_load(value))
+        try:
+            _assign(values, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML") from error
     values |= {key: value for key, value in arguments.items() if value is not None}
     try:
         return model.model_validate(values)

@@ -46,7 +46,8 @@ class ProtectResult:
         num_shards: Shards of the source.
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
-        num_images, num_bad_images: Of this run; bad ones were dropped or passed through.
+        num_images: Of this run.
+        num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         failed: Shards without a manifest, with the reason.
         quarantined: Shards given up after three failures, with the reason.
         ignored: Keys of the source that are no shards.
@@ -136,7 +137,8 @@ def _run(
 ) -> ProtectResult:
     """Passes over the plan until nothing is left to do or to try again."""
     result = ProtectResult(run_id=uuid.uuid4().hex[:12], ignored=ignored)
-    refused: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    refused: set[str] = set()
     for attempt in range(MAX_ATTEMPTS + 1):
         todo = _plan(shards, ledger, refused)
         if attempt == 0:
@@ -150,11 +152,11 @@ def _run(
                     on_progress(row)
                     result.num_protected_now += row["status"] == "done"
                     result.num_images += row["num_images"]
-                    result.num_bad_images += row["num_bad"]
+                    errors[row["name"]] = row["error"]
                     if row["status"] == "refused":
-                        refused[row["name"]] = row["error"]
+                        refused.add(row["name"])
         shards, _ = list_shards(source)  # a shard that changed while it was read is planned anew
-    return _account(result, shards, ledger, refused)
+    return _account(result, shards, ledger, errors)
 
 
 def _sweep(destination: Storage) -> None:
@@ -165,9 +167,7 @@ def _sweep(destination: Storage) -> None:
         _log.warning("left-overs of killed runs could not be removed: %s", error)
 
 
-def _plan(
-    shards: Sequence[SourceShard], ledger: Ledger, refused: dict[str, str]
-) -> list[SourceShard]:
+def _plan(shards: Sequence[SourceShard], ledger: Ledger, refused: set[str]) -> list[SourceShard]:
     """Shards to do: without a manifest, not quarantined, not refused by policy in this run."""
     given_up = ledger.quarantined()
     return [
@@ -194,12 +194,21 @@ def _run_wave(
     )
 
     source_uri, destination_uri = source.uri, destination.uri
+    protector_sha256 = load_card(config.protector).content_hash
 
     class Worker(ShardWorker):
         # Arguments are bound here because Ray prints a warning, in C++, about restartable actors
         # whose constructor takes any.
         def __init__(self) -> None:
-            super().__init__(config, source_uri, destination_uri, run_id, num_threads=cpus)
+            super().__init__(
+                config,
+                source_uri,
+                destination_uri,
+                run_id,
+                protector_sha256=protector_sha256,
+                num_threads=cpus,
+                device="cuda" if gpus else "cpu",
+            )
 
     Worker.__name__ = Worker.__qualname__ = ShardWorker.__name__
     # Ray restarts a dead actor and retries its shard without end; the worker itself stops that,
@@ -224,11 +233,12 @@ def _account(
     result: ProtectResult,
     shards: Sequence[SourceShard],
     ledger: Ledger,
-    refused: dict[str, str],
+    errors: dict[str, str],
 ) -> ProtectResult:
     """Hold the ledger against the listing of the source."""
     done = ledger.done()
-    failures, quarantined = ledger.failures(), ledger.quarantined()
+    quarantined = ledger.quarantined()
+    result.num_bad_images = sum(ledger.num_bad_images().values())
     result.num_shards = len(shards)
     for shard in shards:
         if shard.id in done:
@@ -236,8 +246,7 @@ def _account(
         elif shard.id in quarantined:
             result.quarantined[shard.name] = quarantined[shard.id]
         else:
-            reasons = failures.get(shard.id) or ["no worker reported on it"]
-            result.failed[shard.name] = refused.get(shard.name, reasons[-1])
+            result.failed[shard.name] = errors.get(shard.name) or "no worker reported on it"
     return result
 
 

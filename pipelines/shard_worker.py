@@ -20,9 +20,19 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from one4all.errors import BadImageError, One4AllError, ShardError
+from one4all.errors import (
+    BadImageError,
+    One4AllError,
+    PerturbationError,
+    ProtectorError,
+    ShardError,
+    SourceChangedError,
+    StorageError,
+    UsageError,
+)
 from one4all.images import (
     DecodedImage,
     Pixels,
@@ -36,7 +46,14 @@ from one4all.ledger import MAX_ATTEMPTS, BadImage, Distances, Ledger, Manifest, 
 from one4all.metrics import max_difference, psnr_db
 from one4all.perturbation import Levels, apply_perturbation
 from one4all.protector import Protector, fill_batch
-from one4all.shards import Member, Sample, ShardWriter, is_protectable, read_samples
+from one4all.shards import (
+    Member,
+    Sample,
+    ShardWriter,
+    is_protectable,
+    printable,
+    read_samples,
+)
 from one4all.storage import Storage, open_storage
 from pipelines.config import ProtectConfig
 
@@ -77,7 +94,12 @@ class ShardWorker:
         config: The run's configuration.
         source_uri, destination_uri: Corpora.
         run_id: Names this run in manifests and attempts.
+        protector_sha256: Content hash of the protector that the destination is bound to.
         num_threads: Threads for codecs, and for the device when that is the CPU.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ProtectorError: The protector found here is not the one that the destination is bound to.
     """
 
     def __init__(
@@ -86,7 +108,10 @@ class ShardWorker:
         source_uri: str,
         destination_uri: str,
         run_id: str,
+        *,
+        protector_sha256: str,
         num_threads: int,
+        device: str = "cpu",
     ) -> None:
         torch.set_num_threads(num_threads)
         self._config = config
@@ -94,8 +119,12 @@ class ShardWorker:
         self._source = open_storage(source_uri)
         self._destination = open_storage(destination_uri)
         self._ledger = Ledger(self._destination)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self._protector = Protector.load(config.protector).to(device)
+        if self._protector.card.content_hash != protector_sha256:
+            raise ProtectorError(
+                f"protector {config.protector} changed, or another copy of it lies on this node: "
+                f"{self._protector.card.content_hash[:12]} instead of {protector_sha256[:12]}"
+            )
         self._pool = ThreadPoolExecutor(num_threads, "codec")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -127,9 +156,10 @@ class ShardWorker:
         }
         number = 0
         try:
-            number = self._ledger.begin_attempt(shard, self._run_id)
-            if number > MAX_ATTEMPTS:
+            attempt = self._ledger.begin_attempt(shard, self._run_id)
+            if attempt > MAX_ATTEMPTS:
                 return row | {"status": "quarantined", "error": "quarantined after 3 attempts"}
+            number = attempt
             manifest = protect_shard(
                 shard,
                 self._source,
@@ -144,15 +174,38 @@ class ShardWorker:
                 "num_images": manifest.num_images,
                 "num_bad": len(manifest.bad_images),
             }
-        except (One4AllError, OSError, MemoryError) as error:
+        except Exception as error:  # one shard must not end the run, whatever is wrong with it
+            reason = printable(f"{error}" or type(error).__name__)
+            if not isinstance(error, One4AllError):
+                reason = f"{type(error).__name__}: {reason}"
+            if number:
+                self._close_attempt(shard, number, error, reason)
             status = "refused" if isinstance(error, BadImagePolicyError) else "failed"
-            reason = f"{error}" or type(error).__name__
-            if 0 < number <= MAX_ATTEMPTS:
-                try:
-                    self._ledger.fail_attempt(shard, number, self._run_id, reason)
-                except One4AllError as problem:
-                    _log.warning("recording a failed attempt at %s: %s", shard.name, problem)
             return row | {"status": status, "error": reason}
+
+    def _close_attempt(
+        self, shard: SourceShard, number: int, error: Exception, reason: str
+    ) -> None:
+        """Count the attempt against the shard, unless the fault lies elsewhere.
+
+        An outage of a store, expired credentials, a full disk or the policy "fail" must not end in
+        quarantine: the same shard may be fine tomorrow.
+        """
+        elsewhere = (
+            StorageError,
+            UsageError,
+            SourceChangedError,
+            BadImagePolicyError,
+            PerturbationError,
+            OSError,
+        )
+        try:
+            if isinstance(error, elsewhere):
+                self._ledger.withdraw_attempt(shard, number, self._run_id)
+            else:
+                self._ledger.fail_attempt(shard, number, self._run_id, reason)
+        except (One4AllError, OSError) as problem:
+            _log.warning("recording a failed attempt at %s: %s", shard.name, problem)
 
 
 def _peak_bytes() -> int:
@@ -182,7 +235,7 @@ def protect_shard(
     reader = source.open(shard.name, etag=shard.etag)
     with closing(reader), destination.writer(shard.name) as sink:
         output = ShardWriter(sink)
-        rewrite.run(read_samples(reader, max_member_bytes=config.max_member_bytes), output)
+        rewrite.run(read_samples(reader, max_sample_bytes=config.max_sample_bytes), output)
         output.close()
         with rewrite.timer("write"):
             output_etag = sink.commit()
@@ -345,6 +398,8 @@ class _ShardRewrite:
         seen = decode(payload, max_pixels=self._config.max_image_pixels).pixels
         if seen.shape != clean.pixels.shape:
             raise BadImageError(f"cannot be written back: {clean.pixels.shape} became {seen.shape}")
+        if np.array_equal(clean.pixels, pixels):
+            raise BadImageError("the perturbation changes no pixel of it")
         result = _Protected(
             name=extension_for(name, clean, self._config.output_format),
             payload=payload,
@@ -382,23 +437,24 @@ class _ShardRewrite:
         output: ShardWriter,
     ) -> None:
         self._counts["samples"] += any(member.is_file for member in sample.members)
-        names = [member.name for member in sample.members]
-        self._counts["images"] += sum(name in protected or name in bad for name in names)
-        if not self._accept(sample.key, [name for name in names if name in bad], bad):
+        # A link may share its name with a file: only files are ever replaced.
+        files = [member.name for member in sample.members if member.is_file]
+        self._counts["images"] += sum(name in protected or name in bad for name in files)
+        if not self._accept(sample.key, [name for name in files if name in bad], bad):
             return
-        written = [protected[name].name if name in protected else name for name in names]
+        written = [protected[name].name if name in protected else name for name in files]
         if len(set(written)) < len(written):
             raise ShardError(
                 f"sample {sample.key!r} would hold two members of one name once JPEG becomes PNG; "
                 "use output_format match"
             )
         for member in sample.members:
-            if image := protected.get(member.name):
+            if member.is_file and (image := protected.get(member.name)):
                 output.replace(member, name=image.name, payload=image.payload)
                 self._count(image)
             else:
                 output.copy(member)
-        self._counts["members"] += len(names)
+        self._counts["members"] += len(sample.members)
 
     def _accept(self, key: str, bad_names: Sequence[str], reasons: dict[str, str]) -> bool:
         """Apply the bad-image policy to a sample; whether it is written at all."""
@@ -408,9 +464,9 @@ class _ShardRewrite:
                 raise BadImagePolicyError(f"{name}: {reasons[name]} (on_bad_image is fail)")
             self._bad.append(
                 BadImage(
-                    key=key,
-                    member=name,
-                    reason=reasons[name],
+                    key=printable(key),
+                    member=printable(name),
+                    reason=printable(reasons[name]),
                     action="dropped" if policy == "drop" else "passed through",
                 )
             )

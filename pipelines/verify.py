@@ -157,7 +157,7 @@ def _audit_all(
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
         rows = [{"shard": shard.model_dump_json()} for shard in shards]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(workers)
+            audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
         )
         for row in dataset.iter_rows():
             yield row["audit"]

@@ -27,7 +27,8 @@ class LocalStorage(Storage):
     """A folder."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        # Resolved, so that two ways to one folder are seen as one.
+        self.root = root.expanduser().resolve()
         self.uri = str(self.root)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -141,7 +142,7 @@ class _LocalWriter(Writer):
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[ObjectInfo]:
-    """Files below ``folder`` in key order, hidden ones left out."""
+    """Files below ``folder`` in key order, without those that are being written."""
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -149,12 +150,13 @@ def _walk(folder: Path, prefix: str) -> Iterator[ObjectInfo]:
     entries.sort(key=lambda entry: entry.name + "/" if entry.is_dir() else entry.name)
     for entry in entries:
         key = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.name.startswith("."):
+        if entry.name.endswith(TEMPORARY_SUFFIX):
             continue
         if entry.is_dir():
             yield from _walk(Path(entry.path), key)
         elif entry.is_file():
-            yield _file_info(Path(entry.path), key)
+            with suppress(FileNotFoundError):  # deleted since the folder was read
+                yield _file_info(Path(entry.path), key)
 
 
 def _file_info(path: Path, key: str) -> ObjectInfo:
@@ -171,8 +173,8 @@ def _temporary_path(path: Path) -> Path:
 
 def _is_abandoned(temporary: Path) -> bool:
     """Whether the process that wrote a temporary file is gone."""
-    host, process_id, _ = temporary.name[1:].rsplit("+", 2)
-    if host != socket.gethostname():
+    host, _, process_id = temporary.name[1:].rpartition("+")[0].rpartition("+")
+    if host != socket.gethostname() or not process_id.isdigit():
         return time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS
     try:
         os.kill(int(process_id), 0)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PART_BYTES = 8 << 20  # S3 allows 10,000 parts, so shards up to 78 GiB
 PARTS_IN_FLIGHT = 2
 READ_ATTEMPTS = 8
+_READ_BYTES = 1 << 20  # a broken body loses at most this much of what had arrived
 
 
 class S3Storage(Storage):
@@ -163,7 +164,7 @@ class _S3Reader:
             try:
                 if self._body is None:
                     self._connect()
-                data: bytes = self._body.read(size)
+                data: bytes = self._body.read(min(size, _READ_BYTES))
             except FlexibleChecksumError as error:  # noticed at the end, when the bytes are used
                 raise StorageError(f"{self._storage.uri}/{self._key}: {error}") from error
             except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:

@@ -34,7 +34,7 @@ def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Pa
     assert packed.stdout.startswith("6 images in 2 shards")
     protected = one4all("protect", "in", "out", "--protector", str(protector))
     assert protected.returncode == 0, protected.stderr
-    assert protected.stdout == "2 of 2 shards protected (2 now, 6 images, 0 bad)\n"
+    assert protected.stdout == "2 of 2 shards protected (2 now, 6 images); 0 bad images\n"
     assert "ray" not in protected.stderr.lower()
     verified = one4all("verify", "in", "out")
     assert verified.returncode == 0
@@ -79,7 +79,7 @@ def test_interrupt_leaves_a_clean_destination_that_can_go_on(tmp_path, protector
 
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    for index in range(6):
+    for index in range(30):
         (source / f"{index}.tar").write_bytes(make_tar(make_samples(60, seed=index)))
     command = [sys.executable, "-m", "pipelines.cli", "protect", str(source), str(out)]
     command += ["--protector", str(protector_folder), "--set", "ray.num_cpus=1"]

@@ -94,6 +94,8 @@ def test_bad_images_show_in_exit_code_and_policy_fail_stops_the_shard(tmp_path, 
     files = [("a.jpg", make_image()), ("b.jpg", b"junk")]
     (corpus / "s.tar").write_bytes(make_tar(files))
     assert protect(str(corpus), str(tmp_path / "drop"), config).exit_code == 3
+    again = protect(str(corpus), str(tmp_path / "drop"), config)
+    assert (again.exit_code, again.num_bad_images) == (3, 1)  # it is still missing
     failing = config.model_copy(update={"on_bad_image": "fail"})
     result = protect(str(corpus), str(tmp_path / "fail"), failing)
     assert result.exit_code == 1
@@ -105,6 +107,7 @@ def test_bad_images_show_in_exit_code_and_policy_fail_stops_the_shard(tmp_path, 
     [
         pytest.param(lambda d: (d / "in", d / "in"), "are the same", id="same"),
         pytest.param(lambda d: (d / "in", d / "in" / "out"), "contain one another", id="inside"),
+        pytest.param(lambda d: (d / "in", d / "empty" / ".." / "in"), "are the same", id="dots"),
         pytest.param(lambda d: (d / "none", d / "out"), "no such folder", id="missing-source"),
         pytest.param(lambda d: (d / "empty", d / "out"), "holds no .tar shard", id="empty"),
         pytest.param(lambda d: ("s3://nowhere-at-all", d / "out"), "does not exist", id="bucket"),

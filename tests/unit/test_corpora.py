@@ -70,6 +70,16 @@ def test_image_folder_is_packed_without_encoding_again(tmp_path):
     assert members["cat/sub/one_two.jpg"] == make_image(seed=0)
 
 
+def test_files_that_differ_only_by_extension_get_keys_of_their_own(tmp_path):
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    for name in ("a.jpg", "a.png", "._a.jpg"):
+        (folder / name).write_bytes(make_image())
+    (tmp_path / "images" / ".cache").mkdir()
+    keys = [image.key for image in open_corpus(str(tmp_path / "images"))]
+    assert keys == ["cat/a", "cat/a_png"]
+
+
 def test_torchvision_set_of_files_is_packed_from_its_files(tmp_path):
     """The real OxfordIIITPet class on a tiny copy of its layout."""
     base = tmp_path / "oxford-iiit-pet"

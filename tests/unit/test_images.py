@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -99,19 +100,87 @@ def test_text_and_density_of_a_png_survive():
     assert round(written.info["dpi"][0]) == 300
 
 
-def test_unprotected_thumbnail_in_exif_does_not_survive():
+def _tiff_block(entries: list[tuple[int, int, int, bytes]], thumbnail: bytes) -> bytes:
+    """An EXIF block: IFD0 with entries (tag, type, count, value) and a JPEG thumbnail in IFD1."""
+    ifd0 = struct.pack("<H", len(entries))
+    data_at = 8 + 2 + 12 * len(entries) + 4
+    data = b""
+    for tag, kind, count, value in entries:
+        if len(value) > 4:
+            ifd0 += struct.pack("<HHII", tag, kind, count, data_at + len(data))
+            data += value
+        else:
+            ifd0 += struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+    ifd1_at = data_at + len(data)
+    ifd0 += struct.pack("<I", ifd1_at)
+    ifd1 = struct.pack("<H", 2)
+    ifd1 += struct.pack("<HHII", 0x0201, 4, 1, ifd1_at + 2 + 24 + 4)
+    ifd1 += struct.pack("<HHII", 0x0202, 4, 1, len(thumbnail)) + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8) + ifd0 + data + ifd1 + thumbnail
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_unprotected_copies_in_exif_do_not_survive(format):
     thumbnail = make_image("JPEG", seed=9)
-    ifd0 = struct.pack("<H", 1) + struct.pack("<HHII", 0x0112, 3, 1, 6)
-    ifd1_at = 8 + len(ifd0) + 4
-    entries = struct.pack("<HHII", 0x0201, 4, 1, ifd1_at + 2 + 24 + 4)
-    entries += struct.pack("<HHII", 0x0202, 4, 1, len(thumbnail))
-    ifd1 = struct.pack("<H", 2) + entries + struct.pack("<I", 0)
-    exif = b"II*\0" + struct.pack("<I", 8) + ifd0 + struct.pack("<I", ifd1_at) + ifd1 + thumbnail
-    data = make_image("JPEG", exif=b"Exif\0\0" + exif)
-    assert thumbnail in data
-    written = encode(decode(data), "match")
-    assert thumbnail[:100] not in written
-    assert Image.open(io.BytesIO(written)).getexif()[0x0112] == 6
+    block = _tiff_block(
+        [(0x0112, 3, 1, struct.pack("<H", 6)), (0x927C, 7, len(thumbnail), thumbnail)], thumbnail
+    )
+    data = make_image(format, exif=b"Exif\0\0" + block)
+    assert data.count(thumbnail[:200]) == 2
+    for output_format in ("match", "lossless"):
+        written = encode(decode(data), output_format)
+        assert thumbnail[100:200] not in written
+        assert Image.open(io.BytesIO(written)).getexif()[0x0112] == 6
+
+
+def test_dates_and_places_in_exif_survive():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2026:11:23 08:00:00"
+    exif.get_ifd(0x8825)[1] = "N"
+    exif[0x010F] = "Maker"
+    written = Image.open(io.BytesIO(encode(decode(make_image("JPEG", exif=exif)), "match")))
+    found = written.getexif()
+    assert found[0x010F] == "Maker"
+    assert found.get_ifd(0x8769)[0x9003] == "2026:11:23 08:00:00"
+    assert found.get_ifd(0x8825)[1] == "N"
+
+
+def test_png_texts_that_may_hold_a_picture_do_not_survive():
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", "<xmp>thumbnail</xmp>")
+    text.add_text("Raw profile type exif", "cafe")
+    text.add_text("long", "x" * 5000)
+    text.add_text("Author", "Ann")
+    for key in ("dpi", "icc_profile", "exif"):  # Pillow puts texts where it puts real metadata
+        text.add_text(key, "abc")
+    written = Image.open(io.BytesIO(encode(decode(make_image("PNG", pnginfo=text)), "match")))
+    assert written.text["Author"] == "Ann"
+    assert not {"XML:com.adobe.xmp", "Raw profile type exif", "long"} & set(written.text)
+
+
+def test_png_that_hides_its_depth_is_refused():
+    png = make_16_bit_png(3)
+    text = struct.pack(">I", 4) + b"tEXta\0bc"
+    text += struct.pack(">I", zlib.crc32(b"tEXta\0bc"))
+    with pytest.raises(BadImageError, match=r"IHDR|cannot be decoded|not an image"):
+        decode(png[:8] + text + png[8:])
+
+
+def test_image_that_its_format_cannot_hold_is_refused():
+    wide = DecodedImage(make_pixels(1, 17_000), "WEBP")
+    with pytest.raises(BadImageError, match="cannot be written back as WEBP"):
+        encode(wide, "match")
+
+
+def test_opaque_alpha_of_webp_is_dropped_and_counted():
+    pixels = make_pixels(channels=4)
+    pixels[:, :, 3] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    image = decode(buffer.getvalue())
+    assert image.pixels.shape[2] == 3
 
 
 @settings(max_examples=40, deadline=None)
@@ -137,13 +206,14 @@ def test_our_png_is_what_pillow_reads_back(height, width, channels, seed):
         ("a.bin", make_image("JPEG"), True),
         ("noextension", make_image("PNG"), True),
         ("a.dat", make_image("WEBP"), True),
+        ("a.dat", make_image("BMP"), True),
         ("a.cls", b"7", False),
         ("a.json", b'{"jpg": 1}', False),
         ("jpg", b"the word jpg", True),
     ],
 )
 def test_image_is_recognised_by_name_or_by_content(name, data, expected):
-    assert is_image(name, data[:16]) is expected
+    assert is_image(name, data[:32]) is expected
 
 
 def test_only_a_jpeg_written_as_png_changes_its_name():

@@ -5,6 +5,7 @@ import pytest
 from one4all.errors import BindingError, NotFoundError
 from one4all.ledger import (
     MAX_ATTEMPTS,
+    BadImage,
     Binding,
     Distances,
     Ledger,
@@ -66,8 +67,10 @@ def test_done_is_told_from_listings_and_a_changed_source_is_not_done(storage):
     changed = SourceShard(name=SHARD.name, size=10, etag='"y"')
     new = SourceShard(name="c.tar", size=99, etag='"z"')
     assert pending([SHARD, changed, new], ledger.done()) == [new, changed]
+    ledger.begin_attempt(changed, "run")  # from here the old bytes may be written over
+    assert ledger.done() == set()
     ledger.record(manifest_of(changed))
-    assert ledger.done() == {changed.id}  # the old manifest described bytes that are gone
+    assert ledger.done() == {changed.id}
 
 
 def test_manifest_that_is_there_already_is_accepted_if_it_says_the_same(storage):
@@ -117,6 +120,35 @@ def test_success_forgets_the_failures(storage):
     ledger.fail_attempt(SHARD, 1, "run", "network")
     ledger.record(manifest_of(SHARD))
     assert ledger.failures() == {}
+
+
+def test_failure_elsewhere_is_not_held_against_the_shard(storage):
+    ledger = Ledger(storage)
+    for run in range(5):
+        number = ledger.begin_attempt(SHARD, f"run {run}")
+        assert number == 1
+        ledger.withdraw_attempt(SHARD, number, f"run {run}")
+    assert ledger.failures() == {}
+
+
+def test_failures_of_two_runs_are_both_counted(storage):
+    ledger = Ledger(storage)
+    for run in ("a", "b"):
+        ledger.begin_attempt(SHARD, run)
+    for run in ("a", "b"):
+        ledger.fail_attempt(SHARD, 1, run, f"reason of {run}")
+    assert len(ledger.failures()[SHARD.id]) == 2
+
+
+def test_bad_images_of_what_is_done_are_remembered(storage):
+    ledger = Ledger(storage)
+    bad = BadImage(key="a", member="a.jpg", reason="garbage", action="dropped")
+    ledger.record(manifest_of(SHARD).model_copy(update={"bad_images": (bad, bad)}))
+    assert ledger.num_bad_images() == {SHARD.id: 2}
+    changed = SourceShard(name=SHARD.name, size=10, etag='"y"')
+    ledger.begin_attempt(changed, "run")
+    ledger.record(manifest_of(changed))
+    assert ledger.num_bad_images() == {}
 
 
 def test_only_tar_objects_are_shards(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from builders import make_pixels
 from PIL import Image
 
+from one4all import metrics
 from one4all.metrics import luminance, max_difference, psnr_db, ssim
 from one4all.report import Section, contact_sheet, plot_accuracies, plot_loss_curves, write_report
 
@@ -41,6 +42,14 @@ def test_distances_equal_their_definitions():
     mse = np.mean(difference.astype(float) ** 2)
     assert psnr_db(first, second) == pytest.approx(10 * math.log10(255**2 / mse))
     assert abs(ssim(first, second) - slow_ssim(first, second)) < 1e-3
+
+
+def test_bands_change_nothing(monkeypatch):
+    first, second = make_pixels(90, 40), make_pixels(90, 40, seed=1)
+    whole = (max_difference(first, second), psnr_db(first, second), ssim(first, second))
+    monkeypatch.setattr(metrics, "_BAND_PIXELS", 400)
+    banded = (max_difference(first, second), psnr_db(first, second), ssim(first, second))
+    assert banded == pytest.approx(whole, rel=1e-5)
 
 
 def test_identical_images_have_finite_distances():

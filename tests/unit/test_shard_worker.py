@@ -20,9 +20,10 @@ from builders import (
 )
 
 from one4all.audit import audit_shard
-from one4all.errors import ShardError
+from one4all.errors import PerturbationError, ProtectorError, ShardError
 from one4all.images import decode
 from one4all.ledger import Binding, Ledger
+from one4all.protector import Protector, load_card
 from one4all.storage import open_storage
 from pipelines.config import ProtectConfig
 from pipelines.shard_worker import ShardWorker, protect_shard
@@ -253,11 +254,70 @@ def _as_png(pixels) -> bytes:
     return buffer.getvalue()
 
 
+def test_generator_of_broken_weights_publishes_nothing(tmp_path, protector_folder, pool):
+    """NaN cast to integers is 0: images would leave clean and be called protected."""
+    corpus = open_storage(str(write_corpus(tmp_path / "in", num_shards=1)))
+    broken = Protector.load(str(protector_folder))
+    broken.generator.head.bias.data.fill_(float("nan"))
+    out = open_storage(str(tmp_path / "out"))
+    with pytest.raises(PerturbationError, match="not numbers"):
+        protect_shard(first_shard(corpus), corpus, out, broken, ProtectConfig(**SMALL), pool=pool)
+    assert list(out.list()) == []
+
+
+def test_image_that_would_leave_unchanged_is_a_bad_image(tmp_path, protector_folder, pool):
+    corpus = open_storage(str(write_corpus(tmp_path / "in", num_shards=1)))
+    idle = Protector.load(str(protector_folder))
+    idle.generator.head.weight.data.fill_(0)
+    idle.generator.head.bias.data.fill_(0)
+    out = open_storage(str(tmp_path / "out"))
+    manifest = protect_shard(
+        first_shard(corpus), corpus, out, idle, ProtectConfig(**SMALL), pool=pool
+    )
+    assert manifest.num_protected == 0
+    assert {bad.reason for bad in manifest.bad_images} == {
+        "the perturbation changes no pixel of it"
+    }
+
+
+def test_names_that_are_no_utf8_and_links_with_an_images_name(run):
+    import tarfile as tar
+
+    buffer = io.BytesIO()
+    with tar.open(fileobj=buffer, mode="w", format=tar.GNU_FORMAT, encoding="latin-1") as archive:
+        link = tar.TarInfo("link.jpg")
+        link.type, link.linkname = tar.SYMTYPE, "caf\xe9.jpg"
+        archive.addfile(link)
+        for name, payload in (("caf\xe9.jpg", make_image()), ("bad\xe9.jpg", b"junk")):
+            info = tar.TarInfo(name)
+            info.size = len(payload)
+            archive.addfile(info, io.BytesIO(payload))
+    manifest, _, audit = run(buffer.getvalue())
+    assert manifest.num_protected == 1
+    assert manifest.bad_images[0].member == "bad\\xe9.jpg"
+    assert audit.problems == []
+
+
+def test_worker_refuses_a_protector_that_is_not_the_bound_one(tmp_path, protector_folder):
+    config = ProtectConfig(protector=str(protector_folder))
+    with pytest.raises(ProtectorError, match="changed, or another copy"):
+        ShardWorker(
+            config, str(tmp_path), str(tmp_path), "run", protector_sha256="00", num_threads=1
+        )
+
+
 def test_worker_reports_a_status_row_and_records_it(tmp_path, protector_folder):
     source_uri = str(write_corpus(tmp_path / "in", num_shards=1))
     (tmp_path / "in" / "broken.tar").write_bytes(b"garbage" * 1000)
     config = ProtectConfig(protector=str(protector_folder), **SMALL)
-    worker = ShardWorker(config, source_uri, str(tmp_path / "out"), "run", num_threads=1)
+    worker = ShardWorker(
+        config,
+        source_uri,
+        str(tmp_path / "out"),
+        "run",
+        protector_sha256=load_card(str(protector_folder)).content_hash,
+        num_threads=1,
+    )
     rows = []
     for info in open_storage(source_uri).list():
         row = worker({"name": [info.key], "size": [info.size], "etag": [info.etag]})
@@ -270,3 +330,24 @@ def test_worker_reports_a_status_row_and_records_it(tmp_path, protector_folder):
     assert len(ledger.done()) == 1
     assert list(ledger.failures().values()) == [[broken["error"]]]
     assert not (tmp_path / "out" / "broken.tar").exists()
+
+
+def test_outage_of_the_source_is_not_held_against_a_shard(tmp_path, protector_folder):
+    source_uri = str(write_corpus(tmp_path / "in", num_shards=1))
+    card = load_card(str(protector_folder))
+    worker = ShardWorker(
+        ProtectConfig(protector=str(protector_folder), **SMALL),
+        source_uri,
+        str(tmp_path / "out"),
+        "run",
+        protector_sha256=card.content_hash,
+        num_threads=1,
+    )
+    shard = first_shard(open_storage(source_uri))
+    (tmp_path / "in").rename(tmp_path / "unmounted")
+    for _ in range(4):
+        row = worker.protect(shard)
+        assert row["status"] == "failed"
+        assert "no such file" in row["error"]
+    (tmp_path / "unmounted").rename(tmp_path / "in")
+    assert worker.protect(shard)["status"] == "done"

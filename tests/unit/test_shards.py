@@ -89,7 +89,27 @@ def test_damaged_shard_is_refused_with_a_reason(tar, reason):
 def test_member_over_the_limit_is_refused_before_it_is_read():
     tar = make_tar([("a.bin", bytes(5000))])
     with pytest.raises(ShardError, match="over the limit"):
-        list(shards.read_members(io.BytesIO(tar), max_member_bytes=4999))
+        list(shards.read_members(io.BytesIO(tar), max_sample_bytes=4999))
+
+
+def test_sample_that_could_not_be_held_in_memory_is_refused():
+    frames = make_tar([(f"video.{i:05d}.jpg", b"x") for i in range(300)])
+    with pytest.raises(ShardError, match="ends at the first dot"):
+        list(read_samples(io.BytesIO(frames)))
+
+
+def test_members_that_start_with_a_dot_stand_alone():
+    files = [("._a.jpg", b"1"), ("a.jpg", b"2"), ("._b.jpg", b"3"), ("b.jpg", b"4")]
+    samples = read_samples(io.BytesIO(make_tar(files)))
+    assert [sample.key for sample in samples] == ["._a.jpg", "a", "._b.jpg", "b"]
+
+
+def test_endless_extension_headers_are_refused():
+    info = tarfile.TarInfo("a")
+    info.pax_headers = {"comment": "x"}
+    extension = info.tobuf(tarfile.PAX_FORMAT)[:1024]
+    with pytest.raises(ShardError, match="too many"):
+        list(shards.read_members(io.BytesIO(extension * 1000)))
 
 
 def test_empty_shard_is_whole():

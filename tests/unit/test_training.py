@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
+from builders import TINY_ENCODER, TINY_GENERATOR, make_tar, write_corpus
 
 from one4all.adversaries import AdversaryConfig, train_adversary
 from one4all.baselines.controls import class_patterns, uniform_noise
@@ -63,10 +63,15 @@ def test_ranks_share_an_epoch_without_loss_or_repetition(corpus, world_size):
 
 
 def test_too_few_images_are_named(corpus, tmp_path):
-    with pytest.raises(UsageError, match="24 images, fewer than batch_size 25"):
+    with pytest.raises(UsageError, match="24 images, not enough"):
         take(corpus, 1, batch_size=25)
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    (junk / "s.tar").write_bytes(make_tar([(f"{i}.heic", b"junk") for i in range(9)]))
+    with pytest.raises(UsageError, match="9 images, not enough that can be read"):
+        take(str(junk), 1)
     with pytest.raises(UsageError, match="one4all pack makes some"):
-        ImageStream([str(tmp_path)], size=16)
+        ImageStream([str(tmp_path / "none")], size=16)
 
 
 # --- training --------------------------------------------------------------------------------
