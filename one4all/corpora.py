@@ -13,7 +13,6 @@ encoded again; only data sets that exist as bare pixels (CIFAR) are written as P
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -266,8 +265,3 @@ def _safe_key(text: str) -> str:
     """A WebDataset key: no dot in the last component, since the first dot ends the key."""
     folder, slash, base = text.rpartition("/")
     return folder + slash + re.sub(r"\.", "_", base)
-
-
-def decode_label(members: dict[str, bytes]) -> int:
-    """Class index of a packed sample, from its ``cls`` member."""
-    return int(io.BytesIO(members["cls"]).read().decode().strip())

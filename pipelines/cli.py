@@ -10,7 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -28,11 +28,11 @@ app = typer.Typer(
 _INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
 
 ConfigOption = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads annotations at run time
+    Path | None,
     typer.Option("--config", help="YAML file holding what differs from the defaults."),
 ]
 SetOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--set", help="Override one key: key.path=value. May be repeated."),
 ]
 
@@ -42,15 +42,15 @@ def protect(
     source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of .tar shards.")],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
     protector: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Name, folder or s3:// URI of a protector."),
     ] = None,
     output_format: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="match (keep file formats) or lossless (JPEG becomes PNG)."),
     ] = None,
     on_bad_image: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="drop, fail or passthrough."),
     ] = None,
     config: ConfigOption = None,
@@ -103,7 +103,7 @@ def verify(
     destination: Annotated[str, typer.Argument(help="What protect wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     per_image: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Also write one JSON line for each image to this file."),
     ] = None,
     config: ConfigOption = None,
@@ -140,11 +140,11 @@ def verify(
 @app.command()
 def train(
     source: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(help="Folder or s3:// prefix of shards; several separated by commas."),
     ] = None,
     output: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(help="Protector folder or s3:// prefix to write."),
     ] = None,
     config: ConfigOption = None,
@@ -186,7 +186,7 @@ def pack(
         "coarse"
     ),
     root: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Where torchvision keeps its files."),
     ] = None,
     download: Annotated[bool, typer.Option(help="Let torchvision download.")] = False,
@@ -267,7 +267,7 @@ def demo(
 @app.command()
 def bench(
     source: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(help="Shards to measure on; default: photos made here."),
     ] = None,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/bench.json"),
