@@ -15,6 +15,7 @@ from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
 
 from one4all.errors import UsageError
 from one4all.protector import Protector
+from one4all.storage import open_storage
 from pipelines.config import TrainConfig
 from pipelines.train import train
 
@@ -120,3 +121,19 @@ def test_mistakes_are_found_before_ray_starts(corpus, tmp_path):
     with pytest.raises(UsageError, match="36x36 is not a multiple of 8"):
         train(odd)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_source_run_folder_and_protector_may_all_live_on_s3(corpus, tmp_path, s3_uri):
+    for path in Path(corpus).glob("*.tar"):
+        open_storage(f"{s3_uri}/in").write_bytes(path.name, path.read_bytes())
+    places = {
+        "source": f"{s3_uri}/in",
+        "run_folder": f"{s3_uri}/run",
+        "output": f"{s3_uri}/protector",
+    }
+    config = config_for(corpus, tmp_path, steps=4, num_workers=1, **places)
+    card = train(config)
+    assert Protector.load(f"{s3_uri}/protector").card == card
+    run = {info.key.split("/")[0] for info in open_storage(f"{s3_uri}/run").list()}
+    assert {"metrics.jsonl", "loss_curves.png", "run.json", "step-00000004"} <= run
