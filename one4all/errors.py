@@ -6,6 +6,7 @@
     │   ├── ProtectorError       a protector is missing, damaged or does not fit its encoder
     │   ├── BindingError         the destination belongs to another configuration
     │   └── AccessError          a bucket is missing, unreachable or denied
+    ├── LeaseHeldError           another run is at work on the destination: exit code 75
     ├── PerturbationError        a generator's output cannot be used
     ├── BadImageError            one image cannot be protected; the bad-image policy decides
     ├── ShardError               one shard cannot be trusted; it is not published
@@ -44,6 +45,12 @@ class BindingError(UsageError):
 
 class AccessError(UsageError):
     """A bucket or folder is missing, unreachable, or refuses our credentials."""
+
+
+class LeaseHeldError(One4AllError):
+    """Another run is at work on the destination; try again later (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
 
 
 class PerturbationError(One4AllError):

@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -81,7 +82,14 @@ def protect(
             progress.say(f"{row['status']}: {row['name']}: {row['error']}")
 
     with progress:
-        result = run(source, destination, settings, on_plan=on_plan, on_progress=on_progress)
+        result = run(
+            source,
+            destination,
+            settings,
+            on_plan=on_plan,
+            on_progress=on_progress,
+            on_wait=progress.say,
+        )
     print(
         f"{result.num_done} of {result.num_shards} shards protected "
         f"({result.num_protected_now} now, {result.num_images} images); "
@@ -291,7 +299,8 @@ def main() -> None:
     _keep_native_messages_off_the_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # A scheduler stops us with SIGTERM: unwind as for Ctrl-C, so that uploads are aborted.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt.handle)
     try:
         app()
     except One4AllError as error:
@@ -315,6 +324,28 @@ def _keep_native_messages_off_the_terminal() -> None:
         os.dup2(log.fileno(), 2)
 
 
+class _Interrupt:
+    """Ctrl-C or SIGTERM, remembered.
+
+    An exception raised while one of Ray's callbacks runs is swallowed, so that the request to stop
+    would be lost; the next news from the job then raises it again.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self._received:
+            raise KeyboardInterrupt
+
+
+_interrupt = _Interrupt()
+
+
 class _Progress:
     """A progress bar that appears with the first news: a quick failure shows only its message."""
 
@@ -332,6 +363,7 @@ class _Progress:
         )
 
     def advance(self, steps: int = 1, note: str = "") -> None:
+        _interrupt.check()
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(steps)
@@ -340,6 +372,7 @@ class _Progress:
         self.advance(max(0, position - self._bar.n), note)
 
     def say(self, line: str) -> None:
+        _interrupt.check()
         tqdm.write(line, file=sys.stderr)
 
     def __enter__(self) -> _Progress:

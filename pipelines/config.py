@@ -75,6 +75,10 @@ class ProtectConfig(JobConfig):
             GPU, or the node's CPUs divided by its GPUs.
         gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
         wave_shards: Shards handed to Ray at once; a wave starts its own actors.
+        lease_seconds: Life of the lease that keeps a second run off the destination; renewed four
+            times in it. 0 takes none: two runs at once are wasteful, but harmless.
+        allow_unsafe_store: Write to a store that does not keep the promise of conditional writes.
+            Two runs at once may then both declare a shard done.
     """
 
     protector: str = DEFAULT_PROTECTOR
@@ -89,6 +93,8 @@ class ProtectConfig(JobConfig):
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: float = -1
     wave_shards: Annotated[int, Field(ge=1)] = 5000
+    lease_seconds: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    allow_unsafe_store: bool = False
     ray: RayConfig = RayConfig()
 
 

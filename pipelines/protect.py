@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from one4all.errors import NotFoundError, One4AllError, UsageError
+from one4all.errors import AccessError, NotFoundError, One4AllError, StorageError, UsageError
+from one4all.lease import Lease
 from one4all.ledger import (
     MAX_ATTEMPTS,
     Binding,
@@ -23,7 +25,7 @@ from one4all.ledger import (
     pending,
 )
 from one4all.protector import load_card, locate
-from one4all.storage import Storage, open_storage
+from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines.config import ProtectConfig
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.shard_worker import ShardWorker
@@ -78,6 +80,7 @@ def protect(
     *,
     on_plan: OnPlan = lambda todo, num_shards: None,
     on_progress: OnProgress = lambda row: None,
+    on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectResult:
     """Protect every shard of a corpus that is not protected yet.
 
@@ -90,9 +93,12 @@ def protect(
         config: See there.
         on_plan: Called once with the shards to do and the number of all shards.
         on_progress: Called with each status row of a worker.
+        on_wait: Called with a sentence before waiting for a run that may have died.
 
     Raises:
         UsageError: Nothing was written.
+        LeaseHeldError: Another run is at work on the destination, or took it over.
+        StorageError: A store failed in mid-run; what is done is done.
     """
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
@@ -104,6 +110,7 @@ def protect(
     shards, ignored = list_shards(source)
     if not shards:
         raise UsageError(f"source {source.uri} holds no .tar shard")
+    _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger = Ledger(destination)
     ledger.bind(
         Binding(
@@ -118,53 +125,104 @@ def protect(
             transform_version=TRANSFORM_VERSION,
         )
     )
-    _sweep(destination)
+    run = _Run(source, destination, config, ledger, uuid.uuid4().hex[:12])
     try:
-        return _run(source, destination, config, ledger, shards, ignored, on_plan, on_progress)
-    finally:
-        _sweep(destination)  # after an interrupt, which kills workers in mid-write
+        with run.lease(on_wait):
+            run.sweep()
+            try:
+                return run.passes(shards, ignored, on_plan, on_progress)
+            finally:
+                run.sweep()  # after an interrupt, which kills workers in mid-write
+    except AccessError as error:  # the request was fine when it was checked
+        raise StorageError(f"{error}; in mid-run: run the same command again") from error
 
 
-def _run(
-    source: Storage,
-    destination: Storage,
-    config: ProtectConfig,
-    ledger: Ledger,
-    shards: list[SourceShard],
-    ignored: list[str],
-    on_plan: OnPlan,
-    on_progress: OnProgress,
-) -> ProtectResult:
-    """Passes over the plan until nothing is left to do or to try again."""
-    result = ProtectResult(run_id=uuid.uuid4().hex[:12], ignored=ignored)
-    errors: dict[str, str] = {}
-    refused: set[str] = set()
-    for attempt in range(MAX_ATTEMPTS + 1):
-        todo = _plan(shards, ledger, refused)
-        if attempt == 0:
-            on_plan(todo, len(shards))
-        if not todo or attempt == MAX_ATTEMPTS:
-            break
-        with ray_session(config.ray):
-            for start in range(0, len(todo), config.wave_shards):
-                wave = todo[start : start + config.wave_shards]
-                for row in _run_wave(wave, source, destination, config, result.run_id):
+class _Run:
+    """One execution: its id, its two sides, its lease."""
+
+    def __init__(
+        self,
+        source: Storage,
+        destination: Storage,
+        config: ProtectConfig,
+        ledger: Ledger,
+        run_id: str,
+    ) -> None:
+        self._source, self._destination = source, destination
+        self._config, self._ledger, self._run_id = config, ledger, run_id
+        self._lease: Lease | None = None
+
+    @contextmanager
+    def lease(self, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Hold the destination, unless the configuration says not to."""
+        if not self._config.lease_seconds:
+            yield
+            return
+        with Lease(
+            self._destination, self._run_id, seconds=self._config.lease_seconds, on_wait=on_wait
+        ) as self._lease:
+            yield
+
+    def passes(
+        self,
+        shards: list[SourceShard],
+        ignored: list[str],
+        on_plan: OnPlan,
+        on_progress: OnProgress,
+    ) -> ProtectResult:
+        """Passes over the plan until nothing is left to do or to try again."""
+        result = ProtectResult(run_id=self._run_id, ignored=ignored)
+        errors: dict[str, str] = {}
+        refused: set[str] = set()
+        for attempt in range(MAX_ATTEMPTS + 1):
+            todo = _plan(shards, self._ledger, refused)
+            if attempt == 0:
+                on_plan(todo, len(shards))
+            if not todo or attempt == MAX_ATTEMPTS:
+                break
+            with ray_session(self._config.ray):
+                for row in self._waves(todo):
                     on_progress(row)
                     result.num_protected_now += row["status"] == "done"
                     result.num_images += row["num_images"]
                     errors[row["name"]] = row["error"]
                     if row["status"] == "refused":
                         refused.add(row["name"])
-        shards, _ = list_shards(source)  # a shard that changed while it was read is planned anew
-    return _account(result, shards, ledger, errors)
+            # A shard that changed while it was read is planned anew.
+            shards, _ = list_shards(self._source)
+        return _account(result, shards, self._ledger, errors)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left; a store that forbids it must not stop the run."""
+        try:
+            self._destination.sweep(exclusive=self._lease is not None)
+        except One4AllError as error:
+            _log.warning("left-overs of killed runs could not be removed: %s", error)
+
+    def _waves(self, todo: Sequence[SourceShard]) -> Iterator[Row]:
+        size = self._config.wave_shards
+        for start in range(0, len(todo), size):
+            for row in _run_wave(
+                todo[start : start + size],
+                self._source,
+                self._destination,
+                self._config,
+                self._run_id,
+            ):
+                yield row
+                if self._lease is not None:
+                    self._lease.check()
 
 
-def _sweep(destination: Storage) -> None:
-    """Remove what killed writers left; a store that forbids it must not stop the run."""
-    try:
-        destination.sweep()
-    except One4AllError as error:
-        _log.warning("left-overs of killed runs could not be removed: %s", error)
+def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:
+    """Probe the destination's conditional writes."""
+    defects = conditional_write_defects(destination)
+    if not defects:
+        return
+    found = f"the store of {destination.uri} is not safe for concurrent runs: {'; '.join(defects)}"
+    if not allow:
+        raise UsageError(f"{found}; use another store, or --set allow_unsafe_store=true")
+    _log.warning("%s", found)
 
 
 def _plan(shards: Sequence[SourceShard], ledger: Ledger, refused: set[str]) -> list[SourceShard]:

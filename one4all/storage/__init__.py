@@ -4,7 +4,8 @@ A `Storage` is rooted at a URI and speaks in keys below it. Both kinds promise t
 
 * `Storage.writer` publishes a whole object or nothing; an exception, or a killed process, leaves
   nothing visible under the key;
-* `Storage.create` makes an object only if there is none, so two runs cannot both succeed;
+* `Storage.create` makes an object only if there is none, and `Storage.replace` only over one known
+  version, so two runs cannot both succeed (`conditional_write_defects` asks whether that is true);
 * `Storage.open` pins one version of an object: if it is replaced meanwhile, reading fails with
   `SourceChangedError` instead of mixing two versions.
 
@@ -21,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from one4all.errors import UsageError
 from one4all.storage.base import INTERNAL, ObjectInfo, Reader, Storage, Writer
 from one4all.storage.local import LocalStorage
+from one4all.storage.probe import conditional_write_defects
 
 __all__ = [
     "INTERNAL",
@@ -29,6 +31,7 @@ __all__ = [
     "Reader",
     "Storage",
     "Writer",
+    "conditional_write_defects",
     "open_storage",
 ]
 

@@ -109,8 +109,24 @@ class Storage(ABC):
         """Write an object that becomes visible at `Writer.commit`, whole."""
 
     @abstractmethod
-    def create(self, key: str, data: bytes) -> None:
-        """Create a small object; raises `ConflictError` if it exists."""
+    def create(self, key: str, data: bytes) -> str:
+        """Create a small object and return its ETag; raises `ConflictError` if it exists.
+
+        After a reset connection the SDK tries again by itself, and may then lose against its own
+        first try: a conflict means "somebody, maybe me". Read back and compare.
+        """
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, *, etag: str) -> str:
+        """Replace one version of a small object by another (compare and swap); returns its ETag.
+
+        Raises:
+            ConflictError: ``etag`` is not the current version; see `create` for lost answers.
+        """
+
+    @abstractmethod
+    def age_seconds(self, key: str) -> float:
+        """Time since an object was written, by the store's own clock. Raises: NotFoundError."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -120,14 +136,15 @@ class Storage(ABC):
     def check(self, *, writable: bool) -> None:
         """Raise `AccessError` unless the root can be used; writes nothing."""
 
-    def sweep(self) -> int:
-        """Remove what killed writers left behind; returns how many.
+    @abstractmethod
+    def sweep(self, *, exclusive: bool) -> int:
+        """Remove what killed writers left below the root; returns how many.
 
-        Never visible, but it takes space. What a live process is writing is left alone. S3 does not
-        say whether an upload is alive, so nothing is removed there: give the bucket a lifecycle
-        rule (AbortIncompleteMultipartUpload).
+        Never visible, but it takes space. A folder knows which process was writing. S3 does not, so
+        unfinished uploads are removed only under ``exclusive``: the caller vouches that nobody else
+        is writing here, by holding the lease. A writer that is swept by mistake fails, and its
+        shard is written again.
         """
-        return 0
 
     def read_bytes(self, key: str) -> bytes:
         """A whole small object."""

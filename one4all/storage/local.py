@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import time
@@ -52,7 +53,7 @@ class LocalStorage(Storage):
     def writer(self, key: str) -> Writer:
         return _LocalWriter(self._path(key))
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         path = self._path(key)
         with _local_errors(path), _temporary_file(path) as temporary:
             temporary.write_bytes(data)
@@ -62,6 +63,33 @@ class LocalStorage(Storage):
             except FileExistsError as error:
                 raise ConflictError(f"{path} exists already") from error
             _sync(path.parent)
+            return _file_info(temporary, key).etag
+
+    def replace(self, key: str, data: bytes, *, etag: str) -> str:
+        path = self._path(key)
+        with _local_errors(path), _temporary_file(path) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            with _lock(path.parent):  # a folder has no compare and swap of its own
+                try:
+                    current = _file_info(path, key).etag
+                except FileNotFoundError:
+                    current = "none"
+                if current != etag:
+                    raise ConflictError(f"{path} is not the version that was expected")
+                temporary.replace(path)
+                _sync(path.parent)
+                return _file_info(path, key).etag
+
+    def age_seconds(self, key: str) -> float:
+        path = self._path(key)
+        try:
+            written = path.stat().st_mtime
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no such file: {path}") from error
+        with _local_errors(path), _temporary_file(path) as probe:
+            probe.touch()  # a file server's clock is not ours
+            return probe.stat().st_mtime - written
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -77,7 +105,7 @@ class LocalStorage(Storage):
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise AccessError(f"cannot write to {self.root}: {existing} is not a writable folder")
 
-    def sweep(self) -> int:
+    def sweep(self, *, exclusive: bool) -> int:
         removed = 0
         for path in self.root.rglob(f".*{TEMPORARY_SUFFIX}"):
             with suppress(OSError):  # somebody else may be sweeping
@@ -183,6 +211,17 @@ def _is_abandoned(temporary: Path) -> bool:
     except PermissionError:  # it lives, and belongs to another user
         return False
     return False
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the kernel lets go if this one dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

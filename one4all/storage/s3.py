@@ -10,12 +10,14 @@ import io
 import os
 import random
 import time
+import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from one4all.errors import (
     AccessError,
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 PART_BYTES = 8 << 20  # S3 allows 10,000 parts, so shards up to 78 GiB
 PARTS_IN_FLIGHT = 2
 READ_ATTEMPTS = 8
+_WRITER = "one4all-writer"  # object metadata: which upload made it
 _READ_BYTES = 1 << 20  # a broken body loses at most this much of what had arrived
+
+_Result = TypeVar("_Result")
 
 
 class S3Storage(Storage):
@@ -70,11 +75,29 @@ class S3Storage(Storage):
     def writer(self, key: str) -> Writer:
         return _S3Writer(self, key)
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         with self._errors(key):
-            self._client.put_object(
+            return self._client.put_object(
                 Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*"
-            )
+            )["ETag"]
+
+    def replace(self, key: str, data: bytes, *, etag: str) -> str:
+        def put(condition: str) -> str:
+            with self._errors(key):
+                return self._client.put_object(
+                    Bucket=self._bucket, Key=self._prefix + key, Body=data, IfMatch=condition
+                )["ETag"]
+
+        try:
+            return self._if_match(key, etag, put)
+        except NotFoundError as error:
+            raise ConflictError(str(error)) from error
+
+    def age_seconds(self, key: str) -> float:
+        with self._errors(key):
+            head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return (now - head["LastModified"]).total_seconds()
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -87,6 +110,34 @@ class S3Storage(Storage):
                 client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         except StorageError as error:
             raise AccessError(str(error)) from error
+
+    def sweep(self, *, exclusive: bool) -> int:
+        if not exclusive:
+            return 0
+        removed = 0
+        with self._errors(""):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._prefix
+            )
+            for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+                self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+                removed += 1
+        return removed
+
+    def _if_match(self, key: str, etag: str, request: Callable[[str], _Result]) -> _Result:
+        """Send a request under the condition that an object is still this version.
+
+        Ceph compares the condition literally with an ETag without its quotes, so a conflict about
+        an object that has not changed is tried again in that form.
+        """
+        try:
+            return request(etag)
+        except ConflictError:
+            if self.head(key).etag != etag:
+                raise
+            return request(etag.strip('"'))
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -194,16 +245,23 @@ class _S3Reader:
             "Bucket": storage._bucket,
             "Key": storage._prefix + self._key,
         }
-        if self._etag is not None:
-            request["IfMatch"] = self._etag
         if self._position:
             if self._position == self._size:
                 self._body = io.BytesIO()
                 return
             request["Range"] = f"bytes={self._position}-"
-        try:
+
+        def get(condition: str | None = None) -> Any:
+            if condition is not None:
+                request["IfMatch"] = condition
             with storage._errors(self._key):
-                response = storage._client.get_object(**request)
+                return storage._client.get_object(**request)
+
+        try:
+            if self._etag is None:
+                response = get()
+            else:
+                response = storage._if_match(self._key, self._etag, get)
         except ConflictError as error:
             raise SourceChangedError(
                 f"{storage.uri}/{self._key} changed since it was listed"
@@ -229,6 +287,7 @@ class _S3Writer(Writer):
             "Key": storage._prefix + key,
         }
         self._buffer = bytearray()
+        self._token = uuid.uuid4().hex
         self._upload_id = ""
         self._pool: ThreadPoolExecutor | None = None
         self._in_flight: deque[Future[str]] = deque()
@@ -245,7 +304,9 @@ class _S3Writer(Writer):
         if self._pool is None:
             self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, "upload")
             with self._storage._errors(self._key):
-                created = self._storage._client.create_multipart_upload(**self._request)
+                created = self._storage._client.create_multipart_upload(
+                    **self._request, Metadata={_WRITER: self._token}
+                )
             self._upload_id = created["UploadId"]
         while len(self._in_flight) >= PARTS_IN_FLIGHT:
             self._etags.append(self._in_flight.popleft().result())
@@ -269,19 +330,37 @@ class _S3Writer(Writer):
             self._buffer.clear()
         while self._in_flight:
             self._etags.append(self._in_flight.popleft().result())
-        with self._storage._errors(self._key):
-            done = client.complete_multipart_upload(
-                **self._request,
-                UploadId=self._upload_id,
-                MultipartUpload={
-                    "Parts": [
-                        {"ETag": etag, "PartNumber": number}
-                        for number, etag in enumerate(self._etags, start=1)
-                    ]
-                },
-            )
+        etag = self._complete()
         self._pool.shutdown()
-        return done["ETag"]
+        return etag
+
+    def _complete(self) -> str:
+        parts = [
+            {"ETag": etag, "PartNumber": number} for number, etag in enumerate(self._etags, start=1)
+        ]
+        storage = self._storage
+        try:
+            with storage._errors(self._key):
+                return storage._client.complete_multipart_upload(
+                    **self._request,
+                    UploadId=self._upload_id,
+                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
+                )["ETag"]
+        except StorageError:
+            # The answer to a first try may have been lost; the SDK's second then finds no upload.
+            etag = self._standing_etag()
+            if etag is None:
+                raise
+            return etag
+
+    def _standing_etag(self) -> str | None:
+        """The ETag of the object under our key if this very upload made it."""
+        try:
+            with self._storage._errors(self._key):
+                standing = self._storage._client.head_object(**self._request)
+        except StorageError:
+            return None
+        return standing["ETag"] if standing["Metadata"].get(_WRITER) == self._token else None
 
     def _abort(self) -> None:
         if self._pool is None:
