@@ -99,9 +99,15 @@ class ProtectConfig(JobConfig):
 
 
 class VerifyConfig(JobConfig):
-    """`one4all verify`."""
+    """`one4all verify`.
+
+    Attributes:
+        num_workers: Tasks at once; 0 means as many as the CPUs allow.
+        wave_shards: Shards handed to Ray at once.
+    """
 
     num_workers: Annotated[int, Field(ge=0)] = 0
+    wave_shards: Annotated[int, Field(ge=1)] = 5000
     ray: RayConfig = RayConfig()
 
 

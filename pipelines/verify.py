@@ -141,26 +141,35 @@ def _audit_all(
 
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
         shard = SourceShard.model_validate_json(str(batch["shard"][0]))
-        source, destination = open_storage(source_uri), open_storage(destination_uri)
-        try:
-            manifest = Ledger(destination).manifest(shard)
-        except One4AllError as error:
-            lost = ShardAudit(shard.name)
-            lost.report(str(error))
-            return {"audit": [lost]}
-        return {"audit": [audit_shard(shard, manifest, source, destination, binding)]}
+        return {"audit": [audit_one(shard, source_uri, destination_uri, binding)]}
 
     with ray_session(config.ray):
         import ray
         from ray.data import TaskPoolStrategy
 
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
-        rows = [{"shard": shard.model_dump_json()} for shard in shards]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
-        )
-        for row in dataset.iter_rows():
-            yield row["audit"]
+        for start in range(0, len(shards), config.wave_shards):
+            wave = shards[start : start + config.wave_shards]
+            rows = [{"shard": shard.model_dump_json()} for shard in wave]
+            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
+            )
+            for row in dataset.iter_rows():
+                yield row["audit"]
+
+
+def audit_one(
+    shard: SourceShard, source_uri: str, destination_uri: str, binding: Binding
+) -> ShardAudit:
+    """Audit one shard that the ledger calls done; never raises for what the shard can cause."""
+    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    try:
+        manifest = Ledger(destination).manifest(shard)
+    except One4AllError as error:
+        lost = ShardAudit(shard.name)
+        lost.report(str(error))
+        return lost
+    return audit_shard(shard, manifest, source, destination, binding)
 
 
 def _notes(result: Verification) -> list[str]:

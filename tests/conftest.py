@@ -68,3 +68,32 @@ def ray_local(s3_endpoint: str) -> Iterator[None]:
     )
     with ray_session(RayConfig(num_cpus=2)):
         yield
+
+
+_fault_rows: dict[str, list[str]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the outcome of every test that stands for a row of the fault table."""
+    row = dict(report.user_properties).get("fault")
+    if row and (report.when == "call" or report.outcome != "passed"):
+        _fault_rows.setdefault(row, []).append(report.outcome)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if mark := item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", mark.args[0]))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the fault table, a row for each fault that was injected in this run."""
+    if not _fault_rows:
+        return
+    lines = ["| fault | result | injections |", "|---|---|---|"]
+    for row, outcomes in _fault_rows.items():
+        result = "held" if set(outcomes) == {"passed"} else ", ".join(sorted(set(outcomes)))
+        lines.append(f"| {row} | {result} | {len(outcomes)} |")
+    report = session.config.rootpath / "runs" / "faults.md"
+    report.parent.mkdir(exist_ok=True)
+    report.write_text("\n".join([*lines, ""]), "utf-8")

@@ -104,12 +104,16 @@ class S3Storage(Storage):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
     def check(self, *, writable: bool) -> None:
-        client = _client_for_environment(patient=False)
-        try:
-            with self._errors(""):
-                client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
-        except StorageError as error:
-            raise AccessError(str(error)) from error
+        # Nobody should wait a minute for a mistyped endpoint; a busy server deserves patience.
+        for patient in (False, True):
+            client = _client_for_environment(patient=patient)
+            try:
+                with self._errors(""):
+                    client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+                return
+            except StorageError as error:
+                if patient:
+                    raise AccessError(str(error)) from error
 
     def sweep(self, *, exclusive: bool) -> int:
         if not exclusive:

@@ -1,0 +1,65 @@
+"""Workers that die in mid-shard; importable by Ray's processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from pipelines import shard_worker
+from pipelines.shard_worker import ShardWorker
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+class PoisonedWorker(ShardWorker):
+    """A shard whose name starts with "poison" kills its process, when it is half written."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        original = shard_worker.ShardWriter.replace
+
+        def replace(writer, member, **changes):
+            original(writer, member, **changes)
+            if self._current.startswith("poison"):
+                _die()
+
+        shard_worker.ShardWriter.replace = replace
+
+    def protect(self, shard):
+        self._current = shard.name
+        return super().protect(shard)
+
+
+class OnceKilledWorker(ShardWorker):
+    """Dies in the middle of every shard the first time; what was killed is noted in a folder."""
+
+    folder = Path(os.environ.get("ONE4ALL_TEST_KILLED", "/nonexistent"))
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        original = shard_worker.ShardWriter.replace
+
+        def replace(writer, member, **changes):
+            original(writer, member, **changes)
+            mark = self.folder / self._current
+            if not mark.exists():
+                mark.touch()
+                _die()
+
+        shard_worker.ShardWriter.replace = replace
+
+    def protect(self, shard):
+        self._current = shard.name
+        return super().protect(shard)
+
+
+class StillbornWorker(ShardWorker):
+    """Dies before it can say what it is working on."""
+
+    def __init__(self, *args, **options):
+        _die()

@@ -1,0 +1,352 @@
+"""Faults injected for real into one run without Ray: nothing lost, twice, partial or unprotected.
+
+The run is `protect` as a whole (probe, binding, lease, plan, passes, ledger); only the worker is a
+plain object in this process. `tests/integration/test_faults.py` has the faults that need processes.
+"""
+
+import gzip
+import os
+import pickle
+import subprocess
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from builders import (
+    make_bomb_png,
+    make_image,
+    make_protector,
+    make_samples,
+    make_tar,
+    read_members,
+    write_corpus,
+)
+from fault_proxy import Fault, FaultProxy
+
+from one4all.errors import BindingError, StorageError
+from one4all.ledger import Ledger
+from one4all.protector import load_card
+from one4all.storage import INTERNAL, open_storage
+from one4all.storage.s3 import PART_BYTES
+from pipelines import protect as protecting
+from pipelines import verify as verifying
+from pipelines.config import ProtectConfig, VerifyConfig
+from pipelines.shard_worker import ShardWorker
+
+fault = pytest.mark.fault
+SHARD = r"/in/shard-\d+\.tar"
+OUTPUT = r"/out/shard-\d+\.tar"
+
+
+@pytest.fixture
+def protect(monkeypatch, protector_folder):
+    """`pipelines.protect.protect` with its workers in this process."""
+
+    def run_wave(wave, source, destination, config, run_id):
+        worker = ShardWorker(
+            config,
+            source.uri,
+            destination.uri,
+            run_id,
+            protector_sha256=load_card(config.protector).content_hash,
+            num_threads=2,
+        )
+        yield from (worker.protect(shard) for shard in wave)
+
+    monkeypatch.setattr(protecting, "_run_wave", run_wave)
+    monkeypatch.setattr(protecting, "ray_session", lambda config: nullcontext())
+
+    def protect(source, destination, **options):
+        options = {"protector": str(protector_folder), "batch_size": 4} | options
+        return protecting.protect(str(source), str(destination), ProtectConfig(**options))
+
+    return protect
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """What `verify` finds wrong, its tasks in this process; and uploads left open."""
+
+    def audit_all(shards, source_uri, destination_uri, binding, config):
+        for shard in shards:
+            yield verifying.audit_one(shard, source_uri, destination_uri, binding)
+
+    monkeypatch.setattr(verifying, "_audit_all", audit_all)
+
+    def problems(source, destination):
+        found = list(verifying.verify(str(source), str(destination), VerifyConfig()).problems)
+        if (storage := open_storage(str(destination))).uri.startswith("s3"):
+            listed = storage._client.list_multipart_uploads(Bucket=storage._bucket)
+            uploads = [u["Key"] for u in listed.get("Uploads", [])]
+            found += [f"open upload: {k}" for k in uploads if k.startswith(storage._prefix)]
+        return found
+
+    return problems
+
+
+@pytest.fixture
+def site(s3_endpoint, s3_uri, monkeypatch):
+    """Two shards on S3, one of them of several parts, behind a fault proxy."""
+    monkeypatch.setattr("one4all.storage.s3._pause", lambda attempt: None)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.05)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._BASE", 1.01)
+    storage = open_storage(f"{s3_uri}/in")
+    large = [*make_samples(6), ("zz.bin", os.urandom(PART_BYTES + 100_000))]
+    storage.write_bytes("shard-0.tar", make_tar(large))
+    storage.write_bytes("shard-1.tar", make_tar(make_samples(3, seed=9)))
+    with FaultProxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield Site(proxy, s3_endpoint, f"{s3_uri}/in", f"{s3_uri}/out", monkeypatch)
+
+
+class Site:
+    def __init__(self, proxy, endpoint, source, destination, monkeypatch):
+        self.proxy, self._endpoint = proxy, endpoint
+        self.source, self.destination = source, destination
+        self._monkeypatch = monkeypatch
+
+    def heal(self):
+        """From here on, straight to the server."""
+        self._monkeypatch.setenv("AWS_ENDPOINT_URL", self._endpoint)
+
+
+STORE_FAULTS = [
+    *(
+        pytest.param([Fault("slow_down", f"^{verb} ", times=3)], id=f"503-{verb}")
+        for verb in ("GET", "HEAD", "PUT", "POST", "DELETE")
+    ),
+    pytest.param([Fault("reset", f"GET .*{SHARD}", times=3)], id="reset-before-body"),
+    *(
+        pytest.param([Fault("truncate", f"GET .*{SHARD}", 4, after_bytes=n)], id=f"truncate-{n}")
+        for n in (0, 100, 5_000, 1_500_000)
+    ),
+    pytest.param([Fault("reset_after", rf"PUT .*{INTERNAL}shards/")], id="reset-after-manifest"),
+    pytest.param([Fault("reset_after", r"PUT .*binding\.json")], id="reset-after-binding"),
+    pytest.param([Fault("reset_after", r"PUT .*lease\.json", times=2)], id="reset-after-lease"),
+    pytest.param([Fault("reset_after", rf"PUT .*{OUTPUT}", times=3)], id="reset-after-part"),
+    pytest.param([Fault("reset_after", rf"POST .*{OUTPUT}\?uploadId")], id="reset-after-complete"),
+    pytest.param(
+        [
+            Fault("reset_after", rf"POST .*{OUTPUT}\?uploadId"),
+            Fault("no_upload", rf"POST .*{OUTPUT}\?uploadId"),
+        ],
+        id="reset-after-complete-as-on-aws",
+    ),
+    pytest.param([Fault("latency", ".", times=15, seconds=0.3)], id="slow-server"),
+]
+_ROWS = {
+    "503": "503 storm on every verb",
+    "reset-before": "reset mid-read",
+    "truncate": "truncated read",
+    "reset-after": "reset after commit (manifest, binding, lease, part, completed upload)",
+    "slow": "slow server",
+}
+STORE_FAULTS = [
+    pytest.param(
+        *param.values,
+        id=param.id,
+        marks=fault(next(row for start, row in _ROWS.items() if param.id.startswith(start))),
+    )
+    for param in STORE_FAULTS
+]
+
+
+@pytest.mark.parametrize("faults", STORE_FAULTS)
+def test_store_that_fails_for_a_while_costs_nothing_but_time(site, protect, problems, faults):
+    site.proxy.plan(*faults)
+    result = protect(site.source, site.destination, lease_seconds=4)
+    assert (result.exit_code, result.num_done) == (0, 2), result.failed
+    assert all(f.hits for f in faults), "the fault was never injected"
+    site.heal()
+    assert problems(site.source, site.destination) == []
+
+
+@fault("credentials expiring in mid-run")
+def test_expired_credentials_end_the_run_and_are_held_against_no_shard(site, protect, problems):
+    site.proxy.plan(Fault("deny", rf"PUT .*{INTERNAL}shards/|GET .*in/shard-1", times=None))
+    result = protect(site.source, site.destination)
+    assert result.exit_code == 1
+    assert "ExpiredToken" in result.failed["shard-1.tar"]
+    site.proxy.plan(Fault("deny", "GET .*list-type", times=None, skip=4))
+    with pytest.raises(StorageError, match="in mid-run: run the same command again"):
+        protect(site.source, site.destination)
+    site.heal()
+    assert Ledger(open_storage(site.destination)).quarantined() == {}
+    assert protect(site.source, site.destination).exit_code == 0
+    assert problems(site.source, site.destination) == []
+
+
+@fault("source object replaced mid-read")
+def test_replaced_source_is_planned_again(site, protect, problems, monkeypatch):
+    site.proxy.plan(Fault("truncate", "GET .*in/shard-1", after_bytes=3000))
+    replacement = make_tar(make_samples(4, seed=77))
+
+    def replace_meanwhile(attempt):
+        open_storage(site.source).write_bytes("shard-1.tar", replacement)
+
+    monkeypatch.setattr("one4all.storage.s3._pause", replace_meanwhile)
+    result = protect(site.source, site.destination)
+    assert (result.exit_code, result.num_done, result.num_images) == (0, 2, 10)
+    site.heal()
+    assert problems(site.source, site.destination) == []
+
+
+def _gzipped(tar: bytes) -> bytes:
+    return gzip.compress(tar)
+
+
+def _garbled(tar: bytes) -> bytes:
+    second = 512 + (len(make_samples(1)[0][1]) + 511) // 512 * 512
+    return tar[: second + 20] + b"\xff" * 40 + tar[second + 60 :]
+
+
+def _cut_on_a_boundary(tar: bytes) -> bytes:
+    first = make_samples(3)[:4]
+    return make_tar(first)[: sum(512 + (len(payload) + 511) // 512 * 512 for _, payload in first)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(
+            lambda tar: tar[:3000],
+            "truncated",
+            id="in-member",
+            marks=fault("shard cut inside a member"),
+        ),
+        pytest.param(
+            _cut_on_a_boundary,
+            "truncated",
+            id="on-boundary",
+            marks=fault("shard cut on a member boundary"),
+        ),
+        pytest.param(_garbled, "header", id="header", marks=fault("garbled header")),
+        pytest.param(
+            lambda tar: tar + b"x" * 700, "after", id="tail", marks=fault("trailing garbage")
+        ),
+        pytest.param(
+            lambda tar: make_tar([*make_samples(2), make_samples(2)[0]]),
+            "sample0000",
+            id="duplicate",
+            marks=fault("duplicate member"),
+        ),
+        pytest.param(_gzipped, "gzip", id="gzip", marks=fault("gzip named tar")),
+        pytest.param(lambda tar: b"", "ends at byte 0", id="0-byte", marks=fault("0-byte shard")),
+    ],
+)
+def test_damaged_shard_is_quarantined_and_the_rest_goes_on(
+    tmp_path, protect, problems, damage, reason
+):
+    corpus = write_corpus(tmp_path / "in", num_shards=2, num_samples=3)
+    whole = (corpus / "shard-000.tar").read_bytes()
+    (corpus / "bad.tar").write_bytes(damage(whole))
+    out = tmp_path / "out"
+    result = protect(corpus, out)
+    assert (result.exit_code, result.num_done) == (3, 2)
+    assert reason in result.quarantined["bad.tar"]
+    assert not (out / "bad.tar").exists()
+    assert [p for p in problems(corpus, out) if "bad.tar: not protected" not in p] == []
+
+
+@fault("empty shard")
+def test_empty_shard_is_whole_and_done(tmp_path, protect, problems):
+    corpus = write_corpus(tmp_path / "in", num_shards=1, num_samples=3)
+    (corpus / "empty.tar").write_bytes(make_tar([]))
+    result = protect(corpus, tmp_path / "out")
+    assert (result.exit_code, result.num_done) == (0, 2)
+    assert problems(corpus, tmp_path / "out") == []
+
+
+@fault("names with .., absolute, unicode, 300 characters, PAX headers")
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_odd_names_are_data_and_never_paths(tmp_path, protect, problems, format):
+    names = ["../../escape", "/etc/absolute", "ü/名前/🙂", "long/" + 300 * "n", "a b\tc"]
+    files = []
+    for name in names:
+        files += [(f"{name}.jpg", make_image(seed=len(name))), (f"{name}.txt", name.encode())]
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    (corpus / "s.tar").write_bytes(make_tar(files, format=format))
+    assert protect(corpus, tmp_path / "out").exit_code == 0
+    assert list(read_members((tmp_path / "out" / "s.tar").read_bytes())) == [n for n, _ in files]
+    assert problems(corpus, tmp_path / "out") == []
+    outside = {p.name for p in tmp_path.iterdir()}
+    assert outside == {"in", "out"}
+
+
+class _Bomb:
+    """Leaves a trace if anybody unpickles it."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self._trace), "w"))
+
+
+@fault("pickle members")
+def test_pickles_are_copied_and_never_loaded(tmp_path, protect, problems):
+    payload = pickle.dumps(_Bomb(tmp_path / "loaded"))
+    files = [("a.jpg", make_image()), ("a.pkl", payload), ("a.pth", payload), ("a.npy", payload)]
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    (corpus / "s.tar").write_bytes(make_tar(files))
+    assert protect(corpus, tmp_path / "out").exit_code == 0
+    written = read_members((tmp_path / "out" / "s.tar").read_bytes())
+    assert written["a.pkl"] == payload
+    assert problems(corpus, tmp_path / "out") == []
+    assert not (tmp_path / "loaded").exists()
+
+
+@fault("decompression bomb")
+def test_decompression_bomb_is_dropped_and_recorded(tmp_path, protect, problems):
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    files = [("a.png", make_bomb_png()), ("a.cls", b"1"), ("b.png", make_image("PNG"))]
+    (corpus / "s.tar").write_bytes(make_tar(files))
+    result = protect(corpus, tmp_path / "out")
+    assert (result.exit_code, result.num_bad_images) == (3, 1)
+    assert list(read_members((tmp_path / "out" / "s.tar").read_bytes())) == ["b.png"]
+    assert problems(corpus, tmp_path / "out") == []
+
+
+@fault("disk full at the destination")
+def test_full_disk_leaves_nothing_and_the_rest_can_follow(tmp_path, protect, problems):
+    corpus = write_corpus(tmp_path / "in", num_shards=3, num_samples=20)
+    out = tmp_path / "out"
+    out.mkdir()
+    size = 3 * (corpus / "shard-000.tar").stat().st_size  # of three outputs, not all fit
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(out)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        result = protect(corpus, out, output_format="lossless")
+        assert result.exit_code == 1
+        assert any("No space left" in reason for reason in result.failed.values())
+        assert Ledger(open_storage(str(out))).quarantined() == {}
+        assert not [p for p in out.rglob("*") if p.name.endswith("-tmp")]
+        visible = {p.name for p in out.glob("*.tar")}
+        assert visible == {m.source.name for m in Ledger(open_storage(str(out))).manifests()}
+        subprocess.run(["mount", "-o", "remount,size=64m", str(out)], check=True)
+        assert protect(corpus, out, output_format="lossless").exit_code == 0
+        assert problems(corpus, out) == []
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+@fault("prefix bound to another protector")
+def test_prefix_of_another_protector_is_refused(tmp_path, protect, problems):
+    corpus = write_corpus(tmp_path / "in", num_shards=1)
+    protect(corpus, tmp_path / "out")
+    make_protector(seed=5).save(tmp_path / "other")
+    with pytest.raises(BindingError, match="protector_sha256"):
+        protect(corpus, tmp_path / "out", protector=str(tmp_path / "other"))
+    assert problems(corpus, tmp_path / "out") == []
+
+
+def test_proxy_passes_on_what_it_does_not_break(site):
+    storage = open_storage(site.source)
+    data = os.urandom(3 * PART_BYTES + 5)
+    storage.write_bytes("x", data)
+    assert storage.read_bytes("x") == data
