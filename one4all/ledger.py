@@ -6,6 +6,7 @@ Everything lives below ``_one4all/`` of the destination, as small JSON objects:
     shards/<name>@<version>.json       manifest: this version of this shard is done
     bad/<name>@<version>.json          number of its bad images, if there are any
     attempts/<name>@<version>/<n>-<run>.json   an attempt that is running, or why it failed
+    starts/<run>/<worker>              a worker that is loading the protector, or died of it
 
 A *version* is a digest of the source object's ETag and size, so what is done can be told from two
 listings, without opening a single manifest, and a changed source is simply another version. The
@@ -38,6 +39,7 @@ _BINDING = f"{INTERNAL}binding.json"
 _SHARDS = f"{INTERNAL}shards/"
 _BAD = f"{INTERNAL}bad/"
 _ATTEMPTS = f"{INTERNAL}attempts/"
+_STARTS = f"{INTERNAL}starts/"
 
 
 class _Record(BaseModel):
@@ -249,6 +251,23 @@ class Ledger:
     def withdraw_attempt(self, shard: SourceShard, number: int, run_id: str) -> None:
         """Forget an attempt that failed through no fault of the shard."""
         self._storage.delete(_attempt_key(shard, number, run_id))
+
+    def begin_start(self, run_id: str, worker: str) -> int:
+        """Record that a worker begins to load; returns how many of the run are doing so, or died.
+
+        Ray starts a dead worker again without end. Those that die before they take a shard are
+        counted here, since there is no shard to count them against.
+        """
+        self._storage.write_bytes(f"{_STARTS}{run_id}/{worker}", b"")
+        return sum(1 for _ in self._storage.list(f"{_STARTS}{run_id}/"))
+
+    def end_start(self, run_id: str, worker: str) -> None:
+        """The worker lives."""
+        self._storage.delete(f"{_STARTS}{run_id}/{worker}")
+
+    def forget_starts(self) -> None:
+        """Remove what dead workers of all runs left."""
+        self._delete_all(_STARTS)
 
     def failures(self) -> dict[str, list[str]]:
         """Reasons of failed attempts, by id of shards not done; reads only what has failed."""

@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 # Raise this when the same configuration would write other bytes than before.
 TRANSFORM_VERSION = 1
 
+MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
+
 Row = dict[str, Any]
 OnProgress = Callable[[Row], None]
 OnPlan = Callable[[Sequence[SourceShard], int], None]
@@ -174,12 +176,11 @@ class _Run:
         result = ProtectResult(run_id=self._run_id, ignored=ignored)
         errors: dict[str, str] = {}
         refused: set[str] = set()
-        for attempt in range(MAX_ATTEMPTS + 1):
-            todo = _plan(shards, self._ledger, refused)
-            if attempt == 0:
-                on_plan(todo, len(shards))
-            if not todo or attempt == MAX_ATTEMPTS:
-                break
+        todo = _plan(shards, self._ledger, refused)
+        on_plan(todo, len(shards))
+        self._ledger.forget_starts()
+        barren_passes = 0
+        while todo and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
                 for row in self._waves(todo):
                     on_progress(row)
@@ -190,6 +191,8 @@ class _Run:
                         refused.add(row["name"])
             # A shard that changed while it was read is planned anew.
             shards, _ = list_shards(self._source)
+            before, todo = len(todo), _plan(shards, self._ledger, refused)
+            barren_passes = 0 if len(todo) < before else barren_passes + 1
         return _account(result, shards, self._ledger, errors)
 
     def sweep(self) -> None:
@@ -266,11 +269,12 @@ def _run_wave(
                 protector_sha256=protector_sha256,
                 num_threads=cpus,
                 device="cuda" if gpus else "cpu",
+                max_starts=num_workers + MAX_DEAD_STARTS,
             )
 
     Worker.__name__ = Worker.__qualname__ = ShardWorker.__name__
-    # Ray restarts a dead actor and retries its shard without end; the worker itself stops that,
-    # by the durable count of attempts.
+    # Ray restarts a dead actor and retries its shard without end, and offers no bound. Ours are
+    # durable: attempts at a shard, and starts of workers that never came to look at one.
     rows = [{"name": shard.name, "size": shard.size, "etag": shard.etag} for shard in wave]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
@@ -284,7 +288,8 @@ def _run_wave(
     try:
         yield from dataset.iter_rows()
     except RayError as error:  # what did not come back is planned again from the ledger
-        _log.warning("Ray gave up on a part of the plan: %s", str(error).splitlines()[-1])
+        reason = str(error).splitlines()[-1].strip().partition(". ")[0]
+        _log.warning("Ray gave up on a part of this pass: %s", reason)
 
 
 def _account(

@@ -19,6 +19,8 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Ray prints to standard output whenever a worker dies; we say ourselves what became of it.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_TRAIN_V2_ENABLED": "1",
 }
 _NOISY_LOGGERS = ("ray", "ray.data", "ray.train")
@@ -55,7 +57,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         import ray.train
 
         for name in _NOISY_LOGGERS:  # after the imports, which set their own levels
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

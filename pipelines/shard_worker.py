@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,6 +98,8 @@ class ShardWorker:
         protector_sha256: Content hash of the protector that the destination is bound to.
         num_threads: Threads for codecs, and for the device when that is the CPU.
         device: "cpu" or "cuda".
+        max_starts: Workers of this run that may be loading, or have died of it, before this one
+            gives up; it then answers every shard with "failed".
 
     Raises:
         ProtectorError: The protector found here is not the one that the destination is bound to.
@@ -112,6 +115,7 @@ class ShardWorker:
         protector_sha256: str,
         num_threads: int,
         device: str = "cpu",
+        max_starts: int = 1,
     ) -> None:
         torch.set_num_threads(num_threads)
         self._config = config
@@ -119,13 +123,12 @@ class ShardWorker:
         self._source = open_storage(source_uri)
         self._destination = open_storage(destination_uri)
         self._ledger = Ledger(self._destination)
-        self._protector = Protector.load(config.protector).to(device)
-        if self._protector.card.content_hash != protector_sha256:
-            raise ProtectorError(
-                f"protector {config.protector} changed, or another copy of it lies on this node: "
-                f"{self._protector.card.content_hash[:12]} instead of {protector_sha256[:12]}"
-            )
         self._pool = ThreadPoolExecutor(num_threads, "codec")
+        self._protector: Protector | None = None
+        worker = uuid.uuid4().hex
+        if self._ledger.begin_start(run_id, worker) <= max_starts:
+            self._protector = _load(config.protector, protector_sha256).to(device)
+            self._ledger.end_start(run_id, worker)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Protect the one shard of a Ray Data batch; never raises for what a shard can cause.
@@ -155,6 +158,8 @@ class ShardWorker:
             "error": "",
         }
         number = 0
+        if self._protector is None:
+            return row | {"status": "failed", "error": "workers die while they load the protector"}
         try:
             attempt = self._ledger.begin_attempt(shard, self._run_id)
             if attempt > MAX_ATTEMPTS:
@@ -206,6 +211,17 @@ class ShardWorker:
                 self._ledger.fail_attempt(shard, number, self._run_id, reason)
         except (One4AllError, OSError) as problem:
             _log.warning("recording a failed attempt at %s: %s", shard.name, problem)
+
+
+def _load(protector: str, sha256: str) -> Protector:
+    """The protector that the destination is bound to, whatever lies on this node."""
+    loaded = Protector.load(protector)
+    if loaded.card.content_hash != sha256:
+        raise ProtectorError(
+            f"protector {protector} changed, or another copy of it lies on this node: "
+            f"{loaded.card.content_hash[:12]} instead of {sha256[:12]}"
+        )
+    return loaded
 
 
 def _peak_bytes() -> int:

@@ -38,7 +38,9 @@ class PoisonedWorker(ShardWorker):
 class OnceKilledWorker(ShardWorker):
     """Dies in the middle of every shard the first time; what was killed is noted in a folder."""
 
-    folder = Path(os.environ.get("ONE4ALL_TEST_KILLED", "/nonexistent"))
+    @staticmethod
+    def into(folder: Path) -> type[OnceKilledWorker]:
+        return type("OnceKilledWorker", (OnceKilledWorker,), {"folder": folder})
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -59,7 +61,8 @@ class OnceKilledWorker(ShardWorker):
 
 
 class StillbornWorker(ShardWorker):
-    """Dies before it can say what it is working on."""
+    """Dies while it loads the protector, before it can say which shard it works on."""
 
     def __init__(self, *args, **options):
-        _die()
+        shard_worker.Protector.load = lambda location: _die()
+        super().__init__(*args, **options)

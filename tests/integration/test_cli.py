@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_image, make_samples, make_tar
+from builders import make_image
 from PIL import Image
 
 
@@ -71,28 +71,3 @@ def test_mistakes_are_one_sentence_and_exit_code_two(tmp_path, arguments, messag
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_interrupt_leaves_a_clean_destination_that_can_go_on(tmp_path, protector_folder):
-    import signal
-    import time
-
-    source, out = tmp_path / "in", tmp_path / "out"
-    source.mkdir()
-    for index in range(30):
-        (source / f"{index}.tar").write_bytes(make_tar(make_samples(60, seed=index)))
-    command = [sys.executable, "-m", "pipelines.cli", "protect", str(source), str(out)]
-    command += ["--protector", str(protector_folder), "--set", "ray.num_cpus=1"]
-    run = subprocess.Popen(
-        command, env=os.environ | {"RAY_ADDRESS": ""}, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("*.tar")) and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert "interrupted; run the same command again" in errors
-    assert "Traceback" not in errors
-    assert one4all(*command[3:]).returncode == 0
-    assert not [p for p in out.rglob("*") if p.name.endswith(".one4all-tmp")]

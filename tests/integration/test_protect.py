@@ -2,17 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from builders import make_image, make_samples, make_tar, write_corpus
 
 from one4all.errors import UsageError
-from one4all.ledger import Ledger
 from one4all.storage import open_storage
 from pipelines import cli
 from pipelines.config import ProtectConfig, VerifyConfig
@@ -178,58 +174,6 @@ def test_denied_credentials_are_one_sentence(tmp_path, config, s3_uri, monkeypat
             protect(corpus, s3_uri, config)
     finally:
         switch_authentication(b"inf")
-
-
-def test_killed_driver_then_the_same_command_again(tmp_path, protector_folder, s3_uri):
-    """kill -9 in mid-run: nothing half-written is visible; the rerun does the rest, once."""
-    corpus = write_corpus(tmp_path / "in", num_shards=8, num_samples=60)
-    command = [
-        *(sys.executable, "-m", "pipelines.cli", "protect", str(corpus), s3_uri),
-        *("--protector", str(protector_folder), "--set", "ray.num_cpus=1"),
-    ]
-    ledger = Ledger(open_storage(s3_uri))
-    environment = os.environ | {"RAY_ADDRESS": ""}
-    driver = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while len(ledger.done()) < 2 and time.monotonic() < deadline and driver.poll() is None:
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    time.sleep(3)  # the worker notices that its driver is gone
-    manifests = list(ledger.manifests())
-    assert 2 <= len(manifests) < 8
-    visible = {i.key for i in open_storage(s3_uri).list() if not i.key.startswith("_one4all/")}
-    assert {m.source.name for m in manifests} <= visible
-    first = {m.source.name: m.run_id for m in manifests}
-
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "8 of 8 shards protected" in done.stdout
-    assert f"({8 - len(first)} now" in done.stdout
-    second = {m.source.name: m.run_id for m in ledger.manifests()}
-    assert {name: second[name] for name in first} == first  # nothing was done twice
-    assert len(second) == 8
-    assert verify(str(corpus), s3_uri, VerifyConfig()).ok
-    assert "Traceback" not in done.stderr
-    assert "ray" not in done.stderr.lower()
-
-
-def test_two_runs_at_once_on_one_destination(tmp_path, protector_folder):
-    corpus = write_corpus(tmp_path / "in", num_shards=4, num_samples=20)
-    out = tmp_path / "out"
-    command = [
-        *(sys.executable, "-m", "pipelines.cli", "protect", str(corpus), str(out)),
-        *("--protector", str(protector_folder), "--set", "ray.num_cpus=1"),
-    ]
-    runs = [
-        subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": ""}, stderr=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
-    assert [run.wait(timeout=200) for run in runs] == [0, 0]
-    assert verify(str(corpus), str(out), VerifyConfig()).ok
-    assert len(Ledger(open_storage(str(out))).done()) == 4
 
 
 def test_verify_prints_json_and_lines_for_images(tmp_path, config, monkeypatch, capsys):
