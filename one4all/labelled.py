@@ -70,10 +70,7 @@ def read_labelled(uri: str, *, size: int = 0) -> LabelledImages:
     """
     images, labels = [], []
     storage = open_storage(uri)
-    shards, _ = list_shards(storage)
-    if not shards:
-        raise UsageError(f"{uri} holds no .tar shard; one4all pack makes some")
-    for shard in shards:
+    for shard in list_shards(storage):
         with closing(storage.open(shard.name)) as reader:
             for sample in read_samples(reader):
                 members = {m.name.rpartition(".")[2].lower(): m for m in sample.members}
@@ -89,6 +86,8 @@ def read_labelled(uri: str, *, size: int = 0) -> LabelledImages:
                         f"{shard.name}: sample {sample.key!r}: its .cls is not a class index"
                     ) from error
                 images.append(_square(pictures[0].payload, size))
+    if not images:
+        raise UsageError(f"{uri} holds no image in a .tar shard; one4all pack makes some")
     if len({image.shape for image in images}) != 1:
         raise UsageError(f"{uri} holds images of several sizes; say which size to use")
     return LabelledImages(np.stack(images), np.array(labels, np.int64))

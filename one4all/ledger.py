@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -61,12 +62,18 @@ class Binding(_Record):
     transform_version: int
 
 
-class SourceShard(_Record):
-    """One version of one shard of the source."""
+@dataclass(frozen=True, slots=True)
+class SourceShard:
+    """One version of one shard of the source. A plan may hold a million of them."""
 
     name: str
     size: int
     etag: str
+
+    @classmethod
+    def from_columns(cls, batch: dict[str, Any]) -> SourceShard:
+        """From a Ray Data batch of one row, made by `dataclasses.asdict`."""
+        return cls(str(batch["name"][0]), int(batch["size"][0]), str(batch["etag"][0]))
 
     @property
     def version(self) -> str:
@@ -305,27 +312,64 @@ class Ledger:
                 self._storage.delete(info.key)
 
 
-def list_shards(source: Storage) -> tuple[list[SourceShard], list[str]]:
-    """The shards of a corpus, in name order, and the keys that are not shards."""
-    shards, others = [], []
+@dataclass
+class Census:
+    """The ledger of a destination held against the listing of its source.
+
+    Attributes:
+        num_shards: Shards of the source.
+        num_done: Of these, with a manifest.
+        pending: Without one, largest first, so that none is left alone at the end.
+        quarantined: Given up: name to last reason.
+        num_others: Objects of the source that are no shards.
+        other: The first of them.
+    """
+
+    num_shards: int = 0
+    num_done: int = 0
+    pending: list[SourceShard] = field(default_factory=list)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    num_others: int = 0
+    other: str = ""
+
+
+def take_census(source: Storage, ledger: Ledger) -> Census:
+    """Tell what is done from listings alone, without reading any shard or manifest.
+
+    Memory grows with the number of manifests and of pending shards, by some 200 bytes each; time
+    with the length of the listings.
+    """
+    done, given_up = ledger.done(), ledger.quarantined()
+    census = Census()
     for info in source.list():
-        if info.key.startswith(INTERNAL):
+        if not is_shard(info):
+            if not info.key.startswith(INTERNAL):
+                census.num_others += 1
+                census.other = census.other or info.key
             continue
-        if info.key.endswith(SHARD_SUFFIX):
-            shards.append(to_shard(info))
+        shard = to_shard(info)
+        census.num_shards += 1
+        if shard.id in done:
+            census.num_done += 1
+        elif (reason := given_up.get(shard.id)) is not None:
+            census.quarantined[shard.name] = reason
         else:
-            others.append(info.key)
-    return shards, others
+            census.pending.append(shard)
+    census.pending.sort(key=lambda shard: (-shard.size, shard.name))
+    return census
+
+
+def list_shards(source: Storage) -> Iterator[SourceShard]:
+    """The shards of a corpus, in name order."""
+    return (to_shard(info) for info in source.list() if is_shard(info))
+
+
+def is_shard(info: ObjectInfo) -> bool:
+    return info.key.endswith(SHARD_SUFFIX) and not info.key.startswith(INTERNAL)
 
 
 def to_shard(info: ObjectInfo) -> SourceShard:
-    return SourceShard(name=info.key, size=info.size, etag=info.etag)
-
-
-def pending(shards: Iterable[SourceShard], done: set[str]) -> list[SourceShard]:
-    """Shards without a manifest, largest first, so that none is left alone at the end."""
-    todo = [shard for shard in shards if shard.id not in done]
-    return sorted(todo, key=lambda shard: (-shard.size, shard.name))
+    return SourceShard(info.key, info.size, info.etag)
 
 
 def _manifest_key(shard: SourceShard) -> str:

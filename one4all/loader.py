@@ -52,7 +52,7 @@ class ImageStream:
         shuffle_buffer: int = 2000,
         num_threads: int = 1,
     ) -> None:
-        self._shards = [(uri, s.name) for uri in uris for s in list_shards(open_storage(uri))[0]]
+        self._shards = [(uri, s.name) for uri in uris for s in list_shards(open_storage(uri))]
         if not self._shards:
             raise UsageError(f"no .tar shard in {', '.join(uris)}; one4all pack makes some")
         self._size, self._seed = size, seed

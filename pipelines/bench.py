@@ -22,18 +22,19 @@ from contextlib import closing
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 
 from one4all.images import decode, encode, extension_for, working_copy
+from one4all.ledger import Ledger, take_census, to_shard
 from one4all.metrics import max_difference, psnr_db
 from one4all.perturbation import apply_perturbation
 from one4all.protector import DEFAULT_PROTECTOR, Protector
 from one4all.shards import ShardWriter, is_protectable, read_samples, write_shard
-from one4all.storage import open_storage
+from one4all.storage import INTERNAL, ObjectInfo, Storage, open_storage
 from pipelines.config import ProtectConfig, RayConfig
 from pipelines.protect import protect
 from pipelines.ray_session import ray_session
@@ -128,6 +129,92 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
         f"{record['shard_bytes'][1] / 1e9:.2f} GB, {small / 1e9:.2f} GB on one of "
         f"{record['shard_bytes'][0] / 1e9:.2f} GB; {output}"
     )
+
+
+def bench_plan(num_shards: int, output: Path, *, say: Callable[[str], None]) -> str:
+    """Time and memory of planning over simulated listings, when nothing and when 99 % is done.
+
+    The simulated stores can only be listed: reading any object would end the measurement.
+
+    Args:
+        num_shards: Of the source; a quarter and a half of it are measured too.
+        output: JSON file.
+        say: Receives a line for each measurement.
+
+    Returns:
+        The result in one line.
+    """
+    record: list[dict[str, float]] = []
+    for percent_done in (0, 99):
+        for count in (num_shards // 4, num_shards // 2, num_shards):
+            # In a fresh process, for its peak of memory.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                entry = pool.apply(_measure_plan, (count, percent_done))
+            record.append(entry)
+            say(
+                f"planning {count:,} shards, {percent_done} % done: {entry['seconds']:.1f} s, "
+                f"{entry['bytes'] / 1e6:.0f} MB, {entry['num_pending']:,} pending"
+            )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    worst = max(record, key=lambda entry: entry["bytes"])
+    growth = [record[i + 2]["seconds"] / record[i]["seconds"] for i in (0, 3)]
+    return (
+        f"planning {num_shards:,} shards: {worst['bytes'] / 1e6:.0f} MB at most, four times the "
+        f"shards take {growth[0]:.1f} and {growth[1]:.1f} times as long; {output}"
+    )
+
+
+def _measure_plan(num_shards: int, percent_done: int) -> dict[str, float]:
+    """One census; seconds beside those of walking through both listings, and growth in bytes."""
+    source = _SimulatedStorage(lambda: _simulated_source(num_shards))
+    destination = _SimulatedStorage(lambda: _simulated_manifests(num_shards, percent_done))
+    listing = time.perf_counter()
+    for storage in (source, destination):
+        for _ in storage.list(""):
+            pass
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = time.perf_counter()
+    census = take_census(source, Ledger(destination))
+    end = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "num_shards": num_shards,
+        "percent_done": percent_done,
+        "num_pending": len(census.pending),
+        "seconds": end - start,
+        "listing_seconds": start - listing,
+        "bytes": peak - before,
+    }
+
+
+def _simulated_source(num_shards: int) -> Iterator[ObjectInfo]:
+    for index in range(num_shards):
+        key = f"train/part-{index // 1000:05d}/shard-{index:09d}.tar"
+        yield ObjectInfo(key, 100_000_000 + index, f'"{index:032x}"')
+
+
+def _simulated_manifests(num_shards: int, percent_done: int) -> Iterator[ObjectInfo]:
+    for index, info in enumerate(_simulated_source(num_shards)):
+        if index % 100 < percent_done:
+            yield ObjectInfo(f"{INTERNAL}shards/{to_shard(info).id}.json", 1000, '"x"')
+
+
+class _SimulatedStorage(Storage):
+    """Lists what a generator says, and nothing else."""
+
+    uri = "simulated://"
+
+    def __init__(self, entries: Callable[[], Iterator[ObjectInfo]]) -> None:
+        self._entries = entries
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        return (info for info in self._entries() if info.key.startswith(prefix))
+
+    def _refuse(self, *arguments: object, **options: object) -> NoReturn:
+        raise AssertionError("planning looked into an object")
+
+    head = open = writer = create = replace = age_seconds = delete = check = sweep = _refuse
 
 
 def make_photo_corpus(

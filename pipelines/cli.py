@@ -97,10 +97,10 @@ def protect(
     )
     for name, reason in (result.failed | result.quarantined).items():
         print(f"  not protected: {name}: {reason}")
-    if result.ignored:
+    if result.num_others:
         print(
-            f"  {len(result.ignored)} objects are no .tar shards and were left alone, such as "
-            f"{result.ignored[0]}"
+            f"  {result.num_others} objects are no .tar shards and were left alone, such as "
+            f"{result.other}"
         )
     raise typer.Exit(result.exit_code)
 
@@ -283,12 +283,18 @@ def bench(
         float,
         typer.Option(help="Measure memory on one shard of this size instead, in GB."),
     ] = 0.0,
+    plan_shards: Annotated[
+        int,
+        typer.Option(help="Measure planning over this many simulated shards instead.", min=0),
+    ] = 0,
 ) -> None:
     """Measure protect against a plain loop that does the same work."""
     from pipelines.bench import bench as run
-    from pipelines.bench import bench_memory
+    from pipelines.bench import bench_memory, bench_plan
 
-    if shard_gb > 0:
+    if plan_shards:
+        print(bench_plan(plan_shards, output, say=print))
+    elif shard_gb > 0:
         print(bench_memory(shard_gb, output, say=print))
     else:
         print(run(source, output, say=print))

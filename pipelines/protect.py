@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from one4all.errors import AccessError, NotFoundError, One4AllError, StorageError, UsageError
@@ -19,10 +19,11 @@ from one4all.lease import Lease
 from one4all.ledger import (
     MAX_ATTEMPTS,
     Binding,
+    Census,
     Ledger,
     SourceShard,
     list_shards,
-    pending,
+    take_census,
 )
 from one4all.protector import load_card, locate
 from one4all.storage import Storage, conditional_write_defects, open_storage
@@ -54,7 +55,8 @@ class ProtectResult:
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         failed: Shards without a manifest, with the reason.
         quarantined: Shards given up after three failures, with the reason.
-        ignored: Keys of the source that are no shards.
+        num_others: Objects of the source that are no shards, and were left alone.
+        other: The first of them.
     """
 
     run_id: str
@@ -65,7 +67,8 @@ class ProtectResult:
     num_bad_images: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
+    num_others: int = 0
+    other: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -109,8 +112,7 @@ def protect(
     config = config.model_copy(update={"protector": locate(config.protector)})
     source.check(writable=False)
     destination.check(writable=True)
-    shards, ignored = list_shards(source)
-    if not shards:
+    if next(list_shards(source), None) is None:
         raise UsageError(f"source {source.uri} holds no .tar shard")
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger = Ledger(destination)
@@ -132,7 +134,7 @@ def protect(
         with run.lease(on_wait):
             run.sweep()
             try:
-                return run.passes(shards, ignored, on_plan, on_progress)
+                return run.passes(on_plan, on_progress)
             finally:
                 run.sweep()  # after an interrupt, which kills workers in mid-write
     except AccessError as error:  # the request was fine when it was checked
@@ -165,21 +167,15 @@ class _Run:
         ) as self._lease:
             yield
 
-    def passes(
-        self,
-        shards: list[SourceShard],
-        ignored: list[str],
-        on_plan: OnPlan,
-        on_progress: OnProgress,
-    ) -> ProtectResult:
+    def passes(self, on_plan: OnPlan, on_progress: OnProgress) -> ProtectResult:
         """Passes over the plan until nothing is left to do or to try again."""
-        result = ProtectResult(run_id=self._run_id, ignored=ignored)
+        result = ProtectResult(run_id=self._run_id)
         errors: dict[str, str] = {}
         refused: set[str] = set()
-        todo = _plan(shards, self._ledger, refused)
-        on_plan(todo, len(shards))
         self._ledger.forget_starts()
-        barren_passes = 0
+        census = take_census(self._source, self._ledger)
+        todo, barren_passes = census.pending, 0
+        on_plan(todo, census.num_shards)
         while todo and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
                 for row in self._waves(todo):
@@ -189,11 +185,25 @@ class _Run:
                     errors[row["name"]] = row["error"]
                     if row["status"] == "refused":
                         refused.add(row["name"])
-            # A shard that changed while it was read is planned anew.
-            shards, _ = list_shards(self._source)
-            before, todo = len(todo), _plan(shards, self._ledger, refused)
+            # A new census: a shard that changed while it was read is planned anew.
+            census = take_census(self._source, self._ledger)
+            before, todo = len(todo), [s for s in census.pending if s.name not in refused]
             barren_passes = 0 if len(todo) < before else barren_passes + 1
-        return _account(result, shards, self._ledger, errors)
+        return self._account(result, census, errors)
+
+    def _account(
+        self, result: ProtectResult, census: Census, errors: dict[str, str]
+    ) -> ProtectResult:
+        """Complete the result by what the ledger says, whatever the workers reported."""
+        result.num_shards, result.num_done = census.num_shards, census.num_done
+        result.num_others, result.other = census.num_others, census.other
+        result.num_bad_images = sum(self._ledger.num_bad_images().values())
+        result.quarantined = census.quarantined
+        result.failed = {
+            shard.name: errors.get(shard.name) or "no worker reported on it"
+            for shard in census.pending
+        }
+        return result
 
     def sweep(self) -> None:
         """Remove what killed writers left; a store that forbids it must not stop the run."""
@@ -226,16 +236,6 @@ def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:
     if not allow:
         raise UsageError(f"{found}; use another store, or --set allow_unsafe_store=true")
     _log.warning("%s", found)
-
-
-def _plan(shards: Sequence[SourceShard], ledger: Ledger, refused: set[str]) -> list[SourceShard]:
-    """Shards to do: without a manifest, not quarantined, not refused by policy in this run."""
-    given_up = ledger.quarantined()
-    return [
-        shard
-        for shard in pending(shards, ledger.done())
-        if shard.id not in given_up and shard.name not in refused
-    ]
 
 
 def _run_wave(
@@ -275,7 +275,7 @@ def _run_wave(
     Worker.__name__ = Worker.__qualname__ = ShardWorker.__name__
     # Ray restarts a dead actor and retries its shard without end, and offers no bound. Ours are
     # durable: attempts at a shard, and starts of workers that never came to look at one.
-    rows = [{"name": shard.name, "size": shard.size, "etag": shard.etag} for shard in wave]
+    rows = [asdict(shard) for shard in wave]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         batch_size=1,
@@ -290,27 +290,6 @@ def _run_wave(
     except RayError as error:  # what did not come back is planned again from the ledger
         reason = str(error).splitlines()[-1].strip().partition(". ")[0]
         _log.warning("Ray gave up on a part of this pass: %s", reason)
-
-
-def _account(
-    result: ProtectResult,
-    shards: Sequence[SourceShard],
-    ledger: Ledger,
-    errors: dict[str, str],
-) -> ProtectResult:
-    """Hold the ledger against the listing of the source."""
-    done = ledger.done()
-    quarantined = ledger.quarantined()
-    result.num_bad_images = sum(ledger.num_bad_images().values())
-    result.num_shards = len(shards)
-    for shard in shards:
-        if shard.id in done:
-            result.num_done += 1
-        elif shard.id in quarantined:
-            result.quarantined[shard.name] = quarantined[shard.id]
-        else:
-            result.failed[shard.name] = errors.get(shard.name) or "no worker reported on it"
-    return result
 
 
 def _refuse_overlap(source: Storage, destination: Storage) -> None:

@@ -140,9 +140,7 @@ class ShardWorker:
             One status row: ``name``, ``status`` (done, failed, refused or quarantined),
             ``num_images``, ``num_bad``, ``num_bytes``, ``peak_bytes`` of this process, ``error``.
         """
-        shard = SourceShard(
-            name=str(batch["name"][0]), size=int(batch["size"][0]), etag=str(batch["etag"][0])
-        )
+        shard = SourceShard.from_columns(batch)
         row = self.protect(shard) | {"peak_bytes": _peak_bytes()}
         return {key: [value] for key, value in row.items()}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from one4all.errors import One4AllError
-from one4all.ledger import Ledger, SourceShard, list_shards
-from one4all.storage import open_storage
+from one4all.ledger import Ledger, take_census
+from one4all.storage import Storage, open_storage
 from pipelines.protect import read_binding
 
 
@@ -44,32 +44,24 @@ def read_status(destination_uri: str) -> Status:
         status.output_bytes += manifest.output_size
         status.num_protected += manifest.num_protected
         status.num_bad += len(manifest.bad_images)
-    done, quarantined = ledger.done(), ledger.quarantined()
-    status.quarantined = {name(shard_id): why for shard_id, why in quarantined.items()}
+    census = take_census(_open_source(binding.source_uri), ledger)
+    status.num_shards, status.num_done = census.num_shards, census.num_done
+    status.num_pending = len(census.pending)
+    status.pending_bytes = sum(shard.size for shard in census.pending)
+    status.quarantined = census.quarantined
+    given_up = ledger.quarantined()
     status.failing = {
-        name(shard_id): reasons[-1]
+        shard_id.rpartition("@")[0]: reasons[-1]
         for shard_id, reasons in ledger.failures().items()
-        if shard_id not in quarantined
+        if shard_id not in given_up
     }
-    for shard in _source_shards(binding.source_uri):
-        status.num_shards += 1
-        if shard.id in done:
-            status.num_done += 1
-        elif shard.id not in quarantined:
-            status.num_pending += 1
-            status.pending_bytes += shard.size
     return status
 
 
-def name(shard_id: str) -> str:
-    """Shard name of a ``name@version`` id."""
-    return shard_id.rpartition("@")[0]
-
-
-def _source_shards(source_uri: str) -> list[SourceShard]:
+def _open_source(source_uri: str) -> Storage:
     source = open_storage(source_uri)
     try:
         source.check(writable=False)
     except One4AllError as error:
         raise type(error)(f"the source of this destination: {error}") from error
-    return list_shards(source)[0]
+    return source

@@ -100,7 +100,7 @@ def verify(
     result = Verification(
         source.uri, destination.uri, binding.output_format, binding.epsilon_levels
     )
-    shards, _ = list_shards(source)
+    shards = list(list_shards(source))
     ledger = Ledger(destination)
     done = ledger.done()
     quarantined = ledger.quarantined()
@@ -140,7 +140,7 @@ def _audit_all(
         return
 
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
-        shard = SourceShard.model_validate_json(str(batch["shard"][0]))
+        shard = SourceShard.from_columns(batch)
         return {"audit": [audit_one(shard, source_uri, destination_uri, binding)]}
 
     with ray_session(config.ray):
@@ -150,7 +150,7 @@ def _audit_all(
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
         for start in range(0, len(shards), config.wave_shards):
             wave = shards[start : start + config.wave_shards]
-            rows = [{"shard": shard.model_dump_json()} for shard in wave]
+            rows = [asdict(shard) for shard in wave]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
             )

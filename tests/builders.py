@@ -142,4 +142,4 @@ def make_protector(*, seed: int = 0, epsilon_levels: int = 8) -> Protector:
 
 
 def first_shard(storage: Storage) -> SourceShard:
-    return list_shards(storage)[0][0]
+    return next(list_shards(storage))

@@ -74,7 +74,7 @@ def test_damaged_shards_are_given_up_and_the_rest_goes_on(tmp_path, config):
     assert (result.exit_code, result.num_done) == (3, 3)
     assert list(result.quarantined) == ["cut.tar"]
     assert "truncated" in result.quarantined["cut.tar"]
-    assert result.ignored == ["notes.txt"]
+    assert (result.num_others, result.other) == (1, "notes.txt")
     assert not (out / "cut.tar").exists()
     assert read_status(str(out)).quarantined == result.quarantined
     audit = verify(str(corpus), str(out), VerifyConfig())

@@ -12,7 +12,7 @@ from one4all.ledger import (
     Manifest,
     SourceShard,
     list_shards,
-    pending,
+    take_census,
 )
 from one4all.storage import open_storage
 
@@ -65,8 +65,6 @@ def test_done_is_told_from_listings_and_a_changed_source_is_not_done(storage):
     ledger = Ledger(storage)
     ledger.record(manifest_of(SHARD))
     changed = SourceShard(name=SHARD.name, size=10, etag='"y"')
-    new = SourceShard(name="c.tar", size=99, etag='"z"')
-    assert pending([SHARD, changed, new], ledger.done()) == [new, changed]
     ledger.begin_attempt(changed, "run")  # from here the old bytes may be written over
     assert ledger.done() == set()
     ledger.record(manifest_of(changed))
@@ -151,10 +149,20 @@ def test_bad_images_of_what_is_done_are_remembered(storage):
     assert ledger.num_bad_images() == {}
 
 
-def test_only_tar_objects_are_shards(tmp_path):
-    storage = open_storage(str(tmp_path))
-    for key in ("a.tar", "b.tar.gz", "index.json", "_one4all/shards/a.tar", "x/y.tar"):
-        storage.write_bytes(key, b"")
-    shards, others = list_shards(storage)
-    assert [shard.name for shard in shards] == ["a.tar", "x/y.tar"]
-    assert others == ["b.tar.gz", "index.json"]
+def test_census_holds_the_ledger_against_the_listing(tmp_path):
+    source, destination = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
+    for key in ("a.tar", "b.tar.gz", "index.json", "_one4all/shards/a.tar", "x/y.tar", "z.tar"):
+        source.write_bytes(key, b"")
+    source.write_bytes("large.tar", b"large")
+    ledger = Ledger(destination)
+    shards = {shard.name: shard for shard in list_shards(source)}
+    assert list(shards) == ["a.tar", "large.tar", "x/y.tar", "z.tar"]
+    ledger.record(manifest_of(shards["a.tar"]))
+    for number in range(MAX_ATTEMPTS):
+        ledger.fail_attempt(shards["z.tar"], number, "run", "damaged")
+    census = take_census(source, ledger)
+    assert (census.num_shards, census.num_done, census.num_others) == (4, 1, 2)
+    assert census.pending == [shards["large.tar"], shards["x/y.tar"]]
+    assert census.quarantined == {"z.tar": "damaged"}
+    source.write_bytes("a.tar", b"changed")
+    assert take_census(source, ledger).pending[0].name == "a.tar"
