@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-ceph check bench clean
 
 demo: .venv/ready  ## pack, train, protect to S3, verify, attack; writes runs/demo/report.html
 	$(BIN)/one4all demo
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest
+
+test-ceph: .venv/ready  ## storage tests on a real S3 server; installs Debian's Ceph packages if it may
+	sh tests/install_ceph.sh
+	$(BIN)/python -m pytest -m ceph
 
 check: .venv/ready  ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

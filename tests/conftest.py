@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from builders import make_protector
+from ceph import local_ceph, missing_programs
 
 from one4all.protector import Protector
 from one4all.storage import Storage, open_storage
@@ -52,12 +53,36 @@ def s3_uri(s3_endpoint: str) -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(scope="session")
+def ceph_variables() -> Iterator[dict[str, str]]:
+    """What leads to a Ceph server; not in the environment, which may point to `s3_endpoint`."""
+    if missing := missing_programs():
+        pytest.skip(f"Ceph is not installed: no {', '.join(missing)}")
+    outside = os.environ.copy()
+    with local_ceph(BUCKET), pytest.MonkeyPatch.context() as patch:
+        variables = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+        for name in variables:
+            if name in outside:
+                patch.setenv(name, outside[name])
+            else:
+                patch.delenv(name)
+        yield variables
+
+
+@pytest.fixture
+def ceph_uri(ceph_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix on the Ceph server, to which the environment points for one test."""
+    for name, value in ceph_variables.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "s3", pytest.param("ceph", marks=pytest.mark.ceph)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """An empty storage of either kind."""
+    """An empty storage of each kind."""
     if request.param == "local":
         return open_storage(str(tmp_path / "storage"))
-    return open_storage(request.getfixturevalue("s3_uri"))
+    return open_storage(request.getfixturevalue(f"{request.param}_uri"))
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,8 @@ def _client(process_id: int, variables: tuple[tuple[str, str], ...], patient: bo
         read_timeout=60,
         tcp_keepalive=True,
     )
-    return boto3.client("s3", config=config)
+    # Not boto3's default session, which keeps the credentials that it saw first.
+    return boto3.Session().client("s3", config=config)
 
 
 class _S3Reader:
@@ -345,17 +346,19 @@ class _S3Writer(Writer):
         storage = self._storage
         try:
             with storage._errors(self._key):
-                return storage._client.complete_multipart_upload(
+                done = storage._client.complete_multipart_upload(
                     **self._request,
                     UploadId=self._upload_id,
                     MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
-                )["ETag"]
+                )
         except StorageError:
             # The answer to a first try may have been lost; the SDK's second then finds no upload.
             etag = self._standing_etag()
             if etag is None:
                 raise
             return etag
+        # Ceph's answer holds an empty ETag, or one without the quotes that listings have.
+        return self._standing_etag() or done["ETag"]
 
     def _standing_etag(self) -> str | None:
         """The ETag of the object under our key if this very upload made it."""
