@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ceph check bench clean
+.PHONY: demo test test-ceph soak check bench clean
 
 demo: .venv/ready  ## pack, train, protect to S3, verify, attack; writes runs/demo/report.html
 	$(BIN)/one4all demo
@@ -14,6 +14,9 @@ test: .venv/ready  ## all tests
 test-ceph: .venv/ready  ## storage tests on a real S3 server; installs Debian's Ceph packages if it may
 	sh tests/install_ceph.sh
 	$(BIN)/python -m pytest -m ceph
+
+soak: .venv/ready  ## half an hour of protect with random kills and a failing store: runs/soak
+	PYTHONPATH=tests $(BIN)/python tests/soak.py
 
 check: .venv/ready  ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
 """Faults injected for real into one run without Ray: nothing lost, twice, partial or unprotected.
 
 The run is `protect` as a whole (probe, binding, lease, plan, passes, ledger); only the worker is a
-plain object in this process. `tests/integration/test_process_faults.py` has the faults that need processes.
+plain object in this process. `tests/integration/test_process_faults.py` has those that need
+processes.
 """
 
 import gzip

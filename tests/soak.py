@@ -1,0 +1,227 @@
+"""Protect for half an hour while the store fails and processes are killed: `make soak`.
+
+A corpus on S3 is protected through a proxy that answers 503, resets and truncates at random, while
+workers and drivers are killed at random. A round ends when every shard is protected; it is then
+verified, straight at the server, and the next begins. Writes report.md, events.json and memory.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+from fault_proxy import Fault, FaultProxy
+
+from one4all.ledger import Ledger
+from one4all.storage import INTERNAL, open_storage
+from pipelines.bench import make_photo_corpus
+from pipelines.local_s3 import local_s3
+
+BUCKET = "soak"
+FAULTS = (
+    Fault("slow_down", ".", times=None, probability=0.02),
+    Fault("truncate", r"GET .*\.tar", times=None, probability=0.1, after_bytes=1_000_000),
+    Fault("reset", ".", times=None, probability=0.01),
+    Fault("reset_after", "^(PUT|POST)", times=None, probability=0.02),
+    Fault("latency", ".", times=None, probability=0.02, seconds=0.5),
+)
+KILLS = ("worker", "driver", "SIGINT", "SIGTERM")
+MEAN_SECONDS_BETWEEN_KILLS = 40
+SAMPLE_SECONDS = 2.0
+
+
+@dataclass
+class Soak:
+    """What happened, in seconds since the start."""
+
+    kills: list[tuple[float, str]] = field(default_factory=list)
+    exits: list[tuple[float, int]] = field(default_factory=list)
+    memory: list[tuple[float, int, float]] = field(default_factory=list)  # time, pid, MB
+    rounds: list[dict[str, object]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", help="folder of shards; default: photos made here")
+    parser.add_argument("--shards", type=int, default=200, help="the source repeated to this many")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    soak = Soak()
+    with tempfile.TemporaryDirectory() as scratch, local_s3(BUCKET) as endpoint:
+        folder = options.source or make_photo_corpus(Path(scratch), images_per_shard=50)
+        _upload(folder, options.shards)
+        with FaultProxy(endpoint, seed=options.seed) as proxy:
+            proxy.plan(*FAULTS)
+            run(soak, proxy.endpoint, minutes=options.minutes, seed=options.seed)
+        soak.faults = {fault.kind: fault.hits for fault in FAULTS}
+    (options.folder / "events.json").write_text(json.dumps(asdict(soak)))
+    _plot(soak, options.folder / "memory.png")
+    report = _report(soak)
+    (options.folder / "report.md").write_text(report)
+    print(report)
+    return 1 if soak.problems else 0
+
+
+def run(soak: Soak, endpoint: str, *, minutes: float, seed: int) -> None:
+    """Rounds until the time is over; the last one is finished without further kills."""
+    chance = random.Random(seed)
+    start = time.monotonic()
+    deadline = start + 60 * minutes
+    number, done = 0, {}
+    next_kill = start + chance.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
+    while number == 0 or time.monotonic() < deadline:
+        number += 1
+        destination = f"s3://{BUCKET}/out-{number}"
+        done = {}
+        while True:
+            driver = _one4all(
+                "protect", f"s3://{BUCKET}/in", destination, endpoint, "--set", "lease_seconds=6"
+            )
+            while driver.poll() is None:
+                now = time.monotonic()
+                soak.memory += [(now - start, *row) for row in _workers(driver.pid)]
+                if deadline > now > next_kill:
+                    soak.kills.append((now - start, _kill(driver, chance)))
+                    next_kill = now + chance.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
+                time.sleep(SAMPLE_SECONDS)
+            _, errors = driver.communicate()
+            soak.exits.append((time.monotonic() - start, driver.returncode))
+            if "Traceback" in errors:
+                soak.problems.append(f"a stack trace: {errors[-500:]}")
+            done = _compare(soak, destination, done)
+            if driver.returncode == 3:
+                soak.problems.append(f"round {number}: good shards were given up: {errors[-300:]}")
+            if driver.returncode in (0, 3):
+                break
+        _verify(soak, number, destination, time.monotonic() - start)
+
+
+def _one4all(
+    verb: str, source: str, destination: str, endpoint: str, *options: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", verb, source, destination, *options],
+        env=os.environ | {"RAY_ADDRESS": "", "AWS_ENDPOINT_URL": endpoint},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _workers(driver_pid: int) -> list[tuple[int, float]]:
+    """Process id and resident megabytes of the shard workers below a driver."""
+    found = []
+    try:
+        for process in psutil.Process(driver_pid).children(recursive=True):
+            if "ShardWorker" in "".join(process.cmdline()[:1]):
+                found.append((process.pid, process.memory_info().rss / 1e6))
+    except psutil.Error:  # gone while we looked
+        pass
+    return found
+
+
+def _kill(driver: subprocess.Popen[str], chance: random.Random) -> str:
+    what = chance.choice(KILLS)
+    if what == "worker":
+        for process_id, _ in _workers(driver.pid):
+            os.kill(process_id, signal.SIGKILL)
+    elif what == "driver":
+        driver.kill()
+    else:
+        driver.send_signal(getattr(signal, what))
+    return what
+
+
+def _compare(soak: Soak, destination: str, before: dict[str, str]) -> dict[str, str]:
+    """Who did which shard; what was done must still be done, by the same run, and be visible."""
+    storage = open_storage(destination)
+    now = {m.source.name: m.run_id for m in Ledger(storage).manifests()}
+    visible = {info.key for info in storage.list() if not info.key.startswith(INTERNAL)}
+    soak.problems += [f"{name} was done twice" for name in before if now.get(name) != before[name]]
+    soak.problems += [f"{name} is done but not there" for name in now.keys() - visible]
+    return now
+
+
+def _verify(soak: Soak, number: int, destination: str, seconds: float) -> None:
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    check = _one4all("verify", f"s3://{BUCKET}/in", destination, endpoint, "--json")
+    printed, errors = check.communicate()
+    if check.returncode:
+        soak.problems.append(f"round {number}: verify exited {check.returncode}: {errors}")
+    found = json.loads(printed) if printed else {}
+    client = open_storage(destination)._client
+    uploads = client.list_multipart_uploads(Bucket=BUCKET, Prefix=f"out-{number}/")
+    if uploads.get("Uploads"):
+        soak.problems.append(f"round {number}: {len(uploads['Uploads'])} uploads were left open")
+    keys = ("num_shards", "num_images", "num_sidecars", "num_problems", "max_levels")
+    soak.rounds.append(
+        {"round": number, "seconds": round(seconds)} | {key: found.get(key) for key in keys}
+    )
+
+
+def _upload(folder: str, num_shards: int) -> None:
+    shards = sorted(Path(folder).glob("*.tar"))
+    source = open_storage(f"s3://{BUCKET}/in")
+    for index in range(num_shards):
+        source.write_bytes(f"shard-{index:04d}.tar", shards[index % len(shards)].read_bytes())
+
+
+def _plot(soak: Soak, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5))
+    axes = figure.add_subplot()
+    for process_id in sorted({row[1] for row in soak.memory}):
+        points = [(t / 60, mb) for t, pid, mb in soak.memory if pid == process_id]
+        axes.plot(*zip(*points, strict=True), linewidth=1.2)
+    for seconds, what in soak.kills:
+        axes.axvline(seconds / 60, color="#c44e52", linewidth=0.6, alpha=0.7)
+        axes.text(seconds / 60, 20, what, rotation=90, fontsize=6, color="#c44e52")
+    axes.set_xlabel("minutes (each line: one worker process; red: kills)")
+    axes.set_ylabel("resident memory, MB")
+    axes.set_ylim(0)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _report(soak: Soak) -> str:
+    last = max((row[0] for row in soak.memory), default=0)
+    kills = {what: sum(1 for _, kind in soak.kills if kind == what) for what in KILLS}
+    codes = [code for _, code in soak.exits]
+    lines = [
+        "# Soak",
+        "",
+        f"{last / 60:.0f} minutes, {len(codes)} runs of protect, {len(soak.kills)} kills {kills}, "
+        f"proxy faults {soak.faults}.",
+        f"Exit codes: { {code: codes.count(code) for code in sorted(set(codes))} }.",
+        f"Peak memory of a worker: {max((row[2] for row in soak.memory), default=0):.0f} MB.",
+        "",
+        "| round | ended, s | shards | images | sidecars | problems | largest difference |",
+        "|---|---|---|---|---|---|---|",
+        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in soak.rounds),
+        "",
+        *(f"PROBLEM: {problem}" for problem in soak.problems),
+        "" if soak.problems else "Nothing lost, nothing twice, nothing partial, no upload left.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
