@@ -39,8 +39,8 @@ def augment(
     Returns:
         (B, 3, H, W) float32 levels, 0..255, channels last in memory.
 
-    Source of "strong": Sandoval-Segura et al. 2023 (orthogonal projection attack), whose hue jitter
-    is not stated and left out.
+    Source of "strong": Sandoval-Segura et al. 2023 (orthogonal projection attack). There, rotation
+    and shear resample one after the other, and what comes in at the edges is black.
     """
     if kind == "none":
         return to_levels(images_BHWC, device)

@@ -55,7 +55,8 @@ def build_network(
     (HanxunH/Unlearnable-Examples#1). resnet18 is then `NarrowResNet18`.
 
     Patches of the transformer. 16 pixels at 224, otherwise the divisor of ``image_size`` that is
-    nearest to a fourteenth of it: 2 at 32 pixels, 4 at 64, 8 at 128.
+    nearest to a fourteenth of it, below 128 pixels times ``stem_stride``: 2 or 4 at 32 pixels, 4
+    or 8 at 64, 8 at 128.
 
     VGG16 has batch norm because without it SGD at the learning rate of the others does not start.
 
@@ -247,7 +248,8 @@ def _vgg16(num_classes: int, image_size: int, width: int, stem_stride: int) -> n
 
 def _vit(num_classes: int, image_size: int, width: int, stem_stride: int) -> nn.Module:
     divisors = [d for d in range(1, image_size + 1) if image_size % d == 0]
-    patch = min(divisors, key=lambda d: abs(d - image_size / 14))
+    wanted = image_size / 14 * (stem_stride if image_size < IMAGENET_STEM_FROM else 1)
+    patch = min(divisors, key=lambda d: abs(d - wanted))
     if image_size // patch > _VIT_MOST_PATCHES:
         raise ConfigError(
             f"images of {image_size} pixels cannot be cut into patches for a vit; resize them to a "

@@ -9,14 +9,14 @@ A `TrainingAttack` changes each batch and the loss. Both are deterministic given
 
 from __future__ import annotations
 
-from one4all.attacks.projection import PROJECTION
+from one4all.attacks.projection import PROJECTIONS
 from one4all.attacks.purification import PURIFIERS, Purifier
 from one4all.attacks.training import TRAINING_ATTACKS, Loss, TrainingAttack
 from one4all.errors import ConfigError
 
 Attack = Purifier | TrainingAttack
 
-_ALL: tuple[Attack, ...] = (*PURIFIERS, PROJECTION, *TRAINING_ATTACKS)
+_ALL: tuple[Attack, ...] = (*PURIFIERS, *PROJECTIONS, *TRAINING_ATTACKS)
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}
 
 

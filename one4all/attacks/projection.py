@@ -5,6 +5,8 @@ Shape suffixes: N images, B batch, C channels, H W image, D = H W C pixels of an
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,7 +23,7 @@ _EPOCHS = 20
 _CHUNK = 128  # images in memory as floats: 77 MB at 224 pixels
 
 
-def project_away(images: LabelledImages, out: Pixels, seed: int) -> None:
+def project_away(images: LabelledImages, out: Pixels, seed: int, *, centred: bool) -> None:
     """Orthogonal projection attack, OPA.
 
     1. A linear classifier without bias on raw pixels in [0, 1]: SGD 0.1, batch 1024, 20 epochs,
@@ -35,13 +37,20 @@ def project_away(images: LabelledImages, out: Pixels, seed: int) -> None:
         images: Training images and labels.
         out: Filled with the result, (N, H, W, 3) uint8.
         seed: Of initial weights and order.
+        centred: Project the difference to the mean image. What tells classes apart goes all the
+            same, but the mean stays: with few images, or bright ones, the classifier does not
+            converge and its weights hold most of the mean, without which pictures are nothing.
 
-    Source: Sandoval-Segura et al. 2023, with their parameters.
+    Source: Sandoval-Segura et al. 2023, with their parameters; "opa" is theirs, where the images
+    stay floats, "opa-centred" is ours. Measured with resnet18 of width 16, 6 epochs, no
+    protection: CIFAR-10 (8,000 images, 47.5 % without attack) 41.9 and 42.1 %, emoji at 64 pixels
+    (63.9 %) 10.0 and 37.0 %.
     """
     directions_DK = find_directions(images, seed=seed)
+    mean_D = mean_image(images) if centred else torch.zeros(len(directions_DK))
     for start in range(0, len(images), _CHUNK):
         chunk = images.images_NHWC[start : start + _CHUNK]
-        cleaned = remove_directions(_flat(chunk), directions_DK) * 255
+        cleaned = 255 * (mean_D + remove_directions(_flat(chunk) - mean_D, directions_DK))
         out[start : start + _CHUNK] = (
             cleaned.round().clamp(0, 255).to(torch.uint8).numpy().reshape(chunk.shape)
         )
@@ -69,6 +78,14 @@ def remove_directions(images_BD: Tensor, directions_DK: Tensor) -> Tensor:
     return images_BD - (images_BD @ directions_DK) @ directions_DK.T
 
 
+def mean_image(images: LabelledImages) -> Tensor:
+    """(D,) float32 in [0, 1]."""
+    total = torch.zeros(int(np.prod(images.images_NHWC.shape[1:])), dtype=torch.float64)
+    for start in range(0, len(images), _CHUNK):
+        total += _flat(images.images_NHWC[start : start + _CHUNK]).sum(dim=0, dtype=torch.float64)
+    return (total / len(images)).float()
+
+
 def _gradient(weights_KD: Tensor, images: LabelledImages, batch: npt.NDArray[np.int64]) -> Tensor:
     """Of the mean cross-entropy of one batch with respect to the weights."""
     gradient = torch.zeros_like(weights_KD)
@@ -87,4 +104,15 @@ def _flat(images_BHWC: Pixels) -> Tensor:
     return torch.from_numpy(writable).flatten(1).float() / 255
 
 
-PROJECTION = Purifier("opa", "orthogonal projection of linearly separable directions", project_away)
+PROJECTIONS = (
+    Purifier(
+        "opa",
+        "orthogonal projection of linearly separable directions",
+        partial(project_away, centred=False),
+    ),
+    Purifier(
+        "opa-centred",
+        "orthogonal projection, about the mean image",
+        partial(project_away, centred=True),
+    ),
+)
