@@ -73,6 +73,16 @@ class Encoder(nn.Module):
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def mean(self) -> list[float]:
+        """Normalisation: mean per channel, on the scale of 0..1."""
+        return [float(value) for value in self._mean.flatten()]
+
+    @property
+    def std(self) -> list[float]:
+        """Normalisation: standard deviation per channel, on the scale of 0..1."""
+        return [float(value) for value in self._std.flatten()]
+
     def freeze(self) -> None:
         """Evaluation mode and no gradient for any weight; gradients to the *input* still flow."""
         self.eval()
@@ -163,7 +173,7 @@ class EmbeddedEncoder(Encoder):
     def __init__(self, input_size: int) -> None:
         super().__init__(mean=(0.5,) * 3, std=(0.5,) * 3)
         self.input_size = input_size
-        tower = _load_efficientnet()
+        tower = load_efficientnet_lite0()
         self._rows_ND: Tensor = F.normalize(tower.get_classifier().weight.detach(), dim=1)
         tower.reset_classifier(0)
         self._hash = self._digest(tower)
@@ -192,10 +202,13 @@ class EmbeddedEncoder(Encoder):
         return result
 
 
-def _load_efficientnet() -> Any:
+def load_efficientnet_lite0() -> Any:
     """timm's tf_efficientnet_lite0 with the package's weights, which have other names.
 
-    The tensors come in the same order; the classifier is kept for its rows.
+    The tensors come in the same order. Classifier and batch norms are kept; evaluation mode.
+
+    Raises:
+        ProtectorError: The package with the weights is not installed.
     """
     import timm
 
@@ -329,6 +342,12 @@ class OpenClipEncoder(Encoder):
         with torch.no_grad():
             blank = torch.zeros(1, 3, self.input_size, self.input_size)
             self.embedding_dim = model.encode_image(blank).shape[1]
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image tower: normalised images to features before L2 normalisation."""
+        tower: nn.Module = self._model.visual
+        return tower
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         batches = []

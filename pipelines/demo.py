@@ -10,13 +10,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from one4all.adversaries import AdversaryConfig, AdversaryResult, train_adversary
@@ -24,7 +22,8 @@ from one4all.baselines.controls import class_patterns, uniform_noise
 from one4all.corpora import open_corpus, pack
 from one4all.errors import One4AllError
 from one4all.generator import Generator
-from one4all.images import Pixels, decode
+from one4all.images import decode
+from one4all.labelled import LabelledImages, read_labelled
 from one4all.perturbation import apply_perturbation
 from one4all.protector import DEFAULT_PROTECTOR, Protector, load_card
 from one4all.report import (
@@ -34,8 +33,7 @@ from one4all.report import (
     to_png,
     write_report,
 )
-from one4all.shards import is_protectable, read_samples
-from one4all.storage import Storage, open_storage
+from one4all.storage import open_storage
 from pipelines.config import ProtectConfig, RayConfig, TrainConfig, VerifyConfig, load_config
 from pipelines.local_s3 import local_s3
 from pipelines.progress import CURVES_FILE
@@ -53,15 +51,6 @@ _PROTECTS_BELOW = 0.6  # of clean accuracy
 _DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "train" / "demo.yaml"
 
 Say = Callable[[str], None]
-Labels = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Corpus:
-    """One split, decoded: images (N, H, W, 3) uint8, labels (N,), in shard order."""
-
-    images: Pixels
-    labels: Labels
 
 
 def demo(folder: Path, *, say: Say) -> Path:
@@ -110,12 +99,11 @@ def demo(folder: Path, *, say: Say) -> Path:
             raise One4AllError(f"verification failed: {audit.problems[0]}")
 
         clean, test = (
-            _read(open_storage(str(folder / "corpora" / CORPUS / split)))
-            for split in ("train", "test")
+            read_labelled(str(folder / "corpora" / CORPUS / split)) for split in ("train", "test")
         )
-        protected = _read(open_storage(target))
+        protected = read_labelled(target)
         step(f"training {5 * len(SEEDS)} adversaries: 5 copies of the corpus, {len(SEEDS)} seeds")
-        results = _attack(_copies(clean, protected), clean.labels, test)
+        results = _attack(_copies(clean, protected), test)
 
     step("writing the report")
     report = folder / "report.html"
@@ -171,69 +159,52 @@ def _training_config(folder: Path) -> TrainConfig:
     )
 
 
-def _read(corpus: Storage) -> _Corpus:
-    """All images and labels of a packed corpus, in shard order."""
-    images, labels = [], []
-    for info in corpus.list():
-        if not info.key.endswith(".tar"):
-            continue
-        for sample in read_samples(corpus.open(info.key)):
-            for member in sample.members:
-                if is_protectable(member, ()):
-                    images.append(decode(member.payload).pixels)
-                elif member.name.endswith(".cls"):
-                    labels.append(int(member.payload))
-    return _Corpus(np.stack(images), np.array(labels, np.int64))
-
-
-def _copies(clean: _Corpus, protected: _Corpus) -> dict[str, Any]:
+def _copies(clean: LabelledImages, protected: LabelledImages) -> dict[str, Any]:
     """The copies that adversaries train on, as Ray references; all within the same budget."""
     import ray
 
     card = load_card(DEFAULT_PROTECTOR)
-    epsilon, size = card.epsilon_levels, clean.images.shape[1]
-    patterns = class_patterns(int(clean.labels.max()) + 1, size, epsilon_levels=epsilon, seed=0)
+    epsilon, size, labels = card.epsilon_levels, clean.size, clean.labels_N
+    patterns = class_patterns(clean.num_classes, size, epsilon_levels=epsilon, seed=0)
     noise = [
         apply_perturbation(
             image, uniform_noise(size, epsilon_levels=epsilon, seed=i), epsilon_levels=epsilon
         )
-        for i, image in enumerate(clean.images)
+        for i, image in enumerate(clean.images_NHWC)
     ]
     oracle = [
         apply_perturbation(image, patterns[label], epsilon_levels=epsilon)
-        for image, label in zip(clean.images, clean.labels, strict=True)
+        for image, label in zip(clean.images_NHWC, labels, strict=True)
     ]
-    images = ray.put(clean.images)
+    copy = ray.put(clean)
     return {
-        "clean": images,
-        "protected": ray.put(protected.images),
-        "random noise": ray.put(np.stack(noise)),
-        "untrained generator": ray.remote(num_cpus=1)(_protect_untrained).remote(images),
-        "class-wise oracle": ray.put(np.stack(oracle)),
+        "clean": copy,
+        "protected": ray.put(protected),
+        "random noise": ray.put(LabelledImages(np.stack(noise), labels)),
+        "untrained generator": ray.remote(num_cpus=1)(_protect_untrained).remote(copy),
+        "class-wise oracle": ray.put(LabelledImages(np.stack(oracle), labels)),
     }
 
 
-def _protect_untrained(images: Pixels) -> Pixels:
+def _protect_untrained(clean: LabelledImages) -> LabelledImages:
     """The shipped protector with its generator's weights drawn anew."""
     protector = Protector.load(DEFAULT_PROTECTOR)
     torch.manual_seed(0)
     generator = Generator(protector.card.generator, protector.encoder.embedding_dim)
     untrained = Protector(protector.card, protector.encoder, generator)
-    return np.stack(untrained.protect(list(images)))
+    return LabelledImages(np.stack(untrained.protect(list(clean.images_NHWC))), clean.labels_N)
 
 
-def _attack(
-    copies: dict[str, Any], labels: Labels, test: _Corpus
-) -> dict[str, list[AdversaryResult]]:
+def _attack(copies: dict[str, Any], test: LabelledImages) -> dict[str, list[AdversaryResult]]:
     """Train one adversary for each copy and seed, as Ray tasks."""
     import ray
 
-    def attack(images: Pixels, seed: int) -> AdversaryResult:
+    def attack(copy: LabelledImages, seed: int) -> AdversaryResult:
         torch.set_num_threads(1)
-        return train_adversary(images, labels, test.images, test.labels, ADVERSARY, seed=seed)
+        return train_adversary(copy, test, ADVERSARY, seed=seed)
 
     task = ray.remote(num_cpus=1)(attack)
-    runs = {name: [task.remote(images, seed) for seed in SEEDS] for name, images in copies.items()}
+    runs = {name: [task.remote(copy, seed) for seed in SEEDS] for name, copy in copies.items()}
     return {name: ray.get(pending) for name, pending in runs.items()}
 
 
@@ -244,13 +215,13 @@ def _sections(
     result: ProtectResult,
     audit: Verification,
     results: dict[str, list[AdversaryResult]],
-    clean: _Corpus,
-    protected: _Corpus,
-    test: _Corpus,
+    clean: LabelledImages,
+    protected: LabelledImages,
+    test: LabelledImages,
 ) -> list[Section]:
     first, last = history[0], history[-1]
-    chance = float(np.bincount(test.labels).max() / len(test.labels))
-    chosen = np.linspace(0, len(clean.images) - 1, 5).astype(int)
+    chance = float(np.bincount(test.labels_N).max() / len(test))
+    chosen = np.linspace(0, len(clean) - 1, 5).astype(int)
     photos = [decode(path.read_bytes()).pixels for path in _photos()]
     photo_rows = list(
         zip(
@@ -266,8 +237,8 @@ def _sections(
             text=[
                 f"Adversary: ResNet18 of width {ADVERSARY.width}, from scratch, {ADVERSARY.epochs} "
                 f"epochs, augmentation {ADVERSARY.augmentation}, {len(SEEDS)} seeds, trained on a "
-                f"copy of {CORPUS} ({len(clean.images)} images, {int(test.labels.max()) + 1} "
-                f"classes), tested on {len(test.images)} clean images. Every copy is within "
+                f"copy of {CORPUS} ({len(clean)} images, {test.num_classes} "
+                f"classes), tested on {len(test)} clean images. Every copy is within "
                 f"{audit.epsilon_levels} levels of 255. The class-wise oracle uses the true labels "
                 "and is no method: it shows that the bench can see protection.",
             ],
@@ -319,7 +290,10 @@ def _sections(
                     f"{CORPUS}",
                     to_png(
                         contact_sheet(
-                            [(f"image {i}", clean.images[i], protected.images[i]) for i in chosen],
+                            [
+                                (f"image {i}", clean.images_NHWC[i], protected.images_NHWC[i])
+                                for i in chosen
+                            ],
                             tile=192,
                         )
                     ),

@@ -69,9 +69,9 @@ def test_gradient_reaches_the_image_and_no_weight(encoder):
 
 
 def test_folding_the_batch_norm_changes_nothing(encoder):
-    from one4all.encoders import _load_efficientnet
+    from one4all.encoders import load_efficientnet_lite0
 
-    model = _load_efficientnet()
+    model = load_efficientnet_lite0()
     image = photo("astronaut").float() / 255 * 2 - 1
     with torch.no_grad():
         plain = model.forward_head(model.forward_features(image), pre_logits=True)

@@ -1,11 +1,10 @@
-"""The stream of training images, a training step, and the adversary."""
+"""The stream of training images, a training step, and the controls."""
 
 import numpy as np
 import pytest
 import torch
 from builders import TINY_ENCODER, TINY_GENERATOR, make_tar, write_corpus
 
-from one4all.adversaries import AdversaryConfig, train_adversary
 from one4all.baselines.controls import class_patterns, uniform_noise
 from one4all.errors import UsageError
 from one4all.loader import ImageStream
@@ -129,7 +128,7 @@ def test_training_moves_the_terms_in_the_right_direction(corpus):
     assert last["l2"] > first["l2"]
 
 
-# --- adversary and controls ------------------------------------------------------------------
+# --- controls ------------------------------------------------------------------
 
 
 def test_controls_are_within_budget_and_differ_by_class():
@@ -141,37 +140,6 @@ def test_controls_are_within_budget_and_differ_by_class():
     values, counts = np.unique(noisy, return_counts=True)
     assert (values.min(), values.max()) == (92, 108)
     assert counts.min() > 0.5 * counts.mean()
-
-
-def test_adversary_learns_what_can_be_learnt_and_is_fooled_by_a_shortcut():
-    """Class = brightness of the left half; the oracle's pattern is easier still."""
-    random = np.random.default_rng(0)
-
-    def make(count):
-        labels = random.integers(0, 2, count)
-        images = random.integers(60, 196, (count, 16, 16, 3)).astype(np.uint8)
-        images[:, :, :8] = (
-            images[:, :, :8] // 2 + (90 * labels).astype(np.uint8)[:, None, None, None]
-        )
-        return images, labels.astype(np.int64)
-
-    train, test = make(256), make(128)
-    config = AdversaryConfig(width=4, epochs=3, batch_size=32)
-    result = train_adversary(*train, *test, config, seed=0)
-    assert result.last > 0.9
-    assert train_adversary(*train, *test, config, seed=0) == result
-    shuffled = (train[0], random.permutation(train[1]))
-    assert train_adversary(*shuffled, *test, config, seed=0).last < 0.8
-
-
-def test_augmentation_keeps_shape_and_is_seeded():
-    images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
-    labels = (np.arange(64) % 2).astype(np.int64)
-    config = AdversaryConfig(width=4, epochs=1, batch_size=32, augmentation="flip_crop")
-    first, second = (
-        train_adversary(images, labels, images, labels, config, seed=1) for _ in range(2)
-    )
-    assert first == second
 
 
 CLEAN, NOISE = [0.66, 0.67, 0.65], [0.66, 0.65, 0.66]
