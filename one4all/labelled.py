@@ -5,13 +5,16 @@ Shape suffixes: N images, H W image.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from one4all.corpora import LabelledImage
 from one4all.errors import ShardError, UsageError
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode
 from one4all.ledger import list_shards
@@ -28,10 +31,12 @@ class LabelledImages:
     Attributes:
         images_NHWC: (N, H, W, 3) uint8.
         labels_N: (N,) int64 class indices from 0.
+        class_names: By class index; empty if the data set does not say.
     """
 
     images_NHWC: Pixels
     labels_N: Labels
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.images_NHWC) == len(self.labels_N) > 0:
@@ -53,44 +58,69 @@ class LabelledImages:
         return int(self.images_NHWC.shape[1])
 
 
-def read_labelled(uri: str, *, size: int = 0) -> LabelledImages:
+def read_labelled(uri: str, *, size: int = 0, max_images: int = 0) -> LabelledImages:
     """Read a labelled corpus of shards: one image and one ``.cls`` member a sample.
 
     Args:
         uri: Folder or s3:// prefix.
         size: Side in pixels: the middle square of each image, resized. 0 keeps images that are
             square and of one size.
+        max_images: Take only the first; 0 takes all.
 
     Returns:
-        Images and labels in shard order.
+        Images and labels in shard order; class names from ``.txt`` members, if there are any.
 
     Raises:
         UsageError: No shards, or images of several sizes and ``size`` is 0.
         ShardError: A sample without a readable image or without a class index.
     """
-    images, labels = [], []
+    return _collect(_samples(uri), uri, size, max_images)
+
+
+def read_corpus(
+    images: Iterable[LabelledImage], name: str, *, size: int = 0, max_images: int = 0
+) -> LabelledImages:
+    """The same from `one4all.corpora.open_corpus`; ``name`` is for messages."""
+    triples = ((image.data, image.label, image.label_name) for image in images)
+    return _collect(triples, name, size, max_images)
+
+
+def _samples(uri: str) -> Iterator[tuple[bytes, int, str]]:
+    """Image file, class index and class name of each sample of a corpus of shards."""
     storage = open_storage(uri)
     for shard in list_shards(storage):
         with closing(storage.open(shard.name)) as reader:
             for sample in read_samples(reader):
-                members = {m.name.rpartition(".")[2].lower(): m for m in sample.members}
-                pictures = [m for m in sample.members if is_protectable(m, ())]
+                members = {m.name.rpartition(".")[2].lower(): m.payload for m in sample.members}
+                pictures = [m.payload for m in sample.members if is_protectable(m, ())]
                 if len(pictures) != 1 or "cls" not in members:
                     raise ShardError(
                         f"{shard.name}: sample {sample.key!r} needs one image and one .cls member"
                     )
                 try:
-                    labels.append(int(members["cls"].payload))
+                    label = int(members["cls"])
                 except ValueError as error:
                     raise ShardError(
                         f"{shard.name}: sample {sample.key!r}: its .cls is not a class index"
                     ) from error
-                images.append(_square(pictures[0].payload, size))
+                yield pictures[0], label, members.get("txt", b"").decode("utf-8", "replace")
+
+
+def _collect(
+    samples: Iterable[tuple[bytes, int, str]], name: str, size: int, max_images: int
+) -> LabelledImages:
+    images, labels, names = [], [], dict[int, str]()
+    for payload, label, class_name in islice(samples, max_images or None):
+        images.append(_square(payload, size))
+        labels.append(label)
+        names.setdefault(label, class_name.strip())
     if not images:
-        raise UsageError(f"{uri} holds no image in a .tar shard; one4all pack makes some")
+        raise UsageError(f"{name} holds no image; for shards, one4all pack makes some")
     if len({image.shape for image in images}) != 1:
-        raise UsageError(f"{uri} holds images of several sizes; say which size to use")
-    return LabelledImages(np.stack(images), np.array(labels, np.int64))
+        raise UsageError(f"{name} holds images of several sizes; say which size to use")
+    complete = all(names.get(label) for label in range(max(labels) + 1))
+    class_names = tuple(names[label] for label in range(max(labels) + 1)) if complete else ()
+    return LabelledImages(np.stack(images), np.array(labels, np.int64), class_names)
 
 
 def _square(payload: bytes, size: int) -> Pixels:
