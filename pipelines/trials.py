@@ -1,7 +1,7 @@
 """What to evaluate: grids of trials, each trial with a key that names its result.
 
-A *trial* is one adversary, trained with one seed on one copy of one data set. A *copy* is a data set
-protected by one method. A *grid* is every combination of a few lists, and becomes one table.
+A *trial* is one adversary, trained with one seed on one copy of one data set. A *copy* is a data
+set protected by one method. A *grid* is every combination of a few lists, and becomes one table.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
+from one4all.baselines.registry import find_method
 from pydantic import BeforeValidator, Field, model_validator
 
 from one4all.adversaries import AdversaryConfig
 from one4all.adversaries import find_preset as find_adversary
 from one4all.attacks import find_attack
-from one4all.baselines.registry import find_method
 from one4all.encoders import EncoderConfig
 from one4all.errors import One4AllError, UsageError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
@@ -80,7 +80,7 @@ class MethodConfig(JobConfig):
     title: str = ""
     protector: str = DEFAULT_PROTECTOR
     preset: str = "default"
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -164,9 +164,9 @@ class GridConfig(JobConfig):
     labels: tuple[Annotated[str, BeforeValidator(_labels)], ...] = (OWN_LABELS,)
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
     attacks: tuple[Annotated[str, BeforeValidator(_attack)], ...] = (NO_ATTACK,)
-    adversaries: dict[str, Annotated[AdversaryConfig, BeforeValidator(_adversary)]] = {
-        "resnet18": AdversaryConfig()
-    }
+    adversaries: dict[str, Annotated[AdversaryConfig, BeforeValidator(_adversary)]] = Field(
+        default_factory=lambda: {"resnet18": AdversaryConfig()}
+    )
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

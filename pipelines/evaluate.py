@@ -1,0 +1,430 @@
+"""Evaluate methods: train adversaries on copies of data sets, as Ray tasks, resumable.
+
+Every finished trial is one small JSON record below ``trials/`` of the output, so the same command
+does the rest after an interruption, and a grid that is added later reuses what is there.
+Adversaries are always tested on clean images, with the labels that they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from one4all.baselines.base import protect_images
+from one4all.baselines.registry import find_method, load_fitted
+
+from one4all.adversaries import train_adversary
+from one4all.attacks import find_attack
+from one4all.clustering import merge_labels
+from one4all.corpora import open_corpus
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.errors import One4AllError, UsageError
+from one4all.labelled import LabelledImages, Labels, read_corpus, read_labelled
+from one4all.metrics import max_difference, psnr_db
+from one4all.protector import Protector
+from one4all.storage import Storage, open_storage
+from pipelines.ray_session import ray_session
+from pipelines.trials import (
+    NO_ATTACK,
+    PROTECTOR,
+    Copy,
+    DataConfig,
+    EvaluateConfig,
+    MethodConfig,
+    Trial,
+    all_trials,
+    num_clusters,
+)
+
+_log = logging.getLogger(__name__)
+_TRIALS, _COPIES = "trials/", "copies/"
+_PSNR_IMAGES = 256  # of a copy, for its distortion
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Evaluation:
+    """Outcome of a run.
+
+    Attributes:
+        records: By trial key; all that exist for the configuration, whichever run made them.
+        copies: By copy key: largest |difference| in levels, mean PSNR, seconds.
+        num_new: Trials of this run.
+        failed: Title of a trial or copy that failed, with its reason.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    copies: dict[str, Record] = field(default_factory=dict)
+    num_new: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    command: str,
+    on_plan: Callable[[int, int], None] = lambda num_todo, num_trials: None,
+    on_trial: Callable[[Trial, Record], None] = lambda trial, record: None,
+) -> Evaluation:
+    """Run every trial that has no record yet.
+
+    Args:
+        config: See there.
+        command: For the records.
+        on_plan: Called once with the trials to do and all trials.
+        on_trial: Called with each trial as it ends.
+
+    Raises:
+        UsageError: A data set, protector or output cannot be used.
+    """
+    trials = all_trials(config)
+    storage = open_storage(config.output)
+    storage.check(writable=True)
+    result = Evaluation(
+        records=_read_records(storage, _TRIALS, {trial.key for trial in trials}),
+        copies=_read_records(storage, _COPIES, {trial.copy.key for trial in trials}),
+    )
+    todo = [trial for trial in trials if trial.key not in result.records]
+    on_plan(len(todo), len(trials))
+    if todo:
+        environment = _environment(command)
+        for trial, outcome in _run(todo, config, result, storage):
+            if isinstance(outcome, str):
+                result.failed[trial.title] = outcome
+                continue
+            record = {"trial": trial.identity, "title": trial.title} | outcome | environment
+            storage.write_bytes(f"{_TRIALS}{trial.key}.json", json.dumps(record).encode())
+            result.records[trial.key] = record
+            result.num_new += 1
+            on_trial(trial, record)
+    return result
+
+
+def load_data(config: DataConfig, split: str) -> LabelledImages:
+    """One split of a data set: "train" or "test".
+
+    Raises:
+        UsageError: It is not there, or cannot be read.
+    """
+    limit = config.max_train if split == "train" else 0
+    if config.source:
+        images = open_corpus(
+            config.source,
+            split="train" if split == "train" else "test",
+            labels=config.granularity,
+            root=Path(config.root) if config.root else None,
+        )
+        found = read_corpus(images, config.source, size=config.size, max_images=limit)
+    else:
+        uri = config.train if split == "train" else config.test
+        open_storage(uri).check(writable=False)
+        found = read_labelled(uri, size=config.size, max_images=limit)
+    return replace(found, class_names=config.class_names or found.class_names)
+
+
+def make_copy(
+    clean: LabelledImages,
+    fit_on: LabelledImages | None,
+    method: MethodConfig,
+    *,
+    epsilon_levels: int,
+    cache: Path | None = None,
+) -> LabelledImages:
+    """Protect a data set.
+
+    Args:
+        clean: The data set.
+        fit_on: Where to fit a method that needs it; None fits it on ``clean``.
+        method: See there.
+        epsilon_levels: Budget.
+        cache: Folder that holds the fitted method, or will.
+
+    Returns:
+        Same labels and order; within the budget if the method claims to be.
+    """
+    if method.method == PROTECTOR:
+        protector = Protector.load(method.protector)
+        if protector.card.epsilon_levels > epsilon_levels:
+            raise UsageError(
+                f"protector {method.protector} has a budget of {protector.card.epsilon_levels} "
+                f"levels and the evaluation one of {epsilon_levels}"
+            )
+        return replace(clean, images_NHWC=np.stack(protector.protect(list(clean.images_NHWC))))
+    known = find_method(method.method)
+    if cache is not None and cache.exists():
+        fitted = load_fitted(cache)
+    else:
+        values = known.presets[method.preset].model_dump() | method.config
+        fitted = known.fit(
+            clean if fit_on is None else fit_on,
+            known.config_type.model_validate(values),
+            epsilon_levels=epsilon_levels,
+            seed=method.seed,
+        )
+        if cache is not None:
+            # Whole or not at all: a killed run must not leave half a method.
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
+            fitted.save(scratch)
+            try:
+                scratch.rename(cache)
+            except OSError:  # another run was faster, with the same content
+                _log.debug("fitted method %s is there already", cache)
+    return protect_images(fitted, clean, own=fit_on is None, seed=method.seed)
+
+
+def run_trial(
+    copy: LabelledImages, clean: LabelledImages, test: LabelledImages, trial: Trial, merged: Labels
+) -> Record:
+    """Train one adversary; accuracies in 0..1.
+
+    Args:
+        copy, clean: Training images, protected and clean, in the same order.
+        test: Clean test images.
+        trial: What to do.
+        merged: New label of each class; empty keeps the labels.
+    """
+    train = mix(copy, clean, share=trial.share)
+    if len(merged):
+        train, test = (replace(s, labels_N=merged[s.labels_N]) for s in (train, test))
+    result = train_adversary(
+        train,
+        test,
+        trial.adversary,
+        attack=None if trial.attack == NO_ATTACK else find_attack(trial.attack),
+        seed=trial.seed,
+    )
+    counts = np.bincount(test.labels_N)
+    return {
+        "last": result.last,
+        "peak": result.peak,
+        "curve": list(result.curve),
+        "majority": float(counts.max() / counts.sum()),
+        "confusion": result.confusion(test.labels_N).tolist(),
+        "seconds": round(result.seconds, 2),
+    }
+
+
+def mix(copy: LabelledImages, clean: LabelledImages, *, share: float) -> LabelledImages:
+    """Protected images for a share of the data set, clean ones for the rest.
+
+    Which ones does not depend on the method, and a larger share contains a smaller one.
+    """
+    if share == 1:
+        return copy
+    order = np.random.default_rng(0).permutation(len(clean))
+    chosen = order[: round(share * len(clean))]
+    images = clean.images_NHWC.copy()
+    images[chosen] = copy.images_NHWC[chosen]
+    return replace(clean, images_NHWC=images)
+
+
+def _run(
+    todo: list[Trial], config: EvaluateConfig, result: Evaluation, storage: Storage
+) -> Iterator[tuple[Trial, Record | str]]:
+    """Trials as they end; at most two copies are in memory beside those in use."""
+    import ray
+    from ray.exceptions import RayError
+
+    with ray_session(config.ray):
+        gpus = config.gpus_per_trial
+        if gpus < 0:
+            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        resources = {"num_cpus": config.cpus_per_trial, "num_gpus": gpus}
+        num_slots = _num_slots(ray.cluster_resources(), config.cpus_per_trial, gpus)
+        copy_task = ray.remote(**resources)(_copy_task)
+        trial_task = ray.remote(**resources)(_trial_task)
+        data = _Data(config)
+        waiting: dict[Any, Trial] = {}
+        copies: dict[Any, Copy] = {}
+
+        def finished(at_most: int) -> Iterator[tuple[Trial, Record | str]]:
+            while len(waiting) > at_most:
+                ready, _ = ray.wait([*copies, *waiting], num_returns=1)
+                try:
+                    outcome: Record | str = ray.get(ready[0])
+                except RayError as error:
+                    outcome = _reason(error)
+                if ready[0] in copies:
+                    copy = copies.pop(ready[0])
+                    if isinstance(outcome, dict):
+                        result.copies[copy.key] = outcome
+                        key = f"{_COPIES}{copy.key}.json"
+                        storage.write_bytes(key, json.dumps(outcome).encode())
+                else:
+                    yield waiting.pop(ready[0]), outcome
+
+        for copy_key, group in groupby(todo, key=lambda trial: trial.copy.key):
+            trials = list(group)
+            copy = trials[0].copy
+            clean, test = data.get(copy.data)
+            fit_on = data.get(copy.fitted_on)[0] if copy.fitted_on else None
+            cache = None if "://" in config.output else f"{config.output}/fitted/{copy_key}"
+            protected, facts = copy_task.options(num_returns=2).remote(
+                clean, fit_on, copy.method, config.epsilon_levels, config.cpus_per_trial, cache
+            )
+            if copy_key not in result.copies:
+                copies[facts] = copy
+            for trial in trials:
+                merged = data.merged(copy.data, trial.labels)
+                reference = trial_task.remote(
+                    protected, clean, test, trial, merged, config.cpus_per_trial
+                )
+                waiting[reference] = trial
+            del protected
+            yield from finished(at_most=2 * num_slots)
+        yield from finished(at_most=0)
+
+
+def _num_slots(resources: dict[str, float], cpus: int, gpus: float) -> int:
+    """Trials that run at once."""
+    by_cpu = int(resources.get("CPU", 1)) // cpus
+    return max(1, min(by_cpu, int(resources.get("GPU", 0) / gpus)) if gpus else by_cpu)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a task, in one line."""
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip().splitlines()[-1] if str(cause).strip() else ""
+    return text if isinstance(cause, One4AllError) else f"{type(cause).__name__}: {text}"
+
+
+def _read_records(storage: Storage, prefix: str, wanted: set[str]) -> dict[str, Record]:
+    """Records by key; one that cannot be read is made again."""
+    found = {}
+    for info in storage.list(prefix):
+        key = info.key.removeprefix(prefix).removesuffix(".json")
+        if key in wanted:
+            try:
+                found[key] = json.loads(storage.read_bytes(info.key))
+            except ValueError:
+                _log.warning("record %s cannot be read and is made again", info.key)
+    return found
+
+
+def _environment(command: str) -> Record:
+    """Where a result comes from: command, code and hardware."""
+    return {
+        "command": command,
+        "version": version("one4all"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+
+
+def _commit() -> str:
+    """Commit of the checkout that this runs from; empty if it is none."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+class _Data:
+    """Data sets in Ray's object store, read when first needed."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self._config = config
+        self._references: dict[str, tuple[Any, Any]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+
+    def get(self, name: str) -> tuple[Any, Any]:
+        """References of the training and the test split."""
+        import ray
+
+        if name not in self._references:
+            splits = [load_data(self._config.data[name], split) for split in ("train", "test")]
+            self._names[name] = splits[0].class_names
+            self._references[name] = (ray.put(splits[0]), ray.put(splits[1]))
+        return self._references[name]
+
+    def merged(self, name: str, labels: str) -> Labels:
+        """New label of each class, or nothing."""
+        if not (count := num_clusters(labels)):
+            return np.zeros(0, np.int64)
+        self.get(name)
+        embeddings = embed_class_names(name, self._names[name], self._config.encoder)
+        return merge_labels(embeddings, count)
+
+
+def embed_class_names(
+    data: str, names: tuple[str, ...], encoder: EncoderConfig
+) -> npt.NDArray[np.float32]:
+    """Text embeddings of class names, (C, D) float32.
+
+    Raises:
+        UsageError: The data set does not say what its classes are called.
+    """
+    if not names:
+        raise UsageError(
+            f"data set {data!r} has no class names, which label-agnostic trials cluster; list them "
+            f"in data.{data}.class_names"
+        )
+    loaded = load_encoder(encoder)
+    prompts = [template.format(name) for name in names for template in loaded.templates]
+    with torch.no_grad():
+        rows = loaded.encode_text(prompts).reshape(len(names), len(loaded.templates), -1)
+        return torch.nn.functional.normalize(rows.mean(dim=1), dim=1).numpy()
+
+
+def _copy_task(
+    clean: LabelledImages,
+    fit_on: LabelledImages | None,
+    method: MethodConfig,
+    epsilon_levels: int,
+    num_threads: int,
+    cache: str | None,
+) -> tuple[LabelledImages, Record]:
+    torch.set_num_threads(num_threads)
+    start = time.monotonic()
+    protected = make_copy(
+        clean,
+        fit_on,
+        method,
+        epsilon_levels=epsilon_levels,
+        cache=Path(cache) if cache else None,
+    )
+    chosen = np.linspace(0, len(clean) - 1, min(_PSNR_IMAGES, len(clean))).astype(int)
+    pairs = [(clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
+    return protected, {
+        "max_levels": max_difference(clean.images_NHWC, protected.images_NHWC),
+        "psnr_db": float(np.mean([psnr_db(*pair) for pair in pairs])),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+def _trial_task(
+    copy: LabelledImages,
+    clean: LabelledImages,
+    test: LabelledImages,
+    trial: Trial,
+    merged: Labels,
+    num_threads: int,
+) -> Record:
+    torch.set_num_threads(num_threads)
+    return run_trial(copy, clean, test, trial, merged)

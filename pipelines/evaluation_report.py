@@ -1,0 +1,398 @@
+"""Results of an evaluation as tables (Markdown, CSV) and one HTML page with plots.
+
+A cell is the mean over seeds of the last epoch's test accuracy, with the spread between seeds. What
+a cell is evidence of is said by `judge`: a gap counts only beside its controls.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from one4all.clustering import ClusterQuality
+from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
+from pipelines.trials import (
+    NO_ATTACK,
+    EvaluateConfig,
+    GridConfig,
+    Trial,
+    grid_trials,
+)
+
+PROTECTS_BELOW = 0.6  # of clean accuracy
+_MAX_ROWS_IN_CONFUSION = 40
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a table: the seeds of one combination.
+
+    Attributes:
+        last, peak: Test accuracies, 0..1, one for each seed that has a record.
+        majority: Accuracy of always answering the most frequent test label.
+    """
+
+    last: tuple[float, ...] = ()
+    peak: tuple[float, ...] = ()
+    majority: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.last)) if self.last else float("nan")
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation between seeds; 0 for one seed."""
+        return float(np.std(self.last, ddof=1)) if len(self.last) > 1 else 0.0
+
+    def __str__(self) -> str:
+        if not self.last:
+            return "-"
+        if len(self.last) == 1:
+            return f"{100 * self.mean:.1f}"
+        return f"{100 * self.mean:.1f} ± {100 * self.spread:.1f}"
+
+
+@dataclass
+class Table:
+    """A grid filled with results; cells by (row, column)."""
+
+    grid: GridConfig
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    trials: dict[tuple[str, str], Trial] = field(default_factory=dict)
+
+    def cell(self, row: str, column: str) -> Cell:
+        return self.cells.get((row, column), Cell())
+
+    def text(self) -> list[list[str]]:
+        """Header and rows."""
+        body = [[row, *(str(self.cell(row, c)) for c in self.columns)] for row in self.rows]
+        majority = [f"{100 * self._majority(column):.1f}" for column in self.columns]
+        return [[self.grid.rows, *self.columns], *body, ["(most frequent class)", *majority]]
+
+    def markdown(self) -> str:
+        header, *body = self.text()
+        lines = [f"### {self.grid.title}", ""]
+        lines += [self.grid.note, ""] if self.grid.note else []
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body), ""])
+
+    def _majority(self, column: str) -> float:
+        return max((self.cell(row, column).majority for row in self.rows), default=0.0)
+
+
+def fill_table(grid: GridConfig, config: EvaluateConfig, records: Mapping[str, Record]) -> Table:
+    """Put the records of a grid where they belong; seeds without a record are left out."""
+    gathered: dict[tuple[str, str], list[Record]] = {}
+    table = Table(grid)
+    for trial in grid_trials(grid, config):
+        place = _place(trial, grid)
+        table.trials.setdefault(place, trial)
+        gathered.setdefault(place, [])
+        if trial.key in records:
+            gathered[place].append(records[trial.key])
+    table.rows = list(dict.fromkeys(row for row, _ in gathered))
+    table.columns = list(dict.fromkeys(column for _, column in gathered))
+    table.cells = {
+        place: Cell(
+            last=tuple(r["last"] for r in found),
+            peak=tuple(r["peak"] for r in found),
+            majority=max((r["majority"] for r in found), default=0.0),
+        )
+        for place, found in gathered.items()
+    }
+    return table
+
+
+def judge(table: Table, config: EvaluateConfig) -> list[str]:
+    """What each column of a table of methods is evidence of, one sentence for each.
+
+    Protection is claimed only if the class-wise oracle shows that the bench can see it, and the
+    method is far below clean and below every other control by more than twice the spread.
+    """
+    sentences = []
+    by_method = {method.method: method.name for method in table.grid.methods}
+    if table.grid.rows != "methods" or not {"clean", "class_oracle"} <= by_method.keys():
+        return []
+    controls = [by_method[m] for m in _NEGATIVE_CONTROLS if m in by_method]
+    for column in table.columns:
+        cells = {row: table.cell(row, column) for row in table.rows}
+        clean, oracle = cells[by_method["clean"]], cells[by_method["class_oracle"]]
+        if not (clean.last and oracle.last):
+            continue
+        lead = f"{column}: " if len(table.columns) > 1 else ""
+        if oracle.mean > PROTECTS_BELOW * clean.mean:
+            sentences.append(
+                f"{lead}inconclusive, since even the positive control does not protect here "
+                f"(clean {clean}, class-wise oracle {oracle})."
+            )
+            continue
+        floor = min(cells[name].mean for name in controls if cells[name].last)
+        spread = max(cells[name].spread for name in controls)
+        protecting, weak = [], []
+        for method in table.grid.methods:
+            cell = cells[method.name]
+            is_control = method.method in (*_NEGATIVE_CONTROLS, *_NO_METHODS)
+            if is_control or not cell.last or floor - cell.mean <= 2 * max(spread, cell.spread):
+                continue
+            strong = cell.mean <= PROTECTS_BELOW * clean.mean
+            (protecting if strong else weak).append(f"{method.name} ({cell})")
+        sentences.append(
+            f"{lead}clean {clean}, class-wise oracle {oracle}, lowest other control "
+            f"{100 * floor:.1f}. Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean): "
+            f"{', '.join(protecting) or 'nothing'}. Weak effect: {', '.join(weak) or 'nothing'}."
+        )
+    return sentences
+
+
+_NEGATIVE_CONTROLS = ("clean", "uniform_noise", "sign_noise", "constant", "untrained_generator")
+_NO_METHODS = ("class_oracle", "concept_oracle", "released_l2", "released_preprocessing")
+
+
+def write_results(
+    folder: Path,
+    config: EvaluateConfig,
+    records: Mapping[str, Record],
+    copies: Mapping[str, Record],
+    *,
+    qualities: Mapping[str, Sequence[ClusterQuality]],
+    pictures: Sequence[tuple[str, bytes]] = (),
+    diagnoses: Sequence[Section] = (),
+) -> Path:
+    """Write results.md, results.csv and report.html.
+
+    Args:
+        folder: Where to.
+        config: Of the evaluation.
+        records, copies: By key.
+        qualities: By data set: how well numbers of label clusters fit (paper, Figure 5).
+        pictures: (caption, PNG) of sample images.
+        diagnoses: Sections about perturbations.
+
+    Returns:
+        Path of the report.
+    """
+    tables = [fill_table(grid, config, records) for grid in config.grids]
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts = [judge(table, config) for table in tables]
+    markdown = []
+    for table, sentences in zip(tables, verdicts, strict=True):
+        markdown += [table.markdown(), *(f"* {sentence}" for sentence in sentences), ""]
+        if table.grid.rows == "attacks":
+            markdown += [_recovered(table), ""]
+    (folder / "results.md").write_text("\n".join(markdown), "utf-8")
+    (folder / "results.csv").write_text(_csv(tables, records, copies), "utf-8")
+    sections = [
+        _section(table, sentences, records)
+        for table, sentences in zip(tables, verdicts, strict=True)
+    ]
+    if pictures:
+        sections.append(Section("What it looks like", pictures=pictures))
+    sections += diagnoses
+    if qualities:
+        sections.append(_quality_section(qualities))
+    sections.append(_copies_section(config, copies))
+    report = folder / "report.html"
+    summary = " ".join(sentence for sentences in verdicts for sentence in sentences[:1])
+    write_report(report, title="one4all evaluate", summary=summary, sections=sections)
+    return report
+
+
+def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
+    """Row and column of a trial; a column is named by what differs within the grid."""
+    parts = {
+        "methods": (trial.copy.method.name, len(grid.methods)),
+        "attacks": (trial.attack, len(grid.attacks)),
+        "shares": (f"{100 * trial.share:.0f} % protected", len(grid.shares)),
+        "data": (trial.copy.data, len(grid.data)),
+        "labels": (trial.labels, len(grid.labels)),
+        "adversaries": (trial.adversary_name, len(grid.adversaries)),
+    }
+    row = parts.pop(grid.rows)[0]
+    column = " ".join(text for text, count in parts.values() if count > 1)
+    return row, column or trial.copy.data
+
+
+def _section(table: Table, sentences: list[str], records: Mapping[str, Record]) -> Section:
+    grid = table.grid
+    pictures = []
+    if grid.rows == "methods" and len(table.columns) == 1:
+        column = table.columns[0]
+        accuracies = {r: table.cell(r, column).last for r in table.rows}
+        pictures.append(
+            (
+                "Test accuracy of adversaries on clean images",
+                plot_accuracies(
+                    {row: values for row, values in accuracies.items() if values},
+                    chance=max(table.cell(r, column).majority for r in table.rows),
+                    title=grid.title,
+                ),
+            )
+        )
+        pictures += _confusions(table, column, records)
+    if grid.rows == "shares":
+        series = {
+            column: [
+                (100 * share, 100 * table.cell(row, column).mean)
+                for share, row in zip(grid.shares, table.rows, strict=True)
+                if table.cell(row, column).last
+            ]
+            for column in table.columns
+        }
+        pictures.append(
+            (
+                "Test accuracy by the share of training images that are protected",
+                plot_curves(
+                    series,
+                    xlabel="protected, % of the training images",
+                    ylabel="test accuracy, %",
+                    title=grid.title,
+                ),
+            )
+        )
+    pictures += _purity_curve(table)
+    return Section(
+        grid.title,
+        text=[t for t in (grid.note, *sentences) if t],
+        table=table.text(),
+        pictures=pictures,
+    )
+
+
+def _confusions(
+    table: Table, column: str, records: Mapping[str, Record]
+) -> list[tuple[str, bytes]]:
+    """Confusion of the first seed, for clean and for each method that is no control."""
+    pictures = []
+    for method in table.grid.methods:
+        if method.method in _NEGATIVE_CONTROLS[1:] or method.method in _NO_METHODS[1:]:
+            continue
+        record = records.get(table.trials[method.name, column].key)
+        if record and len(record["confusion"]) <= _MAX_ROWS_IN_CONFUSION:
+            confusion = np.array(record["confusion"], np.int64)
+            pictures.append((f"Confusion: {method.name}", plot_confusion(confusion, title="")))
+    return pictures
+
+
+def _purity_curve(table: Table) -> list[tuple[str, bytes]]:
+    """Accuracy over the purity of the concept-wise oracle, if a grid has several of them."""
+    oracles = [m for m in table.grid.methods if m.method == "concept_oracle"]
+    if len(oracles) < 2 or table.grid.rows != "methods":
+        return []
+    series = {
+        column: sorted(
+            (float(m.config.get("purity", 1.0)), 100 * table.cell(m.name, column).mean)
+            for m in oracles
+            if table.cell(m.name, column).last
+        )
+        for column in table.columns
+    }
+    curve = plot_curves(
+        series, xlabel="purity of the concepts", ylabel="test accuracy, %", title=table.grid.title
+    )
+    return [("Accuracy by the purity of the concepts that choose the pattern", curve)]
+
+
+def _recovered(table: Table) -> str:
+    """Recovered fraction: accuracy over that of the clean copy under the same attack."""
+    clean = next((m.name for m in table.grid.methods if m.method == "clean"), None)
+    if clean is None:
+        return ""
+    lines = [f"Recovered fraction, {table.grid.title}", ""]
+    columns = [column for column in table.columns if column != clean]
+    lines += ["| attacks | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for row in table.rows:
+        base = table.cell(row, clean).mean if clean in table.columns else float("nan")
+        shares = [table.cell(row, column).mean / base for column in columns]
+        lines.append(f"| {row} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+def _quality_section(qualities: Mapping[str, Sequence[ClusterQuality]]) -> Section:
+    curves = (
+        ("sse", "sum of squared distances"),
+        ("silhouette", "silhouette"),
+        ("calinski_harabasz", "Calinski-Harabasz"),
+    )
+    pictures = [
+        (
+            label,
+            plot_curves(
+                {
+                    data: [(q.num_clusters, getattr(q, name)) for q in found]
+                    for data, found in qualities.items()
+                },
+                xlabel="clusters of class names",
+                ylabel=label,
+                title="",
+            ),
+        )
+        for name, label in curves
+    ]
+    return Section("Clusters of class names (label-agnostic scenario)", pictures=pictures)
+
+
+def _copies_section(config: EvaluateConfig, copies: Mapping[str, Record]) -> Section:
+    seen = {}
+    for grid in config.grids:
+        for trial in grid_trials(grid, config):
+            seen.setdefault(trial.copy.key, trial.copy)
+    rows = [
+        (
+            copy.method.name,
+            copy.data,
+            copy.fitted_on or ("itself" if copy.method.method != "protector" else "-"),
+            copies[key]["max_levels"],
+            f"{copies[key]['psnr_db']:.1f}",
+            f"{copies[key]['seconds']:.0f}",
+        )
+        for key, copy in seen.items()
+        if key in copies
+    ]
+    header = ("method", "data", "fitted on", "largest |difference|", "PSNR, dB", "seconds to make")
+    return Section("Copies", table=[header, *rows])
+
+
+def _csv(
+    tables: Sequence[Table], records: Mapping[str, Record], copies: Mapping[str, Record]
+) -> str:
+    """One line for each place of each table."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(
+        "table method data fitted_on labels share attack adversary num_seeds "
+        "last_mean last_std peak_mean majority max_levels psnr_db".split()
+    )
+    for table in tables:
+        for place, trial in table.trials.items():
+            cell, facts = table.cells[place], copies.get(trial.copy.key, {})
+            writer.writerow(
+                (
+                    table.grid.title,
+                    trial.copy.method.name,
+                    trial.copy.data,
+                    trial.copy.fitted_on,
+                    trial.labels,
+                    trial.share,
+                    "" if trial.attack == NO_ATTACK else trial.attack,
+                    trial.adversary_name,
+                    len(cell.last),
+                    f"{cell.mean:.4f}",
+                    f"{cell.spread:.4f}",
+                    f"{np.mean(cell.peak):.4f}" if cell.peak else "nan",
+                    f"{cell.majority:.4f}",
+                    facts.get("max_levels", ""),
+                    facts.get("psnr_db", ""),
+                )
+            )
+    return out.getvalue()
