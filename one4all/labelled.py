@@ -50,7 +50,7 @@ class LabelledImages:
     @property
     def size(self) -> int:
         """Side of the images in pixels."""
-        return self.images_NHWC.shape[1]
+        return int(self.images_NHWC.shape[1])
 
 
 def read_labelled(uri: str, *, size: int = 0) -> LabelledImages:
