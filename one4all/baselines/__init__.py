@@ -1,1 +1,11 @@
-"""What a protector is compared with: one file per method."""
+"""What a protector is compared with: one file per method, one registry.
+
+* `METHODS`, `find_method`: by name; `Method.fit` gives a `FittedMethod`.
+* `protect_images`: a corpus through a fitted method, within the budget.
+* `load_fitted`: what `FittedMethod.save` wrote.
+"""
+
+from one4all.baselines.base import FittedMethod, protect_images
+from one4all.baselines.registry import METHODS, Method, find_method, load_fitted
+
+__all__ = ["METHODS", "FittedMethod", "Method", "find_method", "load_fitted", "protect_images"]

@@ -1,0 +1,250 @@
+"""What holds for every compared method and control, and for the controls alone."""
+
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from builders import TINY_ENCODER, TINY_GENERATOR, make_pixels
+
+from one4all.baselines import METHODS, find_method, load_fitted, protect_images
+from one4all.baselines.ar import ArConfig
+from one4all.baselines.contrastive import LearnerConfig
+from one4all.baselines.controls import ConceptOracleConfig, PatternConfig
+from one4all.baselines.cp import CpClassConfig, CpSampleConfig
+from one4all.baselines.emn import EmnClassConfig, EmnSampleConfig
+from one4all.baselines.surrogate import SurrogateConfig
+from one4all.baselines.tap import TapConfig
+from one4all.baselines.transfer import transform_block
+from one4all.baselines.tue import TueConfig
+from one4all.errors import ConfigError, UsageError
+from one4all.images import decode, working_copy
+from one4all.labelled import LabelledImages
+from one4all.metrics import psnr_db
+
+NET = SurrogateConfig(width=8, batch_size=16)
+LEARNER = LearnerConfig(width=8, projection_dim=16, batch_size=16)
+CP = CpClassConfig(learner=LEARNER, epochs=2, model_steps=2, noise_steps=2)
+
+TINY = {
+    "emn_sample": EmnSampleConfig(surrogate=NET, noise_steps=2, max_rounds=2),
+    "emn_class": EmnClassConfig(surrogate=NET, max_rounds=2),
+    "tap": TapConfig(surrogate=NET, epochs=2, iterations=2, restarts=2),
+    "cp_class": CP,
+    "cp_sample": CpSampleConfig(**CP.model_dump(), class_wise=CP),
+    "tue": TueConfig(learner=LEARNER, epochs=2, train_steps=2, noise_steps=2, ssl_weight=1.0),
+    "unlearnable_clusters": find_method("unlearnable_clusters")
+    .presets["default"]
+    .model_copy(
+        update={
+            "encoder": TINY_ENCODER,
+            "num_clusters": 3,
+            "generator": TINY_GENERATOR,
+            "steps": 3,
+        }
+    ),
+    "cluster_code": find_method("cluster_code")
+    .presets["default"]
+    .model_copy(update={"encoder": TINY_ENCODER, "num_clusters": 3}),
+    "untrained_generator": find_method("untrained_generator")
+    .presets["default"]
+    .model_copy(update={"encoder": TINY_ENCODER, "generator": TINY_GENERATOR}),
+    "released_l2": find_method("released_l2")
+    .presets["default"]
+    .model_copy(update={"encoder": TINY_ENCODER, "generator": TINY_GENERATOR}),
+}
+ALL = sorted(METHODS)
+
+
+def make_corpus(num: int = 24, *, size: int = 32, num_classes: int = 3, seed: int = 0):
+    images = np.stack([make_pixels(size, size, seed=100 * seed + i) for i in range(num)])
+    images[0], images[1] = 0, 255  # no room below, none above
+    return LabelledImages(images, np.arange(num) % num_classes)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Every method, fitted once on the same corpus; made when asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = METHODS[name].fit(make_corpus(), TINY.get(name), seed=3)
+        return made[name]
+
+    return get
+
+
+def levels(method, images, **options):
+    return [d.copy() for d in method.perturb(images, **{"own": True, "seed": 0} | options)]
+
+
+def difference(clean, protected):
+    return protected.images_NHWC.astype(int) - clean.images_NHWC
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("own", [True, False], ids=["own", "transferred"])
+def test_budget_holds_unless_the_method_says_otherwise(name, own, fitted):
+    """Also on black and white images, and on a corpus of another size with more classes."""
+    clean = make_corpus() if own else make_corpus(20, size=48, num_classes=7, seed=1)
+    protected = protect_images(fitted(name), clean, own=own, seed=0)
+    assert protected.images_NHWC.dtype == np.uint8
+    np.testing.assert_array_equal(protected.labels_N, clean.labels_N)
+    largest = np.abs(difference(clean, protected)).max()
+    assert METHODS[name].within_budget == fitted(name).within_budget == (largest <= 8)
+    if name != "clean":
+        assert largest > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_saved_method_perturbs_as_before(name, fitted, tmp_path):
+    fitted(name).save(tmp_path)
+    loaded = load_fitted(tmp_path)
+    other = make_corpus(10, num_classes=5, seed=1)
+    assert loaded.card == fitted(name).card
+    for corpus, own in ((make_corpus(), True), (other, False)):
+        before = levels(fitted(name), corpus, own=own)
+        np.testing.assert_array_equal(before, levels(loaded, corpus, own=own))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_same_seed_same_perturbations(name, fitted):
+    corpus = make_corpus()
+    again = METHODS[name].fit(corpus, TINY.get(name), seed=3)
+    np.testing.assert_array_equal(levels(fitted(name), corpus), levels(again, corpus))
+    if name not in ("clean", "released_preprocessing"):
+        other = METHODS[name].fit(corpus, TINY.get(name), seed=4)
+        assert not np.array_equal(levels(again, corpus), levels(other, corpus))
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if not METHODS[n].needs_labels])
+def test_label_free_methods_do_not_read_labels(name, fitted):
+    corpus = make_corpus()
+    shuffled = LabelledImages(corpus.images_NHWC, (corpus.labels_N * 5 + 1) % 3)
+    again = METHODS[name].fit(shuffled, TINY.get(name), seed=3)
+    np.testing.assert_array_equal(levels(fitted(name), corpus), levels(again, shuffled))
+
+
+def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match="no compared method 'emm'; choose from emn_sample, "):
+        find_method("emm")
+    with pytest.raises(ConfigError, match="no preset 'huge'; choose from default, published"):
+        find_method("tap").fit(make_corpus(), preset="huge", seed=0)
+    with pytest.raises(ConfigError, match="tap takes a TapConfig, not a ArConfig"):
+        find_method("tap").fit(make_corpus(), ArConfig(), seed=0)
+    with pytest.raises(UsageError, match=r"card\.json is missing"):
+        load_fitted(tmp_path)
+
+
+# --- transfer --------------------------------------------------------------------------------
+
+SAMPLE_WISE = ["emn_sample", "tap", "cp_sample", "tue"]
+
+
+@pytest.mark.parametrize("name", SAMPLE_WISE)
+def test_sample_wise_perturbations_are_used_by_index(name, fitted):
+    """Indexed by label, images of one class would share one: the method would be class-wise."""
+    deltas = levels(fitted(name), make_corpus())
+    np.testing.assert_array_equal(deltas, fitted(name).deltas_NhwC)
+    assert len(np.unique(np.reshape(deltas, (24, -1)), axis=0)) == 24
+
+
+def test_another_corpus_is_not_taken_for_the_own_one(fitted):
+    method, corpus = fitted("tap"), make_corpus()
+    with pytest.raises(UsageError, match="fitted on 24 images of 32 pixels and these are 20 of 32"):
+        method.perturb(make_corpus(20), own=True, seed=0)
+    reordered = LabelledImages(corpus.images_NHWC[1:].repeat(2, axis=0)[:24], corpus.labels_N[::-1])
+    with pytest.raises(UsageError, match="by index"):
+        method.perturb(reordered, own=True, seed=0)
+
+
+def test_transferred_samples_come_from_the_assigned_class_without_replacement(fitted):
+    """Class 4 of the target is class 1 of the second block: other pixels, same source."""
+    method = fitted("tap")
+    target = LabelledImages(make_corpus(20).images_NHWC, np.array([1] * 10 + [4] * 10))
+    deltas = levels(method, target, own=False)
+    pool = method.deltas_NhwC[method.labels_N == 1]
+    assert len(pool) == 8
+
+    def origin(delta, block):
+        matches = [
+            i for i, d in enumerate(pool) if np.array_equal(transform_block(d, block), delta)
+        ]
+        assert len(matches) == 1
+        return matches[0]
+
+    for block, part in ((0, deltas[:10]), (1, deltas[10:])):
+        drawn = [origin(delta, block) for delta in part]
+        assert sorted(drawn[:8]) == list(range(8))
+        assert len(set(drawn[8:])) == 2
+    assert not np.array_equal(deltas, levels(method, target, own=False, seed=1))
+
+
+@pytest.mark.parametrize("name", ["class_oracle", "emn_class", "cp_class"])
+def test_classes_stay_distinct_when_the_target_has_more(name, fitted):
+    target = make_corpus(60, size=48, num_classes=60, seed=1)
+    target = LabelledImages(np.full_like(target.images_NHWC, 128), target.labels_N)
+    protected = difference(target, protect_images(fitted(name), target, own=False, seed=0))
+    for i in range(60):
+        for j in range(i):
+            for seen in (protected[j], protected[j][:, ::-1]):  # adversaries mirror
+                assert np.mean(protected[i] != seen) > 0.2, (i, j)
+
+
+def test_a_block_moves_values_and_keeps_them(fitted):
+    delta = np.random.default_rng(0).normal(size=(32, 32, 3))
+    np.testing.assert_array_equal(transform_block(delta, 0), delta)
+    np.testing.assert_array_equal(transform_block(delta, 5), transform_block(delta, 5))
+    np.testing.assert_array_equal(np.sort(transform_block(delta, 5), None), np.sort(delta, None))
+
+
+# --- controls --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("purity", [0.0, 0.35, 0.8, 1.0])
+def test_concept_oracle_has_the_purity_asked_for(purity):
+    corpus = LabelledImages(np.zeros((1000, 32, 32, 3), np.uint8), np.arange(1000) % 7)
+    method = find_method("concept_oracle").fit(corpus, ConceptOracleConfig(purity=purity), seed=0)
+    deltas = np.stack(levels(method, corpus))
+    own = (deltas == method.patterns_MhwC[corpus.labels_N]).all(axis=(1, 2, 3))
+    assert own.mean() == pytest.approx(purity, abs=1e-3)
+    known = {pattern.tobytes() for pattern in method.patterns_MhwC}
+    assert {delta.tobytes() for delta in deltas} <= known
+
+
+def test_noise_is_fresh_and_a_constant_is_not(fitted):
+    corpus = make_corpus()
+    for name, num in (("uniform_noise", 24), ("sign_noise", 24), ("constant", 1), ("clean", 1)):
+        deltas = np.reshape(levels(fitted(name), corpus), (24, -1))
+        assert len(np.unique(deltas, axis=0)) == num, name
+
+
+def test_released_preprocessing_alone_is_about_12_db_from_the_original():
+    """C0: no perturbation at all."""
+
+    photos = sorted((files("one4all") / "assets" / "photos").iterdir(), key=str)
+    images = np.stack([working_copy(decode(p.read_bytes()).pixels, 64) for p in photos])
+    corpus = LabelledImages(images, np.zeros(len(images), np.int64))
+    method = find_method("released_preprocessing").fit(corpus, seed=0)
+    protected = protect_images(method, corpus, own=True, seed=0).images_NHWC
+    values = (images / 255 - [0.48145466, 0.4578275, 0.40821073]) / [
+        0.26862954,
+        0.26130258,
+        0.27577711,
+    ]
+    np.testing.assert_allclose(protected, 255 * values.clip(0, 1), atol=0.51)
+    distances = [psnr_db(a, b) for a, b in zip(images, protected, strict=True)]
+    assert np.mean(distances) == pytest.approx(12, abs=1.5)
+
+
+def test_released_l2_has_the_released_norm(fitted):
+    for size in (32, 224):
+        corpus = make_corpus(2, size=size)
+        for delta in levels(fitted("released_l2"), corpus, own=False):
+            assert delta.shape == (size, size, 3)
+            assert np.linalg.norm(delta / 255) == pytest.approx(16 * size / 224, rel=1e-4)
+
+
+def test_pattern_block_is_the_one_asked_for():
+    method = find_method("class_oracle").fit(make_corpus(), PatternConfig(block=16), seed=0)
+    assert (np.abs(np.diff(method.patterns_MhwC[0], axis=0)).max(axis=(1, 2)) > 0).sum() <= 1
