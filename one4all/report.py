@@ -125,6 +125,36 @@ def plot_accuracies(
     return _to_png(figure)
 
 
+def plot_curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ylabel: str, title: str
+) -> bytes:
+    """Lines through (x, y) points, one for each name, as PNG."""
+    figure = _figure(6.5, 3.6)
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return _to_png(figure)
+
+
+def plot_confusion(confusion: Any, *, title: str, names: Sequence[str] = ()) -> bytes:
+    """Counts of (label, guess), rows normalised, as PNG."""
+    figure = _figure(4.2, 3.8)
+    axes = figure.add_subplot()
+    rows = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axes.imshow(rows, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("guess")
+    axes.set_ylabel("label")
+    axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    return _to_png(figure)
+
+
 @dataclass(frozen=True)
 class Section:
     """One section of a report.

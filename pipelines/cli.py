@@ -262,6 +262,43 @@ def status(
 
 
 @app.command()
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="YAML file: data sets, methods, grids.")],
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder or s3:// prefix of results; the same one resumes."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the trials and stop.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Train adversaries on clean and protected copies and compare; resumable."""
+    from pipelines.evaluate import evaluate as run
+    from pipelines.evaluate import report
+    from pipelines.trials import EvaluateConfig, describe
+
+    settings = load_config(EvaluateConfig, config, set_, output=output)
+    if dry_run:
+        print(describe(settings))
+        return
+    progress = _Progress("trial")
+
+    def on_plan(num_todo: int, num_trials: int) -> None:
+        if num_todo < num_trials:
+            progress.say(f"{num_trials - num_todo} of {num_trials} trials are done already")
+        progress.start(num_todo)
+
+    def on_trial(trial: Any, record: dict[str, Any]) -> None:
+        progress.advance(note=f"{trial.title}: {100 * record['last']:.1f} %")
+
+    with progress:
+        result = run(settings, command=_command(), on_plan=on_plan, on_trial=on_trial)
+    print(report(settings, result))
+    for title, reason in result.failed.items():
+        print(f"  failed: {title}: {reason}")
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where results go.")] = Path("runs/demo"),
 ) -> None:

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from one4all.baselines.base import protect_images
-from one4all.baselines.registry import find_method, load_fitted
 
 from one4all.adversaries import train_adversary
 from one4all.attacks import find_attack
-from one4all.clustering import merge_labels
+from one4all.baselines.base import protect_images
+from one4all.baselines.registry import find_method, load_fitted
+from one4all.clustering import ClusterQuality, cluster_quality, merge_labels
 from one4all.corpora import open_corpus
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import One4AllError, UsageError
@@ -37,6 +37,7 @@ from one4all.labelled import LabelledImages, Labels, read_corpus, read_labelled
 from one4all.metrics import max_difference, psnr_db
 from one4all.protector import Protector
 from one4all.storage import Storage, open_storage
+from pipelines.evaluation_report import write_results
 from pipelines.ray_session import ray_session
 from pipelines.trials import (
     NO_ATTACK,
@@ -113,6 +114,34 @@ def evaluate(
             result.num_new += 1
             on_trial(trial, record)
     return result
+
+
+def report(config: EvaluateConfig, result: Evaluation) -> str:
+    """Write tables, plots and pictures to the output; returns the tables and where the rest is.
+
+    A remote output gets the records; the report is then written below runs/evaluate here.
+    """
+    remote = "://" in config.output
+    folder = Path("runs/evaluate") if remote else Path(config.output)
+    qualities = {
+        name: _label_qualities(name, config)
+        for name in dict.fromkeys(
+            data
+            for grid in config.grids
+            for data in grid.data
+            if any(num_clusters(labels) for labels in grid.labels)
+        )
+    }
+    path = write_results(folder, config, result.records, result.copies, qualities=qualities)
+    return (folder / "results.md").read_text("utf-8") + f"report: {path}"
+
+
+def _label_qualities(data: str, config: EvaluateConfig) -> list[ClusterQuality]:
+    """The curves of the paper's Figure 5 for the class names of a data set."""
+    names = load_data(config.data[data], "train").class_names
+    embeddings = embed_class_names(data, names, config.encoder)
+    chosen = [k for k in (2, 3, 5, 8, 10, 15, 20, 25, 30, 40, 50, 75) if k < len(names)]
+    return [cluster_quality(embeddings, k) for k in chosen]
 
 
 def load_data(config: DataConfig, split: str) -> LabelledImages:
@@ -242,13 +271,13 @@ def _run(
     from ray.exceptions import RayError
 
     with ray_session(config.ray):
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = config.gpus_per_trial
         if gpus < 0:
-            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-        resources = {"num_cpus": config.cpus_per_trial, "num_gpus": gpus}
-        num_slots = _num_slots(ray.cluster_resources(), config.cpus_per_trial, gpus)
-        copy_task = ray.remote(**resources)(_copy_task)
-        trial_task = ray.remote(**resources)(_trial_task)
+            gpus = 1.0 if resources.get("GPU") else 0.0
+        num_slots = _num_slots(resources, config.cpus_per_trial, gpus)
+        remote: Any = ray.remote(num_cpus=config.cpus_per_trial, num_gpus=gpus)
+        copy_task, trial_task = remote(_copy_task), remote(_trial_task)
         data = _Data(config)
         waiting: dict[Any, Trial] = {}
         copies: dict[Any, Copy] = {}

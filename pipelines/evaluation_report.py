@@ -19,6 +19,7 @@ from one4all.clustering import ClusterQuality
 from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
 from pipelines.trials import (
     NO_ATTACK,
+    Copy,
     EvaluateConfig,
     GridConfig,
     Trial,
@@ -139,7 +140,8 @@ def judge(table: Table, config: EvaluateConfig) -> list[str]:
             continue
         floor = min(cells[name].mean for name in controls if cells[name].last)
         spread = max(cells[name].spread for name in controls)
-        protecting, weak = [], []
+        protecting: list[str] = []
+        weak: list[str] = []
         for method in table.grid.methods:
             cell = cells[method.name]
             is_control = method.method in (*_NEGATIVE_CONTROLS, *_NO_METHODS)
@@ -343,7 +345,7 @@ def _quality_section(qualities: Mapping[str, Sequence[ClusterQuality]]) -> Secti
 
 
 def _copies_section(config: EvaluateConfig, copies: Mapping[str, Record]) -> Section:
-    seen = {}
+    seen: dict[str, Copy] = {}
     for grid in config.grids:
         for trial in grid_trials(grid, config):
             seen.setdefault(trial.copy.key, trial.copy)

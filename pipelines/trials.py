@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from one4all.baselines.registry import find_method
 from pydantic import BeforeValidator, Field, model_validator
 
 from one4all.adversaries import AdversaryConfig
 from one4all.adversaries import find_preset as find_adversary
 from one4all.attacks import find_attack
+from one4all.baselines.registry import find_method
 from one4all.encoders import EncoderConfig
 from one4all.errors import One4AllError, UsageError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
@@ -305,6 +305,23 @@ def all_trials(config: EvaluateConfig) -> list[Trial]:
     trials = {trial.key: trial for grid in config.grids for trial in grid_trials(grid, config)}
     order = {key: index for index, key in enumerate({t.copy.key: None for t in trials.values()})}
     return sorted(trials.values(), key=lambda trial: order[trial.copy.key])
+
+
+def describe(config: EvaluateConfig) -> str:
+    """What an evaluation will do, in lines."""
+    trials = all_trials(config)
+    lines = [
+        f"{grid.title}: {sum(1 for _ in grid_trials(grid, config))} trials, "
+        f"{len(grid.methods)} methods on {', '.join(grid.data)}"
+        for grid in config.grids
+    ]
+    num_copies = len({trial.copy.key for trial in trials})
+    epochs = sum(trial.adversary.epochs for trial in trials)
+    lines.append(
+        f"{len(trials)} trials in all, {epochs} epochs of adversaries, {num_copies} copies; "
+        f"results in {config.output}"
+    )
+    return "\n".join(lines)
 
 
 def num_clusters(labels: str) -> int:

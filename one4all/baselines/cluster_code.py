@@ -16,8 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from one4all.baselines.base import Progress, check_epsilon, make_card, silent
-from one4all.baselines.clusters import ClusterWise, cluster_purity, encode_corpus, k_means
+from one4all.baselines.clusters import ClusterWise, encode_corpus
 from one4all.baselines.controls import class_patterns
+from one4all.clustering import cluster_purity, k_means
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.labelled import LabelledImages
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS

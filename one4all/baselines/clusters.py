@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from one4all.baselines.base import Arrays, FittedCard, FittedMethod
 from one4all.baselines.surrogate import chunks
+from one4all.clustering import Assignment, nearest
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.errors import ProtectorError, UsageError
+from one4all.errors import ProtectorError
 from one4all.labelled import LabelledImages
 from one4all.perturbation import Levels
 
-Assignment = npt.NDArray[np.int32]
 _ENCODE_BATCH = 64
 
 
@@ -101,86 +100,3 @@ def encode_corpus(encoder: Encoder, images: LabelledImages, device: torch.device
         batch = torch.from_numpy(images.images_NHWC[part]).permute(0, 3, 1, 2)
         parts.append(encoder.encode_image(batch.to(device)).cpu())
     return torch.cat(parts)
-
-
-def nearest(features_ND: Tensor, centres_KD: Tensor) -> Tensor:
-    """Index of the nearest centre (Euclidean), int64 (N,)."""
-    # |f - c|^2 without |f|^2, which is the same for all centres.
-    return (centres_KD.square().sum(dim=1) - 2 * features_ND @ centres_KD.T).argmin(dim=1)
-
-
-def k_means(
-    features_ND: Tensor, num_clusters: int, *, seed: int, iterations: int = 50, restarts: int = 3
-) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from k-means++ starts; the best of several.
-
-    Args:
-        features_ND: float32 (N, D).
-        num_clusters: K, at most N.
-        seed: Of the starts.
-        iterations: At most, for each start.
-        restarts: Number of starts.
-
-    Returns:
-        Centres, float32 (K, D), and the cluster of each feature, int64 (N,). An empty cluster is
-        moved to the feature that is farthest from its centre.
-
-    Raises:
-        UsageError: Fewer features than clusters.
-
-    Source: Lloyd 1982; Arthur and Vassilvitskii 2007.
-    """
-    if len(features_ND) < num_clusters:
-        raise UsageError(
-            f"{num_clusters} clusters of {len(features_ND)} images are not possible; ask for at "
-            f"most {len(features_ND)}"
-        )
-    random = np.random.default_rng(seed)
-    best: tuple[float, Tensor, Tensor] | None = None
-    for _ in range(restarts):
-        centres = _spread_start(features_ND, num_clusters, random)
-        assignment = nearest(features_ND, centres)
-        for _ in range(iterations):
-            centres = _means(features_ND, centres, assignment)
-            moved = nearest(features_ND, centres)
-            if bool((moved == assignment).all()):
-                break
-            assignment = moved
-        spread = float((features_ND - centres[assignment]).square().sum())
-        if best is None or spread < best[0]:
-            best = (spread, centres, assignment)
-    assert best is not None
-    return best[1], best[2]
-
-
-def _spread_start(features: Tensor, num_clusters: int, random: np.random.Generator) -> Tensor:
-    chosen = [int(random.integers(len(features)))]
-    distance = (features - features[chosen[0]]).square().sum(dim=1)
-    for _ in range(num_clusters - 1):
-        weight = distance.double().numpy()
-        total = weight.sum()
-        share = weight / total if total > 0 else None
-        chosen.append(int(random.choice(len(features), p=share)))
-        distance = distance.minimum((features - features[chosen[-1]]).square().sum(dim=1))
-    return features[chosen].clone()
-
-
-def _means(features: Tensor, centres: Tensor, assignment: Tensor) -> Tensor:
-    count = torch.bincount(assignment, minlength=len(centres))
-    total = torch.zeros_like(centres).index_add_(0, assignment, features)
-    means = total / count.clamp_min(1)[:, None]
-    empty = torch.nonzero(count == 0).flatten()
-    if len(empty):
-        away = (features - centres[assignment]).square().sum(dim=1)
-        means[empty] = features[away.topk(len(empty)).indices]
-    return means
-
-
-def cluster_purity(assignment_N: Assignment, labels_N: npt.NDArray[np.int64]) -> float:
-    """Share of images whose label is the most frequent one of their cluster, 0..1.
-
-    For the report only; no label-free method reads it.
-    """
-    table = np.zeros((assignment_N.max() + 1, labels_N.max() + 1), np.int64)
-    np.add.at(table, (assignment_N, labels_N), 1)
-    return float(table.max(axis=1).sum() / len(labels_N))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from one4all.adversaries import NarrowResNet18
+from one4all.adversaries.networks import NarrowResNet18
 from one4all.baselines.surrogate import normalise
 from one4all.perturbation import LUMA
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from one4all.adversaries import NarrowResNet18
+from one4all.adversaries.networks import NarrowResNet18
 from one4all.errors import UsageError
 from one4all.images import Pixels
 from one4all.labelled import LabelledImages

@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from one4all.baselines.base import Progress, check_epsilon, make_card, seeded, silent
-from one4all.baselines.clusters import ClusterWise, cluster_purity, encode_corpus, k_means
+from one4all.baselines.clusters import ClusterWise, encode_corpus
 from one4all.baselines.surrogate import batches, flip_and_shift, to_levels
+from one4all.clustering import cluster_purity, k_means
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.generator import Generator, GeneratorConfig
 from one4all.labelled import LabelledImages

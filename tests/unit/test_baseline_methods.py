@@ -11,7 +11,7 @@ from builders import TINY_ENCODER, make_pixels
 
 from one4all.baselines import find_method, protect_images
 from one4all.baselines.ar import Autoregressive, _run
-from one4all.baselines.clusters import encode_corpus, k_means
+from one4all.baselines.clusters import encode_corpus
 from one4all.baselines.contrastive import Learner, LearnerConfig, info_nce, random_view
 from one4all.baselines.cp import _descend
 from one4all.baselines.emn import EmnClassConfig, EmnSampleConfig
@@ -19,6 +19,7 @@ from one4all.baselines.surrogate import SurrogateConfig, flip_and_shift, to_leve
 from one4all.baselines.tap import TapConfig
 from one4all.baselines.tue import TueConfig, class_separability
 from one4all.baselines.unlearnable_clusters import UnlearnableClustersConfig
+from one4all.clustering import k_means
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.generator import GeneratorConfig
