@@ -40,6 +40,7 @@ from one4all.storage import Storage, open_storage
 from pipelines.evaluation_report import write_results
 from pipelines.ray_session import ray_session
 from pipelines.trials import (
+    CORPUS,
     NO_ATTACK,
     PROTECTOR,
     Copy,
@@ -194,6 +195,14 @@ def make_copy(
                 f"levels and the evaluation one of {epsilon_levels}"
             )
         return replace(clean, images_NHWC=np.stack(protector.protect(list(clean.images_NHWC))))
+    if method.method == CORPUS:
+        found = read_labelled(method.corpus, size=clean.size)
+        if not np.array_equal(found.labels_N, clean.labels_N):
+            raise UsageError(
+                f"{method.corpus} holds {len(found)} images and the clean data set {len(clean)}, "
+                "or their labels differ; it must be that data set, protected, with nothing dropped"
+            )
+        return found
     known = find_method(method.method)
     if cache is not None and cache.exists():
         fitted = load_fitted(cache)

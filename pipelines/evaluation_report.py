@@ -1,7 +1,7 @@
 """Results of an evaluation as tables (Markdown, CSV) and one HTML page with plots.
 
-A cell is the mean over seeds of the last epoch's test accuracy, with the spread between seeds. What
-a cell is evidence of is said by `judge`: a gap counts only beside its controls.
+A cell is the mean over seeds of the last epoch's test accuracy, with the spread between seeds.
+What a column is evidence of is said by `one4all.verdict`: a gap counts only beside its controls.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from one4all.clustering import ClusterQuality
 from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
+from one4all.verdict import MIN_SEEDS, PROTECTS_BELOW, Verdict, judge
 from pipelines.trials import (
     NO_ATTACK,
     Copy,
@@ -26,7 +27,6 @@ from pipelines.trials import (
     grid_trials,
 )
 
-PROTECTS_BELOW = 0.6  # of clean accuracy
 _MAX_ROWS_IN_CONFUSION = 40
 
 Record = Mapping[str, Any]
@@ -115,50 +115,50 @@ def fill_table(grid: GridConfig, config: EvaluateConfig, records: Mapping[str, R
     return table
 
 
-def judge(table: Table, config: EvaluateConfig) -> list[str]:
-    """What each column of a table of methods is evidence of, one sentence for each.
+def verdicts(table: Table, column: str) -> dict[str, Verdict]:
+    """The verdict on each method of a column; empty unless it has its controls."""
+    names = {method.method: method.name for method in table.grid.methods}
+    if table.grid.rows != "methods" or not {"clean", "class_oracle"} <= names.keys():
+        return {}
+    accuracies = {row: table.cell(row, column).last for row in table.rows}
+    return {
+        method.name: judge(
+            accuracies[method.name],
+            clean=accuracies[names["clean"]],
+            oracle=accuracies[names["class_oracle"]],
+            controls=[accuracies[names[name]] for name in NEGATIVE_CONTROLS if name in names],
+        )
+        for method in table.grid.methods
+        if method.method not in (*NEGATIVE_CONTROLS, *_OTHER_CONTROLS)
+    }
 
-    Protection is claimed only if the class-wise oracle shows that the bench can see it, and the
-    method is far below clean and below every other control by more than twice the spread.
-    """
+
+def explain(table: Table) -> list[str]:
+    """What each column is evidence of, a sentence or two for each."""
     sentences = []
-    by_method = {method.method: method.name for method in table.grid.methods}
-    if table.grid.rows != "methods" or not {"clean", "class_oracle"} <= by_method.keys():
-        return []
-    controls = [by_method[m] for m in _NEGATIVE_CONTROLS if m in by_method]
     for column in table.columns:
-        cells = {row: table.cell(row, column) for row in table.rows}
-        clean, oracle = cells[by_method["clean"]], cells[by_method["class_oracle"]]
-        if not (clean.last and oracle.last):
+        found = verdicts(table, column)
+        if not found:
             continue
         lead = f"{column}: " if len(table.columns) > 1 else ""
-        if oracle.mean > PROTECTS_BELOW * clean.mean:
+        if set(found.values()) == {"inconclusive"}:
             sentences.append(
-                f"{lead}inconclusive, since even the positive control does not protect here "
-                f"(clean {clean}, class-wise oracle {oracle})."
+                f"{lead}Inconclusive: there are fewer than {MIN_SEEDS} seeds, or even the "
+                "class-wise oracle does not protect here."
             )
             continue
-        floor = min(cells[name].mean for name in controls if cells[name].last)
-        spread = max(cells[name].spread for name in controls)
-        protecting: list[str] = []
-        weak: list[str] = []
-        for method in table.grid.methods:
-            cell = cells[method.name]
-            is_control = method.method in (*_NEGATIVE_CONTROLS, *_NO_METHODS)
-            if is_control or not cell.last or floor - cell.mean <= 2 * max(spread, cell.spread):
-                continue
-            strong = cell.mean <= PROTECTS_BELOW * clean.mean
-            (protecting if strong else weak).append(f"{method.name} ({cell})")
+        names = {v: [n for n in found if found[n] == v] for v in get_args(Verdict)}
         sentences.append(
-            f"{lead}clean {clean}, class-wise oracle {oracle}, lowest other control "
-            f"{100 * floor:.1f}. Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean): "
-            f"{', '.join(protecting) or 'nothing'}. Weak effect: {', '.join(weak) or 'nothing'}."
+            f"{lead}Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean and far below every "
+            f"control): {', '.join(names['protects']) or 'nothing'}. Weak effect: "
+            f"{', '.join(names['weak effect']) or 'nothing'}. No effect beyond the controls: "
+            f"{', '.join(names['no effect']) or 'nothing'}."
         )
     return sentences
 
 
-_NEGATIVE_CONTROLS = ("clean", "uniform_noise", "sign_noise", "constant", "untrained_generator")
-_NO_METHODS = ("class_oracle", "concept_oracle", "released_l2", "released_preprocessing")
+NEGATIVE_CONTROLS = ("clean", "uniform_noise", "sign_noise", "constant", "untrained_generator")
+_OTHER_CONTROLS = ("class_oracle", "concept_oracle", "released_l2", "released_preprocessing")
 
 
 def write_results(
@@ -186,18 +186,15 @@ def write_results(
     """
     tables = [fill_table(grid, config, records) for grid in config.grids]
     folder.mkdir(parents=True, exist_ok=True)
-    verdicts = [judge(table, config) for table in tables]
+    explained = [explain(table) for table in tables]
     markdown = []
-    for table, sentences in zip(tables, verdicts, strict=True):
+    for table, sentences in zip(tables, explained, strict=True):
         markdown += [table.markdown(), *(f"* {sentence}" for sentence in sentences), ""]
         if table.grid.rows == "attacks":
             markdown += [_recovered(table), ""]
     (folder / "results.md").write_text("\n".join(markdown), "utf-8")
     (folder / "results.csv").write_text(_csv(tables, records, copies), "utf-8")
-    sections = [
-        _section(table, sentences, records)
-        for table, sentences in zip(tables, verdicts, strict=True)
-    ]
+    sections = [table_section(table, records) for table in tables]
     if pictures:
         sections.append(Section("What it looks like", pictures=pictures))
     sections += diagnoses
@@ -205,7 +202,7 @@ def write_results(
         sections.append(_quality_section(qualities))
     sections.append(_copies_section(config, copies))
     report = folder / "report.html"
-    summary = " ".join(sentence for sentences in verdicts for sentence in sentences[:1])
+    summary = " ".join(sentence for sentences in explained for sentence in sentences[:1])
     write_report(report, title="one4all evaluate", summary=summary, sections=sections)
     return report
 
@@ -225,8 +222,10 @@ def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
     return row, column or trial.copy.data
 
 
-def _section(table: Table, sentences: list[str], records: Mapping[str, Record]) -> Section:
+def table_section(table: Table, records: Mapping[str, Record] | None = None) -> Section:
+    """Table, verdicts and plots of one grid; confusion pictures if there are records."""
     grid = table.grid
+    sentences = explain(table)
     pictures = []
     if grid.rows == "methods" and len(table.columns) == 1:
         column = table.columns[0]
@@ -241,7 +240,7 @@ def _section(table: Table, sentences: list[str], records: Mapping[str, Record]) 
                 ),
             )
         )
-        pictures += _confusions(table, column, records)
+        pictures += _confusions(table, column, records or {})
     if grid.rows == "shares":
         series = {
             column: [
@@ -277,7 +276,7 @@ def _confusions(
     """Confusion of the first seed, for clean and for each method that is no control."""
     pictures = []
     for method in table.grid.methods:
-        if method.method in _NEGATIVE_CONTROLS[1:] or method.method in _NO_METHODS[1:]:
+        if method.method in NEGATIVE_CONTROLS[1:] or method.method in _OTHER_CONTROLS[1:]:
             continue
         record = records.get(table.trials[method.name, column].key)
         if record and len(record["confusion"]) <= _MAX_ROWS_IN_CONFUSION:

@@ -30,6 +30,7 @@ from pipelines.config import JobConfig, RayConfig
 EVALUATION_VERSION = 1
 
 PROTECTOR = "protector"
+CORPUS = "corpus"
 NO_ATTACK = "none"
 OWN_LABELS = "own"
 _CLUSTERS = "clusters-"
@@ -68,9 +69,12 @@ class MethodConfig(JobConfig):
     """A way to protect, or a control.
 
     Attributes:
-        method: Name in `one4all.baselines.registry.METHODS`, or "protector".
+        method: Name in `one4all.baselines.registry.METHODS`; "protector"; or "corpus", for what was
+            protected already.
         title: In tables; default: the method's name.
         protector: Name, folder or URI, for "protector".
+        corpus: Shards of the protected training split, in the order of the clean ones, for
+            "corpus".
         preset: Of the method's configuration.
         config: Keys of the method's configuration that differ from the preset.
         seed: Of the fit and of what is drawn at protection.
@@ -79,13 +83,16 @@ class MethodConfig(JobConfig):
     method: str
     title: str = ""
     protector: str = DEFAULT_PROTECTOR
+    corpus: str = ""
     preset: str = "default"
     config: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
-        if self.method != PROTECTOR:
+        if (self.method == CORPUS) != bool(self.corpus):
+            raise ValueError(f"method {CORPUS!r} and key 'corpus' go together")
+        if self.method not in (PROTECTOR, CORPUS):
             try:
                 method = find_method(self.method)
                 if self.preset not in method.presets:
@@ -330,7 +337,9 @@ def num_clusters(labels: str) -> int:
 
 
 def _is_fitted(method: MethodConfig) -> bool:
-    return method.method != PROTECTOR and find_method(method.method).kind == "method"
+    if method.method in (PROTECTOR, CORPUS):
+        return False
+    return find_method(method.method).kind == "method"
 
 
 def _protector_hash(method: MethodConfig) -> str:

@@ -1,0 +1,246 @@
+"""Trials have names, tables have verdicts, and a verdict claims no more than its controls allow."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import make_pixels, make_samples, make_tar
+
+from one4all.clustering import cluster_quality, k_means, merge_labels
+from one4all.errors import ConfigError, ShardError, UsageError
+from one4all.labelled import LabelledImages, read_labelled
+from one4all.verdict import judge
+from pipelines.config import load_config
+from pipelines.evaluate import load_data, make_copy, mix
+from pipelines.evaluation_report import explain, fill_table, write_results
+from pipelines.trials import EvaluateConfig, MethodConfig, all_trials, describe, grid_trials
+
+CLEAN, NOISE, ORACLE = [0.66, 0.67, 0.65], [0.66, 0.65, 0.66], [0.2, 0.2, 0.2]
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "configs" / "evaluate").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("protected", "oracle", "expected"),
+    [
+        ([0.65, 0.66, 0.66], ORACLE, "no effect"),
+        ([0.30, 0.31, 0.29], ORACLE, "protects"),
+        ([0.55, 0.56, 0.55], ORACLE, "weak effect"),
+        ([0.30, 0.31, 0.29], [0.6, 0.6, 0.6], "inconclusive"),
+        ([0.20, 0.66, 0.25], ORACLE, "no effect"),
+        ([0.30, 0.31], ORACLE, "inconclusive"),
+    ],
+)
+def test_verdict_claims_no_more_than_the_controls_allow(protected, oracle, expected):
+    assert judge(protected, clean=CLEAN, oracle=oracle, controls=[NOISE]) == expected
+
+
+def test_gap_that_a_control_shows_too_is_no_evidence():
+    low = [0.31, 0.30, 0.32]
+    assert judge([0.30, 0.31, 0.29], clean=CLEAN, oracle=ORACLE, controls=[low]) == "no effect"
+
+
+def config_of(**grid) -> EvaluateConfig:
+    methods = ["clean", "uniform_noise", {"method": "lsp"}, "class_oracle"]
+    return EvaluateConfig.model_validate(
+        {
+            "data": {"a": {"train": "a", "test": "b", "size": 8}, "c": {"source": "emoji-nature"}},
+            "grids": [{"title": "T", "data": ["a"], "methods": methods} | grid],
+        }
+    )
+
+
+def records_of(config: EvaluateConfig, accuracies: dict[str, list[float]]) -> dict[str, dict]:
+    return {
+        trial.key: {
+            "last": accuracies[trial.copy.method.name][trial.seed],
+            "peak": 0.9,
+            "majority": 0.1,
+            "confusion": [[3, 1], [0, 4]],
+        }
+        for trial in all_trials(config)
+    }
+
+
+def test_title_and_order_do_not_change_a_trials_key_and_everything_else_does():
+    keys = {t.key for t in all_trials(config_of())}
+    assert len(keys) == 12
+    titled = ["clean", {"method": "lsp", "title": "X"}, "class_oracle", "uniform_noise"]
+    assert {t.key for t in all_trials(config_of(methods=titled, title="U"))} == keys
+    changed = [
+        config_of(seeds=[7]),
+        config_of(attacks=["blur-1"]),
+        config_of(shares=[0.5]),
+        config_of(labels=["clusters-2"]),
+        config_of(adversaries={"resnet18": {"epochs": 3}}),
+        config_of(data=["c"]),
+        config_of(methods=[{"method": "lsp", "seed": 5}]),
+    ]
+    for config in changed:
+        assert not {t.key for t in all_trials(config)} & keys
+
+
+def test_only_what_needs_a_fit_depends_on_where_it_is_fitted():
+    here, there = config_of(), config_of(fitted_on="c")
+    moved = {t.key: t.copy.method.name for t in all_trials(there)}
+    for trial in all_trials(here):
+        assert (trial.key in moved) == (trial.copy.method.name != "lsp")
+
+
+def test_table_has_means_spreads_and_verdicts():
+    config = config_of()
+    found = {
+        "clean": CLEAN,
+        "uniform_noise": NOISE,
+        "lsp": [0.3, 0.31, 0.29],
+        "class_oracle": ORACLE,
+    }
+    table = fill_table(config.grids[0], config, records_of(config, found))
+    assert table.text()[1] == ["clean", "66.0 ± 1.0"]
+    assert table.text()[-1] == ["(most frequent class)", "10.0"]
+    assert "far below every control): lsp." in explain(table)[0]
+    half = {k: r for k, r in records_of(config, found).items() if r["last"] != 0.31}
+    assert "Inconclusive" in explain(fill_table(config.grids[0], config, half))[0]
+
+
+def test_results_are_written_also_with_trials_missing(tmp_path):
+    config = config_of(rows="attacks", attacks=["none", "blur-1"], methods=["clean", "lsp"])
+    records = records_of(config, {"clean": CLEAN, "lsp": NOISE})
+    records.pop(next(iter(records)))
+    report = write_results(tmp_path, config, records, {}, qualities={})
+    assert "Recovered fraction" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.csv").read_text().count("\n") == 5
+    assert "<h2>T</h2>" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"data": ["z"]}, "names data set 'z'"),
+        ({"methods": ["lps"]}, "no compared method 'lps'"),
+        ({"methods": [{"method": "lsp", "config": {"pach": 3}}]}, "pach"),
+        ({"methods": ["clean", "clean"]}, "a title each"),
+        ({"methods": ["corpus"]}, "go together"),
+        ({"attacks": ["blur"]}, "no attack 'blur'"),
+        ({"adversaries": {"x": "resnet"}}, "no preset 'resnet'"),
+        ({"adversaries": {"x": {"preset": "default", "network": "vgg"}}}, "no network 'vgg'"),
+        ({"labels": ["20"]}, "clusters-20"),
+        ({"shares": [0]}, "shares"),
+    ],
+)
+def test_mistakes_in_a_grid_are_explained(tmp_path, grid, message):
+    text = "data: {a: {train: x, test: y}}\ngrids:\n- " + str(
+        {"title": "T", "data": ["a"], "methods": ["clean"]} | grid
+    )
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(EvaluateConfig, tmp_path / "e.yaml")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_loads_and_describes_itself(path):
+    config = load_config(EvaluateConfig, path)
+    assert "trials in all" in describe(config)
+    for grid in config.grids:
+        assert next(grid_trials(grid, config)).key
+
+
+def images_of(count: int = 12, num_classes: int = 3, size: int = 16) -> LabelledImages:
+    images = np.stack([make_pixels(size, size, seed=i) for i in range(count)])
+    return LabelledImages(images, np.arange(count) % num_classes)
+
+
+def test_larger_share_contains_the_smaller_one():
+    clean = images_of()
+    copy = LabelledImages(255 - clean.images_NHWC, clean.labels_N)
+
+    def protected(share):
+        mixed = mix(copy, clean, share=share).images_NHWC
+        return {i for i in range(len(clean)) if (mixed[i] == copy.images_NHWC[i]).all()}
+
+    assert [len(protected(share)) for share in (0.25, 0.5, 1.0)] == [3, 6, 12]
+    assert protected(0.25) < protected(0.5) < protected(1.0)
+
+
+def test_fitted_method_is_kept_and_gives_the_same_copy(tmp_path):
+    clean, method = images_of(), MethodConfig(method="lsp")
+    first = make_copy(clean, None, method, epsilon_levels=8, cache=tmp_path / "x")
+    assert (tmp_path / "x").is_dir()
+    again = make_copy(clean, None, method, epsilon_levels=8, cache=tmp_path / "x")
+    assert np.array_equal(first.images_NHWC, again.images_NHWC)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_corpus_that_is_not_the_data_set_is_refused(tmp_path):
+    (tmp_path / "s.tar").write_bytes(make_tar(make_samples(4)))
+    method = MethodConfig(method="corpus", corpus=str(tmp_path))
+    with pytest.raises(UsageError, match="4 images and the clean data set 12"):
+        make_copy(images_of(), None, method, epsilon_levels=8)
+
+
+def test_labelled_images_are_read_from_shards_and_embedded_corpora(tmp_path):
+    (tmp_path / "s.tar").write_bytes(make_tar(make_samples(4)))
+    found = read_labelled(str(tmp_path), size=24)
+    assert found.images_NHWC.shape == (4, 24, 24, 3)
+    assert found.labels_N.tolist() == [0, 1, 2, 0]
+    assert found.class_names[1].startswith("ein Bild, 1")
+    data = config_of().data["c"].model_copy(update={"size": 16, "max_train": 5})
+    assert load_data(data, "train").images_NHWC.shape == (5, 16, 16, 3)
+    with pytest.raises(UsageError, match="several sizes"):
+        read_labelled(_two_sizes(tmp_path / "two"))
+    (tmp_path / "s.tar").write_bytes(make_tar([("a.cls", b"1")]))
+    with pytest.raises(ShardError, match="one image and one"):
+        read_labelled(str(tmp_path))
+
+
+def _two_sizes(folder: Path) -> str:
+    from one4all.corpora import open_corpus, pack
+    from one4all.storage import open_storage
+
+    images = list(open_corpus("emoji-nature"))[:2]
+    pack(images, open_storage(str(folder)), prefix="x")
+    samples = [("z.jpg", make_samples(1)[0][1]), ("z.cls", b"0")]
+    (folder / "z.tar").write_bytes(make_tar(samples))
+    return str(folder)
+
+
+def blobs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    centres = np.array([[0, 0], [8, 0], [0, 8]], np.float32)
+    labels = np.repeat(np.arange(3), 10)
+    return (centres[labels] + random.normal(0, 0.5, (30, 2))).astype(np.float32), labels
+
+
+def test_classes_with_near_names_get_one_label():
+    points, labels = blobs()
+    merged = merge_labels(points, 3)
+    assert merged.tolist() == labels.tolist()  # numbered by first appearance
+    with pytest.raises(UsageError, match="30 classes cannot be merged into 30"):
+        merge_labels(points, 30)
+
+
+def test_cluster_quality_equals_its_definition():
+    points, labels = blobs()
+    quality = cluster_quality(points, 3)
+    means = np.stack([points[labels == k].mean(axis=0) for k in range(3)])
+    sse = ((points - means[labels]) ** 2).sum()
+    between = (10 * ((means - points.mean(axis=0)) ** 2).sum(axis=1)).sum()
+    assert quality.sse == pytest.approx(sse, rel=1e-4)
+    assert quality.calinski_harabasz == pytest.approx((between / 2) / (sse / 27), rel=1e-4)
+    values = []
+    for i, point in enumerate(points):
+        distances = np.linalg.norm(points - point, axis=1)
+        a = distances[labels == labels[i]].sum() / 9
+        b = min(distances[labels == k].mean() for k in range(3) if k != labels[i])
+        values.append((b - a) / max(a, b))
+    assert quality.silhouette == pytest.approx(np.mean(values), rel=1e-4)
+    assert cluster_quality(points, 5).silhouette < quality.silhouette
+
+
+def test_k_means_is_the_same_every_time():
+    import torch
+
+    points = torch.from_numpy(blobs()[0])
+    first, again = (k_means(points, 4, seed=3)[1] for _ in range(2))
+    assert torch.equal(first, again)
