@@ -6,7 +6,7 @@ Shape suffixes: N points, K clusters, D features, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,9 @@ def k_means(
     return best[1], best[2]
 
 
-def cluster_purity(assignment_N: Assignment, labels_N: npt.NDArray[np.int64]) -> float:
+def cluster_purity(
+    assignment_N: npt.NDArray[np.integer[Any]], labels_N: npt.NDArray[np.int64]
+) -> float:
     """Share of points whose label is the most frequent one of their cluster, 0..1.
 
     For reports only; no label-free method reads it.

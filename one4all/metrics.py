@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 
+from one4all.encoders import load_efficientnet_lite0
 from one4all.images import Pixels, colour
 from one4all.perturbation import LUMA
 
 IDENTICAL_PSNR_DB = 99.0
 _BAND_PIXELS = 1 << 20
+_FEATURE_STAGES = (0, 1, 2, 4)  # of EfficientNet-lite0; strides 2, 4, 8, 16
 
 Plane: TypeAlias = npt.NDArray[np.float32]
 
@@ -56,6 +61,36 @@ def ssim(first: Pixels, second: Pixels) -> float:
         total += float(similarity.sum(dtype=np.float64))
         count += similarity.size
     return total / count
+
+
+@torch.inference_mode()
+def feature_distance(first: Pixels, second: Pixels) -> float:
+    """Distance of two (H, W, 3) images as a network sees them; 0 for identical images.
+
+    It resembles LPIPS and is *not* the published LPIPS: four stages of EfficientNet-lite0, at the
+    image's own size, and no weights fitted to what people see. The channels of each position are
+    scaled to length 1; squared differences are summed over channels and averaged over positions
+    and stages. Compare it only with itself, at one image size.
+
+    Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features", Eq. 1 with w = 1.
+    """
+    pair = zip(_feature_maps(first), _feature_maps(second), strict=True)
+    return float(np.mean([float((x - y).square().sum(dim=1).mean()) for x, y in pair]))
+
+
+def _feature_maps(pixels: Pixels) -> Iterator[torch.Tensor]:
+    tower = _feature_tower()
+    image_BCHW = torch.tensor(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    hidden = tower.bn1(tower.conv_stem(image_BCHW))
+    for stage in range(max(_FEATURE_STAGES) + 1):
+        hidden = tower.blocks[stage](hidden)
+        if stage in _FEATURE_STAGES:
+            yield F.normalize(hidden, dim=1)
+
+
+@lru_cache(maxsize=1)
+def _feature_tower() -> Any:
+    return load_efficientnet_lite0()
 
 
 def _bands(image: Pixels, *, overlap: int = 0) -> Iterator[slice]:

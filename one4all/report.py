@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from one4all.errors import UsageError
 from one4all.images import Pixels, colour
 
 AMPLIFICATION = 12
+_MOST_NUMBERED_CLASSES = 20
 _CURVES = (
     ("l1 and l2 of Eq. 4", ("l1", "l2")),
     ("cosine of protected images to concepts", ("cosine_own", "cosine_opposite")),
@@ -57,6 +61,33 @@ def contact_sheet(
             sheet.paste(picture, (margin + column * (tile + margin), top + caption_height))
         top += height
     return sheet
+
+
+def sample_grid(columns: Sequence[tuple[str, Sequence[Pixels]]], tile: int = 96) -> Image.Image:
+    """A picture of the same images under several methods: one column a method, one row an image.
+
+    Args:
+        columns: (caption, images) pairs, (H, W, C) uint8 each, the same number in each column.
+        tile: Side of the square that holds an image; a longer caption widens its column.
+
+    Raises:
+        UsageError: No columns, or columns of several lengths.
+    """
+    num_rows = {len(images) for _, images in columns}
+    if len(num_rows) != 1:
+        raise UsageError(f"columns hold {sorted(num_rows)} images; one row needs one from each")
+    margin, header = 8, 24
+    font = ImageFont.load_default(size=12)
+    widths = [max(tile, math.ceil(font.getlength(caption))) for caption, _ in columns]
+    size = (sum(widths) + margin * (len(columns) + 1), header + num_rows.pop() * (tile + margin))
+    grid = Image.new("RGB", size, "white")
+    draw, left = ImageDraw.Draw(grid), margin
+    for (caption, images), width in zip(columns, widths, strict=True):
+        draw.text((left, 5), caption, "black", font)
+        for row, pixels in enumerate(images):
+            grid.paste(_fit(pixels, tile), (left, header + row * (tile + margin)))
+        left += width + margin
+    return grid
 
 
 def _amplify(clean: Pixels, protected: Pixels, amplification: int) -> Pixels:
@@ -128,28 +159,53 @@ def plot_accuracies(
 def plot_curves(
     series: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ylabel: str, title: str
 ) -> bytes:
-    """Lines through (x, y) points, one for each name, as PNG."""
-    figure = _figure(6.5, 3.6)
+    """Named curves through (x, y) points, in the order of each, as PNG."""
+    figure = _figure(6.5, 4.0)
     axes = figure.add_subplot()
     for name, points in series.items():
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker=".")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if series:
+        axes.legend(fontsize=8)
     figure.tight_layout()
     return _to_png(figure)
 
 
-def plot_confusion(confusion: Any, *, title: str, names: Sequence[str] = ()) -> bytes:
-    """Counts of (label, guess), rows normalised, as PNG."""
-    figure = _figure(4.2, 3.8)
+def plot_confusion(confusion: npt.ArrayLike, *, title: str, names: Sequence[str] = ()) -> bytes:
+    """A confusion matrix, as PNG: each row in shares of its class, numbers if there is room.
+
+    Args:
+        confusion: (K, K) counts; a row is the true class, a column the answer.
+        title: Above the plot.
+        names: Of the K classes; numbers from 0 if not given.
+
+    Raises:
+        UsageError: Not square, or another number of names.
+    """
+    counts = np.asarray(confusion, np.float64)
+    if counts.ndim != 2 or len(set(counts.shape)) != 1 or len(names) not in (0, len(counts)):
+        raise UsageError(
+            f"a confusion matrix of shape {counts.shape} with {len(names)} names; it must be "
+            "square, with no names or one for each class"
+        )
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    side = min(10.0, 2.5 + 0.4 * len(counts))
+    figure = _figure(side + 0.8, side)
     axes = figure.add_subplot()
-    rows = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    axes.imshow(rows, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xlabel("guess")
-    axes.set_ylabel("label")
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(picture, label="% of the true class", fraction=0.046)
+    if len(counts) <= _MOST_NUMBERED_CLASSES:
+        for (row, column), share in np.ndenumerate(shares):
+            ink = "white" if share > 60 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=7)
+    if names:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("true class")
     axes.set_title(title, fontsize=10)
     figure.tight_layout()
     return _to_png(figure)

@@ -272,6 +272,7 @@ def evaluate(
     set_: SetOption = None,
 ) -> None:
     """Train adversaries on clean and protected copies and compare; resumable."""
+    from pipelines.diagnose import diagnose_copies
     from pipelines.evaluate import evaluate as run
     from pipelines.evaluate import report
     from pipelines.trials import EvaluateConfig, describe
@@ -292,7 +293,8 @@ def evaluate(
 
     with progress:
         result = run(settings, command=_command(), on_plan=on_plan, on_trial=on_trial)
-    print(report(settings, result))
+        diagnoses = diagnose_copies(settings)
+    print(report(settings, result, diagnoses=diagnoses))
     for title, reason in result.failed.items():
         print(f"  failed: {title}: {reason}")
     raise typer.Exit(1 if result.failed else 0)

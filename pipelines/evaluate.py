@@ -14,7 +14,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import groupby
@@ -36,6 +36,7 @@ from one4all.errors import One4AllError, UsageError
 from one4all.labelled import LabelledImages, Labels, read_corpus, read_labelled
 from one4all.metrics import max_difference, psnr_db
 from one4all.protector import Protector
+from one4all.report import Section
 from one4all.storage import Storage, open_storage
 from pipelines.evaluation_report import write_results
 from pipelines.ray_session import ray_session
@@ -117,7 +118,7 @@ def evaluate(
     return result
 
 
-def report(config: EvaluateConfig, result: Evaluation) -> str:
+def report(config: EvaluateConfig, result: Evaluation, *, diagnoses: Sequence[Section] = ()) -> str:
     """Write tables, plots and pictures to the output; returns the tables and where the rest is.
 
     A remote output gets the records; the report is then written below runs/evaluate here.
@@ -133,7 +134,14 @@ def report(config: EvaluateConfig, result: Evaluation) -> str:
             if any(num_clusters(labels) for labels in grid.labels)
         )
     }
-    path = write_results(folder, config, result.records, result.copies, qualities=qualities)
+    path = write_results(
+        folder,
+        config,
+        result.records,
+        result.copies,
+        qualities=qualities,
+        diagnoses=diagnoses,
+    )
     return (folder / "results.md").read_text("utf-8") + f"report: {path}"
 
 

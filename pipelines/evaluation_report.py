@@ -168,7 +168,6 @@ def write_results(
     copies: Mapping[str, Record],
     *,
     qualities: Mapping[str, Sequence[ClusterQuality]],
-    pictures: Sequence[tuple[str, bytes]] = (),
     diagnoses: Sequence[Section] = (),
 ) -> Path:
     """Write results.md, results.csv and report.html.
@@ -178,7 +177,6 @@ def write_results(
         config: Of the evaluation.
         records, copies: By key.
         qualities: By data set: how well numbers of label clusters fit (paper, Figure 5).
-        pictures: (caption, PNG) of sample images.
         diagnoses: Sections about perturbations.
 
     Returns:
@@ -195,8 +193,6 @@ def write_results(
     (folder / "results.md").write_text("\n".join(markdown), "utf-8")
     (folder / "results.csv").write_text(_csv(tables, records, copies), "utf-8")
     sections = [table_section(table, records) for table in tables]
-    if pictures:
-        sections.append(Section("What it looks like", pictures=pictures))
     sections += diagnoses
     if qualities:
         sections.append(_quality_section(qualities))

@@ -1,5 +1,6 @@
 """Distances against slow references; pictures and pages that open."""
 
+import io
 import math
 
 import numpy as np
@@ -8,8 +9,18 @@ from builders import make_pixels
 from PIL import Image
 
 from one4all import metrics
-from one4all.metrics import luminance, max_difference, psnr_db, ssim
-from one4all.report import Section, contact_sheet, plot_accuracies, plot_loss_curves, write_report
+from one4all.errors import UsageError
+from one4all.metrics import feature_distance, luminance, max_difference, psnr_db, ssim
+from one4all.report import (
+    Section,
+    contact_sheet,
+    plot_accuracies,
+    plot_confusion,
+    plot_curves,
+    plot_loss_curves,
+    sample_grid,
+    write_report,
+)
 
 
 def slow_ssim(first, second):
@@ -59,6 +70,40 @@ def test_identical_images_have_finite_distances():
         99.0,
         1.0,
     )
+
+
+def test_feature_distance_grows_with_the_change_and_is_symmetric():
+    image = make_pixels(32, 32)
+    noise = np.random.default_rng(0).choice([-1, 1], image.shape)
+    near, far = (np.clip(image + level * noise, 0, 255).astype(np.uint8) for level in (4, 16))
+    assert feature_distance(image, image) == 0
+    assert 0 < feature_distance(image, near) < feature_distance(image, far)
+    assert feature_distance(image, far) == pytest.approx(feature_distance(far, image))
+
+
+def test_curves_and_confusion_are_png_files():
+    curves = plot_curves({"a": [(0, 1), (2, 3)], "b": []}, xlabel="x", ylabel="y", title="t")
+    small = plot_confusion([[3, 1], [0, 0]], title="t", names=("cat", "dog"))
+    large = plot_confusion(np.eye(30), title="t")
+    for png in (curves, small, large):
+        with Image.open(io.BytesIO(png)) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 200
+    with pytest.raises(UsageError, match=r"\(2, 3\) with 0 names"):
+        plot_confusion(np.ones((2, 3)), title="t")
+
+
+def test_sample_grid_has_a_column_a_method_and_a_row_an_image():
+    red = np.full((32, 32, 3), (255, 0, 0), np.uint8)
+    blue = np.full((200, 100, 3), (0, 0, 255), np.uint8)
+    grid = sample_grid([("clean", [red, blue]), ("a very long caption " * 3, [red, red])], tile=96)
+    assert grid.height == 24 + 2 * (96 + 8)
+    assert grid.getpixel((8 + 95, 24 + 95)) == (255, 0, 0)
+    assert grid.getpixel((8, 24 + 96 + 8)) == (0, 0, 255)
+    assert grid.getpixel((8 + 96 + 8, 24)) == (255, 0, 0)
+    assert grid.width > 300
+    with pytest.raises(UsageError, match=r"\[1, 2\]"):
+        sample_grid([("a", [red]), ("b", [red, red])])
 
 
 def test_report_is_one_file_with_its_pictures_inside(tmp_path):
