@@ -71,6 +71,7 @@ class Lease:
         self._etag = ""
         self._num_renewals = 0
         self._lost_to = ""
+        self._lock = threading.Lock()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -101,6 +102,15 @@ class Lease:
                 f"run {self._lost_to} took over {self._storage.uri}, because this run could not "
                 "renew its lease in time; what is done is done, the other run does the rest"
             )
+
+    def confirm(self) -> bool:
+        """Renew now; whether the lease is still ours, by the store's word. Never raises."""
+        try:
+            self._renew()
+        except One4AllError as error:
+            _log.warning("the lease could not be confirmed: %s", error)
+            return False
+        return not self._lost_to
 
     def _acquire(self) -> None:
         """Create the lease, take one that is free, or wait until a dead holder's expires."""
@@ -145,15 +155,18 @@ class Lease:
                 _log.warning("the lease was not renewed, trying again: %s", error)
 
     def _renew(self) -> None:
-        self._num_renewals += 1
-        try:
-            self._etag = self._storage.replace(_KEY, self._record(), etag=self._etag)
-        except ConflictError:
-            holder = self._read()
-            if holder is not None and holder.run_id == self._run_id:
-                self._etag = holder.etag  # our own write, whose answer was lost
-            else:
-                self._lost_to = (holder.run_id if holder else "") or "unknown"
+        with self._lock:
+            if self._lost_to:
+                return
+            self._num_renewals += 1
+            try:
+                self._etag = self._storage.replace(_KEY, self._record(), etag=self._etag)
+            except ConflictError:
+                holder = self._read()
+                if holder is not None and holder.run_id == self._run_id:
+                    self._etag = holder.etag  # our own write, whose answer was lost
+                else:
+                    self._lost_to = (holder.run_id if holder else "") or "unknown"
 
     def _read(self) -> _Holder | None:
         """The current version; None if it changes or goes while we look."""

@@ -132,8 +132,8 @@ class Ledger:
     def __init__(self, destination: Storage) -> None:
         self._storage = destination
 
-    def bind(self, binding: Binding) -> None:
-        """Bind the destination, or check that it is bound to the same configuration.
+    def is_bound(self, binding: Binding) -> bool:
+        """Whether the destination is bound to this configuration, or may be; writes nothing.
 
         Raises:
             BindingError: Bound to another configuration, or the prefix holds data that is not ours.
@@ -149,11 +149,7 @@ class Ledger:
                     f"destination {self._storage.uri} holds {stranger.key!r}, which this program "
                     "did not write; choose an empty prefix"
                 ) from None
-            try:
-                self._storage.create(_BINDING, _to_json(binding))
-                return
-            except ConflictError:  # another run was faster: compare with what it wrote
-                bound = self.binding()
+            return False
         if bound != binding:
             old, new = bound.model_dump(), binding.model_dump()
             changes = [f"{key} {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
@@ -161,6 +157,19 @@ class Ledger:
                 f"destination {self._storage.uri} is bound to another configuration "
                 f"({'; '.join(changes)}); use the same configuration or another prefix"
             )
+        return True
+
+    def bind(self, binding: Binding) -> None:
+        """Bind the destination, or check that it is bound to the same configuration.
+
+        Raises:
+            BindingError: See `is_bound`.
+        """
+        if not self.is_bound(binding):
+            try:
+                self._storage.create(_BINDING, _to_json(binding))
+            except ConflictError:  # another run was faster, or our answer was lost
+                self.is_bound(binding)
 
     def binding(self) -> Binding:
         """Raises: NotFoundError if the destination was never bound; BindingError if unreadable."""

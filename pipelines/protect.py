@@ -114,21 +114,21 @@ def protect(
     destination.check(writable=True)
     if next(list_shards(source), None) is None:
         raise UsageError(f"source {source.uri} holds no .tar shard")
-    _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger = Ledger(destination)
-    ledger.bind(
-        Binding(
-            source_uri=source.uri,
-            protector=card.name,
-            protector_sha256=card.content_hash,
-            epsilon_levels=card.epsilon_levels,
-            output_format=config.output_format,
-            on_bad_image=config.on_bad_image,
-            max_image_pixels=config.max_image_pixels,
-            sidecar_patterns=config.sidecar_patterns,
-            transform_version=TRANSFORM_VERSION,
-        )
+    binding = Binding(
+        source_uri=source.uri,
+        protector=card.name,
+        protector_sha256=card.content_hash,
+        epsilon_levels=card.epsilon_levels,
+        output_format=config.output_format,
+        on_bad_image=config.on_bad_image,
+        max_image_pixels=config.max_image_pixels,
+        sidecar_patterns=config.sidecar_patterns,
+        transform_version=TRANSFORM_VERSION,
     )
+    ledger.is_bound(binding)  # before the probe, which writes
+    _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
+    ledger.bind(binding)
     run = _Run(source, destination, config, ledger, uuid.uuid4().hex[:12])
     try:
         with run.lease(on_wait):
@@ -208,7 +208,9 @@ class _Run:
     def sweep(self) -> None:
         """Remove what killed writers left; a store that forbids it must not stop the run."""
         try:
-            self._destination.sweep(exclusive=self._lease is not None)
+            # A run that was taken over must not touch the uploads of the one that took over.
+            exclusive = self._lease is not None and self._lease.confirm()
+            self._destination.sweep(exclusive=exclusive)
         except One4AllError as error:
             _log.warning("left-overs of killed runs could not be removed: %s", error)
 

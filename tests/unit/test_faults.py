@@ -6,6 +6,7 @@ processes.
 """
 
 import gzip
+import json
 import os
 import pickle
 import subprocess
@@ -344,6 +345,38 @@ def test_prefix_of_another_protector_is_refused(tmp_path, protect, problems):
     with pytest.raises(BindingError, match="protector_sha256"):
         protect(corpus, tmp_path / "out", protector=str(tmp_path / "other"))
     assert problems(corpus, tmp_path / "out") == []
+
+
+def test_run_that_was_taken_over_leaves_the_other_ones_uploads_alone(s3_uri, protect, tmp_path):
+    """The lease changes hands while the last shard is written."""
+    corpus = write_corpus(tmp_path / "in", num_shards=1)
+    destination = open_storage(s3_uri)
+    original = ShardWorker.protect
+
+    def taken_over_meanwhile(worker, shard):
+        row = original(worker, shard)
+        thief = {"run_id": "thief", "host": "elsewhere", "seconds": 60, "renewals": 0}
+        destination.write_bytes(f"{INTERNAL}lease.json", json.dumps(thief).encode())
+        upload = {"Bucket": destination._bucket, "Key": destination._prefix + "x.tar"}
+        destination._client.create_multipart_upload(**upload)
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWorker, "protect", taken_over_meanwhile)
+        protect(corpus, s3_uri)
+    listed = destination._client.list_multipart_uploads(
+        Bucket=destination._bucket, Prefix=destination._prefix
+    )
+    assert [u["Key"] for u in listed["Uploads"]] == [destination._prefix + "x.tar"]
+
+
+def test_strangers_folder_is_left_as_it_was(tmp_path, protect):
+    corpus = write_corpus(tmp_path / "in", num_shards=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.tar").write_bytes(b"x")
+    with pytest.raises(BindingError, match=r"precious\.tar"):
+        protect(corpus, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["precious.tar"]
 
 
 def test_proxy_passes_on_what_it_does_not_break(site):

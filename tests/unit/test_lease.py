@@ -39,7 +39,8 @@ def test_dead_holder_is_taken_over_and_notices_it(storage):
     dead._acquire()  # and never renews
     with Lease(storage, "next", seconds=SECONDS) as lease:
         lease.check()
-        dead._renew()
+        assert lease.confirm()
+        assert not dead.confirm()
         with pytest.raises(LeaseHeldError, match="run next took over"):
             dead.check()
 
