@@ -6,10 +6,10 @@ The class-wise separability discriminant L_CSD asks that perturbations of one cl
 those of two classes apart; it is what carries over to supervised adversaries and other corpora.
 
 Departures: in the released code sigma is a constant, so that only the distance between classes is
-optimised; here gradients flow through both. Its applied noise is truncated at +-9 levels; here
-the budget rule holds. There each view has a perturbation and they are averaged; here both share it.
-With ``ssl_weight`` 0, as in the published SimCLR and SimSiam recipes, perturbations do not depend
-on the network, so none is trained.
+optimised; here gradients flow through both (preset "released_csd" is theirs). Its applied noise is
+truncated at +-9 levels; here the budget rule holds. There each view has a perturbation and they are
+averaged; here both share it. With ``ssl_weight`` 0, as in the published SimCLR and SimSiam recipes,
+perturbations do not depend on the network, so none is trained.
 
 Shape suffixes: N images, B batch, K classes of a batch, P values of a perturbation.
 """
@@ -53,6 +53,9 @@ class TueConfig(BaseModel):
         noise_steps: Signed steps on each batch of a pass.
         step_levels: Length of one, in levels.
         ssl_weight, csd_weight: Of the two losses.
+        spread_gradient: Whether gradients flow through the spread within classes too. False is what
+            the released code does: perturbations then grow to the edge of the budget, while with
+            True, once classes are tight, little asks them to grow.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +67,7 @@ class TueConfig(BaseModel):
     step_levels: Annotated[float, Field(gt=0)] = 0.8
     ssl_weight: Annotated[float, Field(ge=0)] = 0.0
     csd_weight: Annotated[float, Field(gt=0)] = 0.1
+    spread_gradient: bool = True
 
 
 _SIMSIAM = LearnerConfig(
@@ -77,6 +81,7 @@ PRESETS: dict[str, TueConfig] = {
         ),
         epochs=40,
     ),
+    "released_csd": TueConfig(spread_gradient=False),
     "published_simsiam": TueConfig(learner=_SIMSIAM, epochs=50, train_steps=25),
 }
 
@@ -136,16 +141,19 @@ def fit(
     return SampleWise(card, to_stored(deltas.numpy()), images.labels_N)
 
 
-def class_separability(delta_BP: Tensor, labels_B: Tensor) -> Tensor:
+def class_separability(
+    delta_BP: Tensor, labels_B: Tensor, *, spread_gradient: bool = True
+) -> Tensor:
     """L_CSD: how far perturbations spread within classes, against how far classes are apart.
 
     Mean over pairs of classes i != j of ``(sigma_i + sigma_j + 1e-5) / (d_ij + 1e-5)``, where c_k
     is the mean perturbation of class k, sigma_k the mean Euclidean distance to it, and d_ij the
-    distance of c_i and c_j. Gradients flow through sigma and d.
+    distance of c_i and c_j. Gradients flow through sigma and d, or d alone.
 
     Args:
         delta_BP: Flattened perturbations, float (B, P).
         labels_B: int64 (B,).
+        spread_gradient: Whether they flow through sigma.
 
     Returns:
         Scalar, at least 0; small is good.
@@ -164,6 +172,8 @@ def class_separability(delta_BP: Tensor, labels_B: Tensor) -> Tensor:
     centre_KP = zeros.index_add(0, place, delta_BP) / count[:, None]
     away_B = torch.linalg.vector_norm(delta_BP - centre_KP[place], dim=1)
     sigma_K = delta_BP.new_zeros(num_classes).index_add(0, place, away_B) / count
+    if not spread_gradient:
+        sigma_K = sigma_K.detach()
     first, second = torch.triu_indices(num_classes, num_classes, 1, device=delta_BP.device)
     return ((sigma_K[first] + sigma_K[second] + _SMALL) / (pdist(centre_KP) + _SMALL)).mean()
 
@@ -199,7 +209,9 @@ def _descend(
     separability = torch.zeros(())
     for _ in range(config.noise_steps):
         delta = delta.detach().requires_grad_()
-        separability = class_separability(delta.flatten(1), labels)
+        separability = class_separability(
+            delta.flatten(1), labels, spread_gradient=config.spread_gradient
+        )
         loss = config.csd_weight * separability
         if learner is not None and clean is not None:
             loss = loss + config.ssl_weight * learner.loss(clean + delta)

@@ -200,6 +200,10 @@ def test_csd_gradient_flows_through_both_spread_and_distance():
     torch.testing.assert_close(
         gradient.flatten(), (by_sigma + by_distance).double(), atol=1e-4, rtol=0
     )
+    released = class_separability(delta, labels, spread_gradient=False)
+    (gradient,) = torch.autograd.grad(released, delta)
+    assert released.item() == value.item()
+    torch.testing.assert_close(gradient.flatten(), by_distance.double(), atol=1e-4, rtol=0)
 
 
 def test_tue_separates_classes():
