@@ -215,10 +215,9 @@ def make_copy(
     if cache is not None and cache.exists():
         fitted = load_fitted(cache)
     else:
-        values = known.presets[method.preset].model_dump() | method.config
         fitted = known.fit(
             clean if fit_on is None else fit_on,
-            known.config_type.model_validate(values),
+            known.config_type.model_validate(method.full_config),
             epsilon_levels=epsilon_levels,
             seed=method.seed,
         )

@@ -102,13 +102,20 @@ class MethodConfig(JobConfig):
                     )
             except One4AllError as error:
                 raise ValueError(str(error)) from error
-            values = method.presets[self.preset].model_dump() | self.config
-            method.config_type.model_validate(values)
+            method.config_type.model_validate(self.full_config)
         return self
 
     @property
     def name(self) -> str:
         return self.title or self.method
+
+    @property
+    def full_config(self) -> dict[str, Any]:
+        """The method's whole configuration: of the preset, and what differs from it."""
+        if self.method in (PROTECTOR, CORPUS):
+            return {}
+        preset = find_method(self.method).presets[self.preset]
+        return preset.model_dump(mode="json") | self.config
 
 
 def _method(value: object) -> object:
@@ -247,7 +254,8 @@ class Copy:
             "version": EVALUATION_VERSION,
             "data": self.data_config.model_dump(mode="json"),
             "fitted_on": self.fitted_on_config and self.fitted_on_config.model_dump(mode="json"),
-            "method": self.method.model_dump(mode="json", exclude={"title", "protector"}),
+            "method": self.method.model_dump(mode="json", include={"method", "corpus", "seed"}),
+            "method_config": self.method.full_config,
             "protector_sha256": self.protector_sha256,
             "epsilon_levels": self.epsilon_levels,
         }
