@@ -1,0 +1,91 @@
+"""An evaluation through Ray: resumed, reused, and honest about what failed."""
+
+import json
+
+import pytest
+from builders import make_samples, make_tar
+
+from pipelines.diagnose import diagnose_copies
+from pipelines.evaluate import evaluate, report
+from pipelines.trials import EvaluateConfig
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture
+def config(tmp_path) -> EvaluateConfig:
+    for split, seed in (("train", 0), ("test", 1000)):
+        (tmp_path / split).mkdir()
+        samples = make_samples(40, seed=seed)
+        (tmp_path / split / "s.tar").write_bytes(make_tar(samples))
+    adversary = {"width": 4, "epochs": 1, "batch_size": 8}
+    return EvaluateConfig.model_validate(
+        {
+            "output": str(tmp_path / "out"),
+            "data": {
+                "d": {
+                    "train": str(tmp_path / "train"),
+                    "test": str(tmp_path / "test"),
+                    "size": 32,
+                    "class_names": ["cat", "dog", "car"],
+                }
+            },
+            "encoder": {"input_size": 32},
+            "diagnose": ["lsp"],
+            "grids": [
+                {
+                    "title": "T",
+                    "data": ["d"],
+                    "methods": ["clean", "lsp"],
+                    "labels": ["own", "clusters-2"],
+                    "adversaries": {"a": adversary},
+                    "seeds": [0, 1],
+                }
+            ],
+        }
+    )
+
+
+def test_finished_trials_are_never_run_again(tmp_path, config):
+    first = evaluate(config, command="test")
+    assert (first.num_new, first.failed) == (8, {})
+    again = evaluate(config, command="test")
+    assert (again.num_new, len(again.records)) == (0, 8)
+    assert again.records == first.records
+    some = sorted((tmp_path / "out" / "trials").iterdir())
+    some[0].unlink()
+    some[1].write_text("garbage")
+    third = evaluate(config, command="another")
+    assert third.num_new == 2
+    for key, record in third.records.items():
+        kept = first.records[key]
+        assert (record["last"], record["curve"]) == (kept["last"], kept["curve"])  # deterministic
+    assert {record["command"] for record in third.records.values()} == {"test", "another"}
+    assert len(next(iter(first.records.values()))["confusion"]) == 3
+    assert all(copy["max_levels"] <= 8 for copy in third.copies.values())
+    assert len(third.copies) == 2
+
+
+def test_report_has_tables_curves_of_clusters_and_diagnoses(tmp_path, config):
+    result = evaluate(config, command="test")
+    done = []
+    sections = diagnose_copies(config, on_diagnosis=lambda copy: done.append(copy.method.name))
+    assert done == ["lsp"]
+    assert diagnose_copies(config, on_diagnosis=lambda copy: pytest.fail("done before"))
+    printed = report(config, result, diagnoses=sections)
+    assert "| lsp |" in printed
+    html = (tmp_path / "out" / "report.html").read_text()
+    for heading in ("<h2>T</h2>", "Clusters of class names", "Perturbations on d", "Copies"):
+        assert heading in html
+    assert html.count("data:image/png;base64") >= 5
+
+
+def test_one_failure_does_not_stop_the_rest(tmp_path, config):
+    grid = config.grids[0].model_dump() | {"labels": ("own",), "seeds": (0,)}
+    grid["methods"] = ["clean", {"method": "corpus", "corpus": str(tmp_path / "nowhere")}]
+    failing = EvaluateConfig.model_validate(config.model_dump() | {"grids": [grid]})
+    result = evaluate(failing, command="test")
+    assert result.num_new == 1
+    assert list(result.failed) == ["corpus, on d, a, seed 0"]
+    assert "nowhere" in next(iter(result.failed.values()))
+    assert json.loads((tmp_path / "out" / "trials").iterdir().__next__().read_text())["title"]
