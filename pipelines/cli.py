@@ -269,17 +269,25 @@ def evaluate(
         typer.Option(help="Folder or s3:// prefix of results; the same one resumes."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the trials and stop.")] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(help="Write the copies there, as shards, instead of evaluating them."),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Train adversaries on clean and protected copies and compare; resumable."""
     from pipelines.diagnose import diagnose_copies
     from pipelines.evaluate import evaluate as run
-    from pipelines.evaluate import report
+    from pipelines.evaluate import export_copies, report
     from pipelines.trials import EvaluateConfig, describe
 
     settings = load_config(EvaluateConfig, config, set_, output=output)
     if dry_run:
         print(describe(settings))
+        return
+    if export:
+        for place in export_copies(settings, export):
+            print(f"written: {place}")
         return
     progress = _Progress("trial")
 

@@ -24,19 +24,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from one4all.adversaries import train_adversary
 from one4all.attacks import find_attack
 from one4all.baselines.base import protect_images
 from one4all.baselines.registry import find_method, load_fitted
 from one4all.clustering import ClusterQuality, cluster_quality, merge_labels
-from one4all.corpora import open_corpus
+from one4all.corpora import LabelledImage, open_corpus, pack
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import One4AllError, UsageError
 from one4all.labelled import LabelledImages, Labels, read_corpus, read_labelled
 from one4all.metrics import max_difference, psnr_db
 from one4all.protector import Protector
-from one4all.report import Section
+from one4all.report import Section, to_png
 from one4all.storage import Storage, open_storage
 from pipelines.evaluation_report import write_results
 from pipelines.ray_session import ray_session
@@ -151,6 +152,48 @@ def _label_qualities(data: str, config: EvaluateConfig) -> list[ClusterQuality]:
     embeddings = embed_class_names(data, names, config.encoder)
     chosen = [k for k in (2, 3, 5, 8, 10, 15, 20, 25, 30, 40, 50, 75) if k < len(names)]
     return [cluster_quality(embeddings, k) for k in chosen]
+
+
+def export_copies(config: EvaluateConfig, destination: str) -> list[str]:
+    """Write every copy of an evaluation as a corpus of shards, to be looked at or trained on.
+
+    Images are written without loss at the size of the evaluation, with their labels, by the shard
+    writer that `one4all pack` uses, below ``<destination>/<data>/<method>``.
+
+    Returns:
+        Where each copy went.
+
+    Raises:
+        UsageError: A place holds shards already.
+    """
+    places = []
+    for key, group in groupby(all_trials(config), key=lambda trial: trial.copy.key):
+        copy = next(group).copy
+        clean = load_data(copy.data_config, "train")
+        fit_on = load_data(copy.fitted_on_config, "train") if copy.fitted_on_config else None
+        cache = None if "://" in config.output else Path(config.output) / "fitted" / key
+        protected = make_copy(
+            clean, fit_on, copy.method, epsilon_levels=copy.epsilon_levels, cache=cache
+        )
+        place = f"{destination.rstrip('/')}/{copy.data}/{_file_name(copy.method.name)}"
+        pack(_as_corpus(protected), open_storage(place), prefix="train")
+        places.append(place)
+    return places
+
+
+def _as_corpus(images: LabelledImages) -> Iterator[LabelledImage]:
+    names = images.class_names
+    for index, (pixels, label) in enumerate(
+        zip(images.images_NHWC, images.labels_N.tolist(), strict=True)
+    ):
+        data = to_png(Image.fromarray(pixels))
+        yield LabelledImage(
+            f"{index:07d}", data, "png", label, names[label] if names else str(label)
+        )
+
+
+def _file_name(title: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in title)
 
 
 def load_data(config: DataConfig, split: str) -> LabelledImages:

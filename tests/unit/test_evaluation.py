@@ -11,7 +11,7 @@ from one4all.errors import ConfigError, ShardError, UsageError
 from one4all.labelled import LabelledImages, read_labelled
 from one4all.verdict import judge
 from pipelines.config import load_config
-from pipelines.evaluate import load_data, make_copy, mix
+from pipelines.evaluate import export_copies, load_data, make_copy, mix
 from pipelines.evaluation_report import explain, fill_table, write_results
 from pipelines.trials import EvaluateConfig, MethodConfig, all_trials, describe, grid_trials
 
@@ -170,6 +170,26 @@ def test_fitted_method_is_kept_and_gives_the_same_copy(tmp_path):
     again = make_copy(clean, None, method, epsilon_levels=8, cache=tmp_path / "x")
     assert np.array_equal(first.images_NHWC, again.images_NHWC)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_copy_is_exported_as_a_corpus_that_is_read_back_to_the_bit(tmp_path):
+    methods = [{"method": "lsp", "title": "LSP, 8/255"}, "class_oracle"]
+    data = {"c": {"source": "emoji-nature", "size": 16, "max_train": 6}}
+    grids = [{"title": "T", "data": ["c"], "methods": methods}]
+    config = EvaluateConfig.model_validate(
+        {"output": str(tmp_path / "out"), "data": data, "grids": grids}
+    )
+    places = export_copies(config, str(tmp_path / "copies"))
+    assert [Path(place).name for place in places] == ["LSP--8-255", "class_oracle"]
+    clean = load_data(config.data["c"], "train")
+    trial = all_trials(config)[0]
+    expected = make_copy(clean, None, trial.copy.method, epsilon_levels=8)
+    found = read_labelled(places[0])
+    assert np.array_equal(found.images_NHWC, expected.images_NHWC)
+    assert np.array_equal(found.labels_N, clean.labels_N)
+    as_method = MethodConfig(method="corpus", corpus=places[0])
+    again = make_copy(clean, None, as_method, epsilon_levels=8)
+    assert np.array_equal(again.images_NHWC, expected.images_NHWC)
 
 
 def test_corpus_that_is_not_the_data_set_is_refused(tmp_path):
