@@ -276,9 +276,10 @@ def evaluate(
     set_: SetOption = None,
 ) -> None:
     """Train adversaries on clean and protected copies and compare; resumable."""
+    from pipelines.copies import export_copies
     from pipelines.diagnose import diagnose_copies
     from pipelines.evaluate import evaluate as run
-    from pipelines.evaluate import export_copies, report
+    from pipelines.evaluate import report
     from pipelines.trials import EvaluateConfig, describe
 
     settings = load_config(EvaluateConfig, config, set_, output=output)

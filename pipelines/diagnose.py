@@ -22,7 +22,7 @@ from one4all.encoders import load_encoder
 from one4all.labelled import LabelledImages
 from one4all.report import Section, plot_curves, sample_grid, to_png
 from one4all.storage import open_storage
-from pipelines.evaluate import load_data, make_copy
+from pipelines.copies import load_data, make_copy
 from pipelines.ray_session import ray_session
 from pipelines.trials import Copy, EvaluateConfig, grid_trials
 

@@ -11,7 +11,7 @@ from one4all.errors import ConfigError, ShardError, UsageError
 from one4all.labelled import LabelledImages, read_labelled
 from one4all.verdict import judge
 from pipelines.config import load_config
-from pipelines.evaluate import export_copies, load_data, make_copy, mix
+from pipelines.copies import export_copies, load_data, make_copy, mix
 from pipelines.evaluation_report import explain, fill_table, write_results
 from pipelines.trials import EvaluateConfig, MethodConfig, all_trials, describe, grid_trials
 
