@@ -353,8 +353,7 @@ def main() -> None:
     _keep_native_messages_off_the_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # A scheduler stops us with SIGTERM: unwind as for Ctrl-C, so that uploads are aborted.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt.handle)
+    _interrupt.install()
     try:
         app()
     except One4AllError as error:
@@ -388,9 +387,20 @@ class _Interrupt:
     def __init__(self) -> None:
         self._received = False
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+        sys.unraisablehook = self._report_unraisable
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = True
         raise KeyboardInterrupt
+
+    @staticmethod
+    def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+        """Print what was swallowed, but not our own request to stop: it is raised again."""
+        if unraisable.exc_type is not KeyboardInterrupt:
+            sys.__unraisablehook__(unraisable)
 
     def check(self) -> None:
         if self._received:
