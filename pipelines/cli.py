@@ -485,8 +485,3 @@ def _size(num_bytes: int) -> str:
 
 def _command() -> str:
     return " ".join(["one4all", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    main()

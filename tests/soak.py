@@ -115,7 +115,7 @@ def _one4all(
     verb: str, source: str, destination: str, endpoint: str, *options: str
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", verb, source, destination, *options],
+        [sys.executable, "-m", "pipelines", verb, source, destination, *options],
         env=os.environ | {"RAY_ADDRESS": "", "AWS_ENDPOINT_URL": endpoint},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

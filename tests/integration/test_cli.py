@@ -1,8 +1,10 @@
 """The verbs as a user calls them, in processes of their own: quiet, and true to their help."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,24 @@ from PIL import Image
 
 def one4all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
+        [sys.executable, "-m", "pipelines", *arguments],
         env=os.environ | {"RAY_ADDRESS": ""} | environment,
         capture_output=True,
         text=True,
         check=False,
         timeout=200,
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_interrupt_while_it_starts_is_quiet(number):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "status", "x"], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(0.5)  # Python itself has started; PyTorch is being imported
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (130, "")
 
 
 def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Path):

@@ -35,7 +35,7 @@ def config(protector_folder):
 
 def start(source, destination, protector: Path, *settings: str, **environment: str):
     """`one4all protect` as a process."""
-    command = [sys.executable, "-m", "pipelines.cli", "protect", str(source), str(destination)]
+    command = [sys.executable, "-m", "pipelines", "protect", str(source), str(destination)]
     command += ["--protector", str(protector), "--set", "batch_size=4"]
     for setting in settings:
         command += ["--set", setting]

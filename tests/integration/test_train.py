@@ -82,7 +82,7 @@ def test_killed_driver_resumes_with_the_same_command(corpus, tmp_path):
     config = config_for(corpus, tmp_path, steps=60, num_workers=1)
     path = tmp_path / "train.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json", exclude={"ray"})))
-    command = [sys.executable, "-m", "pipelines.cli", "train", "--config", str(path)]
+    command = [sys.executable, "-m", "pipelines", "train", "--config", str(path)]
     command += ["--set", "ray.num_cpus=1"]
     environment = os.environ | {"RAY_ADDRESS": ""}
     driver = subprocess.Popen(

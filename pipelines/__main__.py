@@ -1,0 +1,27 @@
+"""Entry point of `one4all` and `python -m pipelines`.
+
+Importing the command line takes seconds, because PyTorch comes with it. An interrupt meanwhile must
+end quietly: nothing has begun.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    from pipelines.cli import main as command_line
+
+    command_line()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
