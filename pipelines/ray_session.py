@@ -98,7 +98,8 @@ def worker_layout(
     all_nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in all_nodes if node["Alive"]]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    cpus_of_a_node = int(min(node.get("CPU", 1.0) for node in nodes if node.get("CPU")))
+    # A cluster that grows from nothing has no CPUs yet; then the settings must say it all.
+    cpus_of_a_node = int(min((node["CPU"] for node in nodes if node.get("CPU")), default=1))
     gpus_each = gpus_per_worker if gpus_per_worker >= 0 else (1.0 if gpus else 0.0)
     if gpus_each:
         gpus_of_a_node = max(node.get("GPU", 0.0) for node in nodes)
