@@ -157,6 +157,19 @@ def test_a_required_field_is_missed():
 # Kustomize
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_git_ignores_no_file_of_the_cluster():
+    ran = subprocess.run(
+        ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "cluster"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert not ran.stdout
+
+
 @pytest.mark.parametrize(
     "path", sorted(KUBERNETES.rglob("kustomization.yaml")), ids=lambda p: p.parent.name
 )
@@ -257,12 +270,12 @@ def find_verb(words):
     return rest[0], rest[1:]
 
 
-def check_command(words, runs=None):
-    """The verb takes these words, and its configuration loads; ``runs`` is /etc/one4all."""
+def check_command(words, jobs=None):
+    """The verb takes these words, and its configuration loads; ``jobs`` is /etc/one4all."""
     verb, rest = find_verb(words)
     rest = [word.replace("/srv/one4all/configs", str(ROOT / "configs")) for word in rest]
-    if runs:
-        rest = [word.replace("/etc/one4all", str(runs)) for word in rest]
+    if jobs:
+        rest = [word.replace("/etc/one4all", str(jobs)) for word in rest]
     context = VERBS.commands[verb].make_context(verb, rest)
     if verb not in CONFIGS:
         return None
@@ -283,7 +296,7 @@ def entrypoints(overlay):
 
 
 def test_entrypoints_are_commands_that_fit_their_cluster(overlay, tmp_path):
-    for name, text in overlay["ConfigMap", "one4all-runs"]["data"].items():
+    for name, text in overlay["ConfigMap", "one4all-jobs"]["data"].items():
         (tmp_path / name).write_text(text, "utf-8")
     found = list(entrypoints(overlay))
     assert len(found) == 3
@@ -341,7 +354,7 @@ def test_commands_of_the_readme_exist():
 
 
 def test_a_layout_that_is_stated_needs_no_node_yet(monkeypatch):
-    """What runs/protect.yaml relies on: a head without CPUs, and workers that come when asked."""
+    """What jobs/protect.yaml relies on: a head without CPUs, and workers that come when asked."""
     head = {"Alive": True, "Resources": {"memory": 1.0}}
     monkeypatch.setattr("ray.nodes", lambda: [head])
     assert worker_layout(8, 12, 1) == (8, 12, 1)
