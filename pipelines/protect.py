@@ -7,6 +7,7 @@ listing, never "Ray did not raise".
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
@@ -30,11 +31,13 @@ from one4all.ledger import (
 )
 from one4all.protector import load_card, locate
 from one4all.storage import Storage, conditional_write_defects, open_storage
+from pipelines import metrics
 from pipelines.config import ProtectConfig, since_seconds
 from pipelines.ray_session import ray_session, worker_layout
-from pipelines.shard_worker import ShardWorker
+from pipelines.shard_worker import STAGES, ShardWorker
 
 _log = logging.getLogger(__name__)
+_shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
 TRANSFORM_VERSION = 1
@@ -188,7 +191,13 @@ class _Run:
         on_plan(todo, census.num_shards)
         while todo and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
+                num_pending = len(todo)
+                metrics.show("one4all_pending_shards", num_pending)
                 for row in self._waves(todo):
+                    num_pending -= row["status"] == "done"
+                    metrics.show("one4all_pending_shards", num_pending)
+                    if self._config.log_json:
+                        _shards_log.info(_log_line(row, self._run_id))
                     on_progress(row)
                     result.num_protected_now += row["status"] == "done"
                     result.num_images += row["num_images"]
@@ -241,6 +250,22 @@ class _Run:
                 yield row
                 if self._lease is not None:
                     self._lease.check()
+
+
+def _log_line(row: Row, run_id: str) -> str:
+    """One attempt at one shard, as JSON."""
+    line = {
+        "run": run_id,
+        "name": row["name"],
+        "status": row["status"],
+        "images": row["num_images"],
+        "bad_images": row["num_bad"],
+        "bytes": row["num_bytes"],
+        "bytes_written": row["num_bytes_written"],
+        "seconds": {stage: row[f"{stage}_seconds"] for stage in STAGES},
+        "error": row["error"],
+    }
+    return json.dumps(line)
 
 
 def start_of(config: ProtectConfig) -> float | None:
