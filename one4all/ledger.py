@@ -180,13 +180,14 @@ class Ledger:
             info.key[len(_SHARDS) :].removesuffix(".json") for info in self._storage.list(_SHARDS)
         }
 
-    def manifest(self, shard: SourceShard) -> Manifest:
-        """Raises: NotFoundError; ShardError if it cannot be read."""
-        data = self._storage.read_bytes(_manifest_key(shard))
+    def manifest(self, shard: SourceShard | str) -> Manifest:
+        """Of a shard or of its id. Raises: NotFoundError; ShardError if it cannot be read."""
+        shard_id = shard if isinstance(shard, str) else shard.id
+        data = self._storage.read_bytes(f"{_SHARDS}{shard_id}.json")
         try:
             return Manifest.model_validate_json(data)
         except ValueError as error:
-            raise ShardError(f"manifest of {shard.name} cannot be read: {error}") from error
+            raise ShardError(f"manifest of {shard_id} cannot be read: {error}") from error
 
     def manifests(self) -> Iterator[Manifest]:
         """All manifests, in key order."""

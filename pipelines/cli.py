@@ -16,14 +16,15 @@ import typer
 from tqdm import tqdm
 
 from one4all.errors import One4AllError
+from pipelines import cli_operate
 from pipelines.cli_parts import (
     INTERRUPTED,
     ConfigOption,
     Progress,
     SetOption,
+    choice,
     command_line,
     interrupt,
-    size_in_words,
 )
 from pipelines.config import ProtectConfig, TrainConfig, VerifyConfig, load_config
 
@@ -219,8 +220,8 @@ def pack(
 
     images = open_corpus(
         source,
-        split=_choice("--split", split, "train", "test"),
-        labels=_choice("--labels", labels, "coarse", "fine"),
+        split=choice("--split", split, "train", "test"),
+        labels=choice("--labels", labels, "coarse", "fine"),
         root=root,
         download=download,
     )
@@ -247,31 +248,6 @@ def preview(
 
     count = run(source, output, protector=protector, num_images=num_images)
     print(f"{count} images drawn to {output}")
-
-
-@app.command()
-def status(
-    destination: Annotated[str, typer.Argument(help="What protect writes to.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """Show what is done, pending, bad and quarantined at a destination."""
-    from pipelines.status import read_status
-
-    found = read_status(destination)
-    if as_json:
-        print(json.dumps(asdict(found), indent=1))
-        return
-    print(f"{found.destination}  <-  {found.source}  ({found.protector}, {found.output_format})")
-    print(
-        f"  done         {found.num_done:>9,} of {found.num_shards:,} shards, "
-        f"{size_in_words(found.output_bytes)} written"
-    )
-    to_read = size_in_words(found.pending_bytes)
-    print(f"  pending      {found.num_pending:>9,} shards, {to_read} to read")
-    print(f"  images       {found.num_protected:>9,} protected, {found.num_bad:,} bad")
-    print(f"  quarantined  {len(found.quarantined):>9,} shards")
-    for name, reason in (found.failing | found.quarantined).items():
-        print(f"    {name}: {reason}")
 
 
 @app.command()
@@ -350,6 +326,9 @@ def bench(
         print(run(source, output, say=print))
 
 
+cli_operate.add_verbs(app)
+
+
 def main() -> None:
     """Entry point: every expected error is one sentence and an exit code."""
     _keep_native_messages_off_the_terminal()
@@ -384,12 +363,6 @@ def _keep_native_messages_off_the_terminal() -> None:
     target = os.environ.get("ONE4ALL_NATIVE_LOG", os.devnull)
     with open(target, "ab") as log:
         os.dup2(log.fileno(), 2)
-
-
-def _choice(option: str, value: str, *allowed: str) -> Any:
-    if value not in allowed:
-        raise typer.BadParameter(f"{option} must be {' or '.join(allowed)}, not {value!r}")
-    return value
 
 
 def _print_verification(result: Any) -> None:

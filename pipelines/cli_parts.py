@@ -143,3 +143,10 @@ def size_in_words(num_bytes: float) -> str:
 
 def command_line() -> str:
     return " ".join(["one4all", *sys.argv[1:]])
+
+
+def choice(option: str, value: str, *allowed: str) -> Any:
+    """The value of an option that has a few."""
+    if value not in allowed:
+        raise typer.BadParameter(f"{option} must be {' or '.join(allowed)}, not {value!r}")
+    return value
