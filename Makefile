@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ceph soak check bench clean
+.PHONY: demo test test-ceph test-cluster soak check bench clean
 
 demo: .venv/ready  ## pack, train, protect to S3, verify, attack; writes runs/demo/report.html
 	$(BIN)/one4all demo
@@ -14,6 +14,9 @@ test: .venv/ready  ## all tests
 test-ceph: .venv/ready  ## storage tests on a real S3 server; installs Debian's Ceph packages if it may
 	sh tests/install_ceph.sh
 	$(BIN)/python -m pytest -m ceph
+
+test-cluster: .venv/cluster  ## a Ray cluster on loopback addresses, and jobs submitted to it
+	$(BIN)/python -m pytest -m cluster
 
 soak: .venv/ready  ## half an hour of protect with random kills and a failing store: runs/soak
 	PYTHONPATH=tests $(BIN)/python tests/soak.py
@@ -35,6 +38,11 @@ bench: .venv/ready  ## images/s and memory of protect beside a plain loop; a pla
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,demo]'
+	@touch $@
+
+.venv/cluster: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[cluster]'
 	@touch $@
 
 clean:

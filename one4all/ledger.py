@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -188,13 +189,14 @@ class Ledger:
             info.key[len(_SHARDS) :].removesuffix(".json") for info in self._storage.list(_SHARDS)
         }
 
-    def manifest(self, shard: SourceShard) -> Manifest:
-        """Raises: NotFoundError; ShardError if it cannot be read."""
-        data = self._storage.read_bytes(_manifest_key(shard))
+    def manifest(self, shard: SourceShard | str) -> Manifest:
+        """Of a shard or of its id. Raises: NotFoundError; ShardError if it cannot be read."""
+        shard_id = shard if isinstance(shard, str) else shard.id
+        data = self._storage.read_bytes(f"{_SHARDS}{shard_id}.json")
         try:
             return Manifest.model_validate_json(data)
         except ValueError as error:
-            raise ShardError(f"manifest of {shard.name} cannot be read: {error}") from error
+            raise ShardError(f"manifest of {shard_id} cannot be read: {error}") from error
 
     def manifests(self) -> Iterator[Manifest]:
         """All manifests, in key order."""
@@ -326,12 +328,14 @@ class Census:
     """The ledger of a destination held against the listing of its source.
 
     Attributes:
-        num_shards: Shards of the source.
+        num_shards: Shards of the source that count: all, or those written since a given time.
         num_done: Of these, with a manifest.
         pending: Without one, largest first, so that none is left alone at the end.
         quarantined: Given up: name to last reason.
         num_others: Objects of the source that are no shards.
         other: The first of them.
+        num_older: Shards written before the given time, left out of all of the above.
+        num_older_undone: Of these, without a manifest.
     """
 
     num_shards: int = 0
@@ -340,11 +344,14 @@ class Census:
     quarantined: dict[str, str] = field(default_factory=dict)
     num_others: int = 0
     other: str = ""
+    num_older: int = 0
+    num_older_undone: int = 0
 
 
-def take_census(source: Storage, ledger: Ledger) -> Census:
+def take_census(source: Storage, ledger: Ledger, *, since: float | None = None) -> Census:
     """Tell what is done from listings alone, without reading any shard or manifest.
 
+    With ``since``, in POSIX seconds, shards written before it are counted apart and left alone.
     Memory grows with the number of manifests and of pending shards, by some 200 bytes each; time
     with the length of the listings.
     """
@@ -357,6 +364,10 @@ def take_census(source: Storage, ledger: Ledger) -> Census:
                 census.other = census.other or info.key
             continue
         shard = to_shard(info)
+        if is_older(info, since):
+            census.num_older += 1
+            census.num_older_undone += shard.id not in done
+            continue
         census.num_shards += 1
         if shard.id in done:
             census.num_done += 1
@@ -375,6 +386,12 @@ def list_shards(source: Storage) -> Iterator[SourceShard]:
 
 def is_shard(info: ObjectInfo) -> bool:
     return info.key.endswith(SHARD_SUFFIX) and not info.key.startswith(INTERNAL)
+
+
+def is_older(info: ObjectInfo, since: float | None) -> bool:
+    """Whether an object was written before ``since``; never, where the store does not say when."""
+    # S3 gives whole seconds, rounded down: a shard must not be missed for that.
+    return since is not None and info.modified is not None and info.modified < math.floor(since)
 
 
 def to_shard(info: ObjectInfo) -> SourceShard:

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from one4all.errors import One4AllError
+from pipelines import cli_operate
+from pipelines.cli_parts import (
+    INTERRUPTED,
+    ConfigOption,
+    Progress,
+    SetOption,
+    choice,
+    command_line,
+    interrupt,
+)
 from pipelines.config import ProtectConfig, TrainConfig, VerifyConfig, load_config
 
 app = typer.Typer(
@@ -25,17 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML file holding what differs from the defaults."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one key: key.path=value. May be repeated."),
-]
 
 
 @app.command()
@@ -54,6 +51,14 @@ def protect(
         str | None,
         typer.Option(help="drop, fail or passthrough."),
     ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Only shards written since: 2026-11-01T00:00Z, or 36h before now."),
+    ] = None,
+    log_json: Annotated[
+        bool | None,
+        typer.Option("--log-json", help="Also write one JSON line for each shard to stderr."),
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -67,8 +72,10 @@ def protect(
         protector=protector,
         output_format=output_format,
         on_bad_image=on_bad_image,
+        since=since,
+        log_json=log_json,
     )
-    progress = _Progress("shard")
+    progress = Progress("shard")
 
     def on_plan(todo: Any, num_shards: int) -> None:
         if len(todo) < num_shards:
@@ -97,6 +104,11 @@ def protect(
     )
     for name, reason in (result.failed | result.quarantined).items():
         print(f"  not protected: {name}: {reason}")
+    if result.num_older:
+        print(
+            f"  {result.num_older} shards are older than {settings.since} and were left out; "
+            f"{result.num_older_undone} of them are not protected"
+        )
     if result.num_others:
         print(
             f"  {result.num_others} objects are no .tar shards and were left alone, such as "
@@ -121,7 +133,7 @@ def verify(
     from pipelines.verify import verify as run
 
     settings = load_config(VerifyConfig, config, set_)
-    progress = _Progress("shard")
+    progress = Progress("shard")
 
     def on_audit(audit: Any) -> None:
         progress.advance()
@@ -162,7 +174,7 @@ def train(
     from pipelines.train import train as run
 
     settings = load_config(TrainConfig, config, set_, source=source, output=output)
-    progress = _Progress("step")
+    progress = Progress("step")
 
     def on_metrics(metrics: dict[str, float]) -> None:
         progress.advance_to(
@@ -174,7 +186,7 @@ def train(
     with progress:
         card = run(
             settings,
-            command=_command(),
+            command=command_line(),
             on_start=lambda: progress.start(settings.steps),
             on_metrics=on_metrics,
         )
@@ -207,8 +219,8 @@ def pack(
 
     images = open_corpus(
         source,
-        split=_choice("--split", split, "train", "test"),
-        labels=_choice("--labels", labels, "coarse", "fine"),
+        split=choice("--split", split, "train", "test"),
+        labels=choice("--labels", labels, "coarse", "fine"),
         root=root,
         download=download,
     )
@@ -235,30 +247,6 @@ def preview(
 
     count = run(source, output, protector=protector, num_images=num_images)
     print(f"{count} images drawn to {output}")
-
-
-@app.command()
-def status(
-    destination: Annotated[str, typer.Argument(help="What protect writes to.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """Show what is done, pending, bad and quarantined at a destination."""
-    from pipelines.status import read_status
-
-    found = read_status(destination)
-    if as_json:
-        print(json.dumps(asdict(found), indent=1))
-        return
-    print(f"{found.destination}  <-  {found.source}  ({found.protector}, {found.output_format})")
-    print(
-        f"  done         {found.num_done:>9,} of {found.num_shards:,} shards, "
-        f"{_size(found.output_bytes)} written"
-    )
-    print(f"  pending      {found.num_pending:>9,} shards, {_size(found.pending_bytes)} to read")
-    print(f"  images       {found.num_protected:>9,} protected, {found.num_bad:,} bad")
-    print(f"  quarantined  {len(found.quarantined):>9,} shards")
-    for name, reason in (found.failing | found.quarantined).items():
-        print(f"    {name}: {reason}")
 
 
 @app.command()
@@ -290,7 +278,7 @@ def evaluate(
         for place in export_copies(settings, export):
             print(f"written: {place}")
         return
-    progress = _Progress("trial")
+    progress = Progress("trial")
 
     def on_plan(num_todo: int, num_trials: int) -> None:
         if num_todo < num_trials:
@@ -301,7 +289,7 @@ def evaluate(
         progress.advance(note=f"{trial.title}: {100 * record['last']:.1f} %")
 
     with progress:
-        result = run(settings, command=_command(), on_plan=on_plan, on_trial=on_trial)
+        result = run(settings, command=command_line(), on_plan=on_plan, on_trial=on_trial)
         diagnoses = diagnose_copies(settings)
     print(report(settings, result, diagnoses=diagnoses))
     for title, reason in result.failed.items():
@@ -348,20 +336,29 @@ def bench(
         print(run(source, output, say=print))
 
 
+cli_operate.add_verbs(app)
+
+
 def main() -> None:
     """Entry point: every expected error is one sentence and an exit code."""
     _keep_native_messages_off_the_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    shards = logging.getLogger("one4all.shards")  # said on request: one JSON line each
+    if not shards.handlers:
+        shards.addHandler(logging.StreamHandler(sys.stderr))
+        shards.setLevel(logging.INFO)
+        shards.propagate = False
     # A scheduler stops us with SIGTERM: unwind as for Ctrl-C, so that uploads are aborted.
-    _interrupt.install()
+    interrupt.install()
     try:
         app()
     except One4AllError as error:
         print(f"one4all: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            print("one4all: interrupted; run the same command again to go on", file=sys.stderr)
+        if stop.code == INTERRUPTED:
+            advice = f"; {interrupt.advice}" if interrupt.advice else ""
+            print(f"one4all: interrupted{advice}", file=sys.stderr)
         raise
 
 
@@ -375,82 +372,6 @@ def _keep_native_messages_off_the_terminal() -> None:
     target = os.environ.get("ONE4ALL_NATIVE_LOG", os.devnull)
     with open(target, "ab") as log:
         os.dup2(log.fileno(), 2)
-
-
-class _Interrupt:
-    """Ctrl-C or SIGTERM, remembered.
-
-    An exception raised while one of Ray's callbacks runs is swallowed, so that the request to stop
-    would be lost; the next news from the job then raises it again.
-    """
-
-    def __init__(self) -> None:
-        self._received = False
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-        sys.unraisablehook = self._report_unraisable
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        raise KeyboardInterrupt
-
-    @staticmethod
-    def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-        """Print what was swallowed, but not our own request to stop: it is raised again."""
-        if unraisable.exc_type is not KeyboardInterrupt:
-            sys.__unraisablehook__(unraisable)
-
-    def check(self) -> None:
-        if self._received:
-            raise KeyboardInterrupt
-
-
-_interrupt = _Interrupt()
-
-
-class _Progress:
-    """A progress bar that appears with the first news: a quick failure shows only its message."""
-
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._bar: Any = None
-
-    def start(self, total: int) -> None:
-        self._bar = tqdm(
-            total=total,
-            unit=self._unit,
-            mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        _interrupt.check()
-        if note:
-            self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(steps)
-
-    def advance_to(self, position: int, note: str) -> None:
-        self.advance(max(0, position - self._bar.n), note)
-
-    def say(self, line: str) -> None:
-        _interrupt.check()
-        tqdm.write(line, file=sys.stderr)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _choice(option: str, value: str, *allowed: str) -> Any:
-    if value not in allowed:
-        raise typer.BadParameter(f"{option} must be {' or '.join(allowed)}, not {value!r}")
-    return value
 
 
 def _print_verification(result: Any) -> None:
@@ -472,16 +393,3 @@ def _print_verification(result: Any) -> None:
         print(f"  note: {note}")
     for problem in result.problems:
         print(f"  problem: {problem}")
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.2f} TB"
-
-
-def _command() -> str:
-    return " ".join(["one4all", *sys.argv[1:]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -54,6 +56,39 @@ class RayConfig(JobConfig):
     object_store_bytes: Annotated[int, Field(ge=80_000_000)] = 200_000_000
 
 
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def since_seconds(text: str, *, now: float) -> float:
+    """A time as POSIX seconds: ``2026-11-01T00:00Z``, ``2026-11-01``, or ``36h`` before ``now``.
+
+    A time without a zone is UTC: a schedule must not depend on where the driver runs.
+
+    Raises:
+        ValueError: Neither a time nor a duration.
+    """
+    if match := _DURATION.fullmatch(text):
+        return now - float(match[1]) * _UNIT_SECONDS[match[2]]
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither a time such as 2026-11-01T00:00Z nor a duration such as 36h "
+            "(s, m, h, d, w)"
+        ) from None
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
+def _since(value: object) -> object:
+    """Check at loading; a duration counts from the start of the run."""
+    if isinstance(value, date):  # YAML makes one of 2026-11-01, and of a time
+        value = value.isoformat()
+    if isinstance(value, str) and value:
+        since_seconds(value, now=0)
+    return value
+
+
 class ProtectConfig(JobConfig):
     """`one4all protect`.
 
@@ -70,6 +105,10 @@ class ProtectConfig(JobConfig):
         batch_size: Images in one forward pass. Another size may round a pixel here
             and there to its other neighbour.
         batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight.
+        since: Only shards written since then are planned: a time such as 2026-11-01T00:00Z, or a
+            duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
+            upload from when it was begun. Empty means all.
+        log_json: Log one JSON line for each shard and attempt to the logger ``one4all.shards``.
         num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow.
         cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
             GPU, or the node's CPUs divided by its GPUs.
@@ -89,6 +128,8 @@ class ProtectConfig(JobConfig):
     max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
+    since: Annotated[str, BeforeValidator(_since)] = ""
+    log_json: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: float = -1

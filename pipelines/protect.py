@@ -7,7 +7,9 @@ listing, never "Ray did not raise".
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +24,20 @@ from one4all.ledger import (
     Census,
     Ledger,
     SourceShard,
+    is_older,
     list_shards,
     take_census,
+    to_shard,
 )
 from one4all.protector import load_card, locate
 from one4all.storage import Storage, conditional_write_defects, open_storage
-from pipelines.config import ProtectConfig
+from pipelines import metrics
+from pipelines.config import ProtectConfig, since_seconds
 from pipelines.ray_session import ray_session, worker_layout
-from pipelines.shard_worker import ShardWorker
+from pipelines.shard_worker import STAGES, ShardWorker
 
 _log = logging.getLogger(__name__)
+_shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
 TRANSFORM_VERSION = 1
@@ -48,7 +54,7 @@ class ProtectResult:
     """What a run did, and what stands at the destination when it ends.
 
     Attributes:
-        num_shards: Shards of the source.
+        num_shards: Shards of the source; only those written since ``config.since``.
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
         num_images: Of this run.
@@ -57,6 +63,8 @@ class ProtectResult:
         quarantined: Shards given up after three failures, with the reason.
         num_others: Objects of the source that are no shards, and were left alone.
         other: The first of them.
+        num_older: Shards written before ``config.since``, left out of all of the above.
+        num_older_undone: Of these, not protected yet.
     """
 
     run_id: str
@@ -69,6 +77,8 @@ class ProtectResult:
     quarantined: dict[str, str] = field(default_factory=dict)
     num_others: int = 0
     other: str = ""
+    num_older: int = 0
+    num_older_undone: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -107,6 +117,7 @@ def protect(
     """
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
+    since = start_of(config)
     card = load_card(config.protector)
     # Workers run in another directory: no relative path reaches them.
     config = config.model_copy(update={"protector": locate(config.protector)})
@@ -129,7 +140,7 @@ def protect(
     ledger.is_bound(binding)  # before the probe, which writes
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger.bind(binding)
-    run = _Run(source, destination, config, ledger, uuid.uuid4().hex[:12])
+    run = _Run(source, destination, config, ledger, uuid.uuid4().hex[:12], since)
     try:
         with run.lease(on_wait):
             run.sweep()
@@ -151,7 +162,9 @@ class _Run:
         config: ProtectConfig,
         ledger: Ledger,
         run_id: str,
+        since: float | None,
     ) -> None:
+        self._since = since
         self._source, self._destination = source, destination
         self._config, self._ledger, self._run_id = config, ledger, run_id
         self._lease: Lease | None = None
@@ -173,12 +186,18 @@ class _Run:
         errors: dict[str, str] = {}
         refused: set[str] = set()
         self._ledger.forget_starts()
-        census = take_census(self._source, self._ledger)
+        census = take_census(self._source, self._ledger, since=self._since)
         todo, barren_passes = census.pending, 0
         on_plan(todo, census.num_shards)
         while todo and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
+                num_pending = len(todo)
+                metrics.show("one4all_pending_shards", num_pending)
                 for row in self._waves(todo):
+                    num_pending -= row["status"] == "done"
+                    metrics.show("one4all_pending_shards", num_pending)
+                    if self._config.log_json:
+                        _shards_log.info(_log_line(row, self._run_id))
                     on_progress(row)
                     result.num_protected_now += row["status"] == "done"
                     result.num_images += row["num_images"]
@@ -186,7 +205,7 @@ class _Run:
                     if row["status"] == "refused":
                         refused.add(row["name"])
             # A new census: a shard that changed while it was read is planned anew.
-            census = take_census(self._source, self._ledger)
+            census = take_census(self._source, self._ledger, since=self._since)
             before, todo = len(todo), [s for s in census.pending if s.name not in refused]
             barren_passes = 0 if len(todo) < before else barren_passes + 1
         return self._account(result, census, errors)
@@ -197,7 +216,13 @@ class _Run:
         """Complete the result by what the ledger says, whatever the workers reported."""
         result.num_shards, result.num_done = census.num_shards, census.num_done
         result.num_others, result.other = census.num_others, census.other
-        result.num_bad_images = sum(self._ledger.num_bad_images().values())
+        result.num_older, result.num_older_undone = census.num_older, census.num_older_undone
+        bad = self._ledger.num_bad_images()
+        if bad and self._since is not None:  # bad images of older shards are not this run's outcome
+            for info in self._source.list():
+                if is_older(info, self._since):
+                    bad.pop(to_shard(info).id, None)
+        result.num_bad_images = sum(bad.values())
         result.quarantined = census.quarantined
         result.failed = {
             shard.name: errors.get(shard.name) or "no worker reported on it"
@@ -227,6 +252,33 @@ class _Run:
                 yield row
                 if self._lease is not None:
                     self._lease.check()
+
+
+def _log_line(row: Row, run_id: str) -> str:
+    """One attempt at one shard, as JSON."""
+    line = {
+        "run": run_id,
+        "name": row["name"],
+        "status": row["status"],
+        "images": row["num_images"],
+        "bad_images": row["num_bad"],
+        "bytes": row["num_bytes"],
+        "bytes_written": row["num_bytes_written"],
+        "seconds": {stage: row[f"{stage}_seconds"] for stage in STAGES},
+        "error": row["error"],
+    }
+    return json.dumps(line)
+
+
+def start_of(config: ProtectConfig) -> float | None:
+    """``config.since`` as POSIX seconds, counted from now. Raises: UsageError if it is to come."""
+    if not config.since:
+        return None
+    now = time.time()
+    since = since_seconds(config.since, now=now)
+    if since > now:
+        raise UsageError(f"since {config.since} is in the future: nothing could be protected")
+    return since
 
 
 def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:

@@ -12,11 +12,9 @@ from typing import Any
 
 from pipelines.config import RayConfig
 
-# Must be set before Ray starts. Token authentication is switched on by the mere presence of
-# ~/.ray/auth_token, which an earlier local session leaves behind; say what we want instead.
+# Must be set before Ray starts.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Ray prints to standard output whenever a worker dies; we say ourselves what became of it.
@@ -26,14 +24,25 @@ _ENVIRONMENT = {
 _NOISY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
+def prepare_environment() -> None:
+    """Set Ray's variables, unless they are set.
+
+    Token authentication would be switched on by the mere presence of ~/.ray/auth_token, which an
+    earlier local session leaves behind: a token is used if the environment gives one.
+    """
+    token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    variables = _ENVIRONMENT | {"RAY_AUTH_MODE": "token" if token else "disabled"}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Join the Ray that is running here or is named by ``config``, or start a local one.
 
     A session that was running before is left running. A local one stops with the block.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     import ray
 
     if ray.is_initialized():

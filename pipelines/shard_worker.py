@@ -56,9 +56,11 @@ from one4all.shards import (
     read_samples,
 )
 from one4all.storage import Storage, open_storage
+from pipelines import metrics
 from pipelines.config import ProtectConfig
 
 _log = logging.getLogger(__name__)
+STAGES = ("read", "decode", "device", "encode", "write")
 _LOOKAHEAD = 1  # batches waiting between two stages
 
 
@@ -138,7 +140,8 @@ class ShardWorker:
 
         Returns:
             One status row: ``name``, ``status`` (done, failed, refused or quarantined),
-            ``num_images``, ``num_bad``, ``num_bytes``, ``peak_bytes`` of this process, ``error``.
+            ``num_images``, ``num_bad``, ``num_bytes``, ``num_bytes_written``, seconds of each stage
+            (``read_seconds``, ...), ``peak_bytes`` of this process, ``error``.
         """
         shard = SourceShard.from_columns(batch)
         row = self.protect(shard) | {"peak_bytes": _peak_bytes()}
@@ -152,16 +155,24 @@ class ShardWorker:
             "num_images": 0,
             "num_bad": 0,
             "num_bytes": shard.size,
+            "num_bytes_written": 0,
+            **{f"{stage}_seconds": 0.0 for stage in STAGES},
             "peak_bytes": 0,
             "error": "",
         }
+        row |= self._attempt(shard)
+        metrics.count("one4all_shards", status=row["status"])
+        return row
+
+    def _attempt(self, shard: SourceShard) -> dict[str, Any]:
+        """What an attempt changes in the status row."""
         number = 0
         if self._protector is None:
-            return row | {"status": "failed", "error": "workers die while they load the protector"}
+            return {"status": "failed", "error": "workers die while they load the protector"}
         try:
             attempt = self._ledger.begin_attempt(shard, self._run_id)
             if attempt > MAX_ATTEMPTS:
-                return row | {"status": "quarantined", "error": "quarantined after 3 attempts"}
+                return {"status": "quarantined", "error": "quarantined after 3 attempts"}
             number = attempt
             manifest = protect_shard(
                 shard,
@@ -173,10 +184,7 @@ class ShardWorker:
                 run_id=self._run_id,
             )
             self._ledger.record(manifest)
-            return row | {
-                "num_images": manifest.num_images,
-                "num_bad": len(manifest.bad_images),
-            }
+            return self._tell(manifest)
         except Exception as error:  # one shard must not end the run, whatever is wrong with it
             reason = printable(f"{error}" or type(error).__name__)
             if not isinstance(error, One4AllError):
@@ -184,7 +192,23 @@ class ShardWorker:
             if number:
                 self._close_attempt(shard, number, error, reason)
             status = "refused" if isinstance(error, BadImagePolicyError) else "failed"
-            return row | {"status": status, "error": reason}
+            metrics.count("one4all_failures", kind=type(error).__name__)
+            return {"status": status, "error": reason}
+
+    def _tell(self, manifest: Manifest) -> dict[str, Any]:
+        """A shard that is done: its metrics, and its part of the status row."""
+        metrics.count("one4all_images", manifest.num_protected)
+        metrics.count("one4all_bad_images", len(manifest.bad_images))
+        metrics.count("one4all_bytes_read", manifest.source.size)
+        metrics.count("one4all_bytes_written", manifest.output_size)
+        for stage, seconds in manifest.seconds.items():
+            metrics.observe("one4all_stage_seconds", seconds, stage=stage)
+        return {
+            "num_images": manifest.num_images,
+            "num_bad": len(manifest.bad_images),
+            "num_bytes_written": manifest.output_size,
+            **{f"{stage}_seconds": manifest.seconds.get(stage, 0.0) for stage in STAGES},
+        }
 
     def _close_attempt(
         self, shard: SourceShard, number: int, error: Exception, reason: str
@@ -394,10 +418,12 @@ class _ShardRewrite:
         size = self._config.batch_size
         for start in range(0, len(names), size):
             chosen = names[start : start + size]
+            before = self._seconds["device"]
             with self.timer("device"):
                 # Always a full batch: one shape, and results that do not depend on neighbours.
                 working = fill_batch([images[name][1] for name in chosen], size)
                 deltas = self._protector.perturb(working)
+            metrics.observe("one4all_batch_seconds", self._seconds["device"] - before)
             for name, delta in zip(chosen, deltas, strict=False):
                 batch.protected[name] = self._pool.submit(
                     self._encode, name, images[name][0], delta

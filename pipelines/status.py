@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
-from one4all.errors import One4AllError
-from one4all.ledger import Ledger, take_census
+from one4all.errors import NotFoundError, One4AllError, SourceChangedError
+from one4all.ledger import Ledger, Manifest, take_census
 from one4all.storage import Storage, open_storage
 from pipelines.protect import read_binding
+
+MAX_TOTALS = 20_000  # manifests that are read without being asked to
+_READERS = 16
+_NEWS = 200  # manifests read for the rate, at each look
 
 
 @dataclass
 class Status:
-    """A destination as its ledger and its source show it; bytes and counts."""
+    """A destination as its ledger and its source show it; bytes and counts.
+
+    ``output_bytes``, ``num_protected`` and ``num_bad`` are totals over manifests, None if these
+    were not read.
+    """
 
     destination: str
     source: str
@@ -22,15 +34,34 @@ class Status:
     num_done: int = 0
     num_pending: int = 0
     pending_bytes: int = 0
-    output_bytes: int = 0
-    num_protected: int = 0
-    num_bad: int = 0
+    output_bytes: int | None = None
+    num_protected: int | None = None
+    num_bad: int | None = None
     failing: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
 
 
-def read_status(destination_uri: str) -> Status:
+@dataclass(frozen=True)
+class Rate:
+    """How fast a destination has grown since the first look; None before a shard was done.
+
+    Attributes:
+        num_done: Shards since then.
+        images_per_second: Over these shards.
+        seconds_left: Until all pending bytes are read, at this rate.
+    """
+
+    num_done: int = 0
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+def read_status(destination_uri: str, *, totals: bool | None = None) -> Status:
     """Read the ledger of a destination and list its source.
+
+    Args:
+        destination_uri: What protect writes to.
+        totals: Read every manifest for the totals; None means if there are not too many.
 
     Raises:
         UsageError: Never written by protect, or a side cannot be reached.
@@ -40,10 +71,6 @@ def read_status(destination_uri: str) -> Status:
     binding = read_binding(destination)
     ledger = Ledger(destination)
     status = Status(destination.uri, binding.source_uri, binding.protector, binding.output_format)
-    for manifest in ledger.manifests():
-        status.output_bytes += manifest.output_size
-        status.num_protected += manifest.num_protected
-        status.num_bad += len(manifest.bad_images)
     census = take_census(_open_source(binding.source_uri), ledger)
     status.num_shards, status.num_done = census.num_shards, census.num_done
     status.num_pending = len(census.pending)
@@ -55,7 +82,78 @@ def read_status(destination_uri: str) -> Status:
         for shard_id, reasons in ledger.failures().items()
         if shard_id not in given_up
     }
+    if totals or (totals is None and status.num_done <= MAX_TOTALS):
+        status.output_bytes = status.num_protected = status.num_bad = 0
+        for manifest in _read_manifests(ledger, sorted(ledger.done())):
+            status.output_bytes += manifest.output_size
+            status.num_protected += manifest.num_protected
+            status.num_bad += len(manifest.bad_images)
     return status
+
+
+def watch(
+    destination_uri: str, *, every_seconds: float, totals: bool | None = None
+) -> Iterator[tuple[Status, Rate]]:
+    """Look again and again until nothing is pending.
+
+    A look lists both sides, so looking never takes more than half of the time.
+    """
+    ledger = Ledger(open_storage(destination_uri))
+    pace: _Pace | None = None
+    while True:
+        before = time.monotonic()
+        status = read_status(destination_uri, totals=totals)
+        done, now = ledger.done(), time.monotonic()
+        pace = pace or _Pace(done, now)
+        news = _read_manifests(ledger, islice(done - pace.known, _NEWS))
+        yield status, pace.rate(done, list(news), status.pending_bytes, now)
+        if not status.num_pending:
+            return
+        time.sleep(max(every_seconds, time.monotonic() - before))
+
+
+class _Pace:
+    """The rate since the first look, from a sample of what is new at each look.
+
+    Args:
+        known: Ids of the shards that were done at the first look.
+        start: Time of that look, in seconds.
+    """
+
+    def __init__(self, known: set[str], start: float) -> None:
+        self.known, self._start = known, start
+        self._num_new = self._num_read = self._num_images = self._num_bytes = 0
+
+    def rate(
+        self, done: set[str], sample: Sequence[Manifest], pending_bytes: int, now: float
+    ) -> Rate:
+        """The rate until now; ``sample`` are manifests of some shards that are new."""
+        self._num_new += len(done - self.known)
+        self.known = done
+        self._num_read += len(sample)
+        self._num_images += sum(manifest.num_images for manifest in sample)
+        self._num_bytes += sum(manifest.source.size for manifest in sample)
+        if not self._num_read or now <= self._start:
+            return Rate(self._num_new)
+        shards_per_second = self._num_new / (now - self._start)
+        images_per_second = shards_per_second * self._num_images / self._num_read
+        bytes_per_second = shards_per_second * self._num_bytes / self._num_read
+        return Rate(self._num_new, images_per_second, pending_bytes / max(bytes_per_second, 1e-9))
+
+
+def _read_manifests(ledger: Ledger, shard_ids: Iterable[str]) -> Iterator[Manifest]:
+    """Manifests of shard ids, read side by side; one that is replaced meanwhile is left out."""
+
+    def read(shard_id: str) -> Manifest | None:
+        try:
+            return ledger.manifest(shard_id)
+        except (NotFoundError, SourceChangedError):
+            return None
+
+    ids = iter(shard_ids)
+    with ThreadPoolExecutor(_READERS, "manifests") as pool:
+        while window := list(islice(ids, 16 * _READERS)):  # no queue of a million futures
+            yield from (manifest for manifest in pool.map(read, window) if manifest is not None)
 
 
 def _open_source(source_uri: str) -> Storage:

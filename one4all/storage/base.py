@@ -25,11 +25,14 @@ class ObjectInfo:
         key: Path below the storage root, ``/``-separated.
         size: Bytes.
         etag: Identifies the version: the S3 ETag, or size and modification time of a file.
+        modified: When it was written, in POSIX seconds, as the store says; None if it does not. S3
+            knows whole seconds, and for a multipart upload says when it was begun.
     """
 
     key: str
     size: int
     etag: str
+    modified: float | None = None
 
 
 class Reader(Protocol):

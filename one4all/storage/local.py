@@ -189,7 +189,8 @@ def _walk(folder: Path, prefix: str) -> Iterator[ObjectInfo]:
 
 def _file_info(path: Path, key: str) -> ObjectInfo:
     stat = path.stat()
-    return ObjectInfo(key, stat.st_size, f"{stat.st_size:x}-{stat.st_mtime_ns:x}")
+    etag = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    return ObjectInfo(key, stat.st_size, etag, modified=stat.st_mtime)
 
 
 def _temporary_path(path: Path) -> Path:

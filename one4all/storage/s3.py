@@ -62,12 +62,14 @@ class S3Storage(Storage):
                 for entry in page.get("Contents", []):
                     key = entry["Key"][len(self._prefix) :]
                     if key and not key.endswith("/"):
-                        yield ObjectInfo(key, entry["Size"], entry["ETag"])
+                        modified = entry["LastModified"].timestamp()
+                        yield ObjectInfo(key, entry["Size"], entry["ETag"], modified)
 
     def head(self, key: str) -> ObjectInfo:
         with self._errors(key):
             head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
-            return ObjectInfo(key, head["ContentLength"], head["ETag"])
+            modified = head["LastModified"].timestamp()
+            return ObjectInfo(key, head["ContentLength"], head["ETag"], modified)
 
     def open(self, key: str, *, etag: str | None = None) -> Reader:
         return _S3Reader(self, key, etag)

@@ -56,6 +56,22 @@ def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):
     assert (status.num_done, status.num_pending, status.num_protected) == (5, 0, 20)
 
 
+def test_older_shards_are_left_out_and_do_not_decide_the_exit_code(tmp_path, config):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=3), str(tmp_path / "out")
+    (corpus / "shard-001.tar").write_bytes(make_tar([("b.jpg", b"junk"), ("a.jpg", make_image())]))
+    os.utime(corpus / "shard-000.tar", (0, 0))
+    os.utime(corpus / "shard-001.tar", (0, 0))
+    recent = config.model_copy(update={"since": "2h"})
+    result = protect(str(corpus), out, recent)
+    assert (result.exit_code, result.num_shards, result.num_done) == (0, 1, 1)
+    assert (result.num_older, result.num_older_undone) == (2, 2)
+    assert protect(str(corpus), out, config).exit_code == 3  # all of them, under the same binding
+    again = protect(str(corpus), out, recent)
+    assert (again.exit_code, again.num_bad_images, again.num_older_undone) == (0, 0, 0)
+    with pytest.raises(UsageError, match="in the future"):
+        protect(str(corpus), out, config.model_copy(update={"since": "2126-01-01"}))
+
+
 def test_folder_and_bucket_get_the_same_bytes(tmp_path, s3_uri, config):
     corpus = write_corpus(tmp_path / "in", num_shards=2)
     protect(str(corpus), str(tmp_path / "out"), config)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from one4all.errors import ConfigError
-from pipelines.config import ProtectConfig, TrainConfig, load_config
+from pipelines.config import ProtectConfig, TrainConfig, load_config, since_seconds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -61,3 +61,30 @@ def test_unknown_preset_and_unreadable_file(tmp_path):
         load_config(TrainConfig, tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="cannot read configuration"):
         load_config(TrainConfig, tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1970-01-02", 86_400),
+        ("1970-01-01T01:00Z", 3600),
+        ("1970-01-01T01:00", 3600),  # without a zone: UTC, wherever the driver runs
+        ("1970-01-01T01:00+01:00", 0),
+        ("36h", 1_000_000 - 36 * 3600),
+        ("1.5d", 1_000_000 - 129_600),
+    ],
+)
+def test_since_is_a_time_or_a_duration(text, seconds):
+    assert since_seconds(text, now=1_000_000) == seconds
+    assert load_config(ProtectConfig, None, None, since=text).since == text
+
+
+@pytest.mark.parametrize("text", ["yesterday", "36", "-1h", "2026-13-01"])
+def test_since_that_says_neither_is_refused(text):
+    with pytest.raises(ConfigError, match="neither a time such as"):
+        load_config(ProtectConfig, None, None, since=text)
+
+
+def test_since_may_be_what_yaml_takes_for_a_date():
+    config = load_config(ProtectConfig, None, ["since=2026-11-01T00:00:00Z"])
+    assert since_seconds(config.since, now=0) == since_seconds("2026-11-01", now=0)

@@ -1,5 +1,7 @@
 """What is done is done once, and only what is done counts."""
 
+import os
+
 import pytest
 
 from one4all.errors import BindingError, NotFoundError
@@ -11,10 +13,11 @@ from one4all.ledger import (
     Ledger,
     Manifest,
     SourceShard,
+    is_older,
     list_shards,
     take_census,
 )
-from one4all.storage import open_storage
+from one4all.storage import ObjectInfo, open_storage
 
 BINDING = Binding(
     source_uri="/in",
@@ -166,3 +169,18 @@ def test_census_holds_the_ledger_against_the_listing(tmp_path):
     assert census.quarantined == {"z.tar": "damaged"}
     source.write_bytes("a.tar", b"changed")
     assert take_census(source, ledger).pending[0].name == "a.tar"
+
+
+def test_census_leaves_older_shards_out(tmp_path):
+    source, destination = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
+    ledger = Ledger(destination)
+    for name, written in (("done.tar", 900), ("old.tar", 999.9), ("new.tar", 1000.2)):
+        source.write_bytes(name, b"x")
+        os.utime(tmp_path / "in" / name, (written, written))
+    shards = {shard.name: shard for shard in list_shards(source)}
+    ledger.record(manifest_of(shards["done.tar"]))
+    census = take_census(source, ledger, since=1000.9)  # S3 would say 1000 for new.tar
+    assert (census.num_shards, census.pending) == (1, [shards["new.tar"]])
+    assert (census.num_older, census.num_older_undone) == (2, 1)
+    # A store that gives no times must not make a shard disappear.
+    assert not is_older(ObjectInfo("a.tar", 1, "x"), since=1000.0)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def test_object_is_what_was_written(storage, size):
         etag = writer.commit()
     info = storage.head("a/b.tar")
     assert (info.size, info.etag) == (size, etag)
+    assert info.modified == pytest.approx(time.time(), abs=60)
+    assert next(iter(storage.list("a/"))).modified == pytest.approx(info.modified, abs=2)
     assert read_all(storage, "a/b.tar", etag=etag) == data
     assert files_below(storage) in (["b.tar"], ["a/b.tar"])
 

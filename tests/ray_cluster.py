@@ -1,0 +1,175 @@
+"""A Ray cluster of real processes on this machine: a head with the jobs API, and more nodes.
+
+Every node is a ``ray start --block`` of its own on a loopback address of its own, with ports of its
+own. Processes are ended by their own ids, whatever else runs Ray here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = f"{sys.executable} -m pipelines"  # for one4all submit --program
+_MARK = "ONE4ALL_TEST_CLUSTER"
+_START_SECONDS = 180
+
+
+@dataclass
+class Node:
+    """One node: the process that started it, and where its metrics are."""
+
+    process: subprocess.Popen[bytes]
+    metrics_url: str
+    log: Path
+
+    @property
+    def raylet(self) -> psutil.Process:
+        """SIGKILL this one and the node is lost."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child for child in children if child.name().startswith("raylet"))
+
+
+class RayCluster:
+    """A head and any number of nodes; use `ray_cluster`.
+
+    Attributes:
+        address: Of the jobs API.
+        nodes: The head is the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mark = uuid.uuid4().hex
+        self._port, self._dashboard_port = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{self._dashboard_port}"
+        self.nodes: list[Node] = []
+
+    def start_head(self, *, num_cpus: int = 1) -> Node:
+        head = self._start(
+            "--head",
+            "--node-ip-address=127.0.0.1",
+            f"--port={self._port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self._dashboard_port}",
+            f"--ray-client-server-port={free_port()}",
+            f"--temp-dir={self._folder}",
+            num_cpus=num_cpus,
+        )
+        self._wait_for(f"{self.address}/api/version", head)
+        return head
+
+    def add_node(self, *, num_cpus: int = 1) -> Node:
+        """Another node, on the next loopback address; it may take some seconds to be seen."""
+        return self._start(
+            f"--address=127.0.0.1:{self._port}",
+            f"--node-ip-address=127.0.0.{len(self.nodes) + 1}",
+            num_cpus=num_cpus,
+        )
+
+    def lose(self, node: Node) -> None:
+        """End a node without notice."""
+        kill_tree(psutil.Process(node.process.pid), first=node.raylet)
+
+    def stop(self) -> None:
+        """End all that was started here; nothing of it is left."""
+        for node in reversed(self.nodes):
+            with suppress(psutil.NoSuchProcess):
+                kill_tree(psutil.Process(node.process.pid))
+            node.process.wait(timeout=30)
+        for process in self.processes():  # whose parent died before them
+            with suppress(psutil.NoSuchProcess):
+                kill_tree(process)
+
+    def processes(self) -> list[psutil.Process]:
+        """What is alive of this cluster, by its folder or by the mark that children inherit."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                ours = process.environ().get(_MARK) == self._mark or any(
+                    str(self._folder) in argument for argument in process.cmdline()
+                )
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def _start(self, *options: str, num_cpus: int) -> Node:
+        metrics_port = free_port()
+        log = self._folder / f"node-{len(self.nodes)}.log"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command += [
+            f"--num-cpus={num_cpus}",
+            "--object-store-memory=100000000",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--dashboard-agent-grpc-port={free_port()}",
+            f"--metrics-export-port={metrics_port}",
+            "--disable-usage-stats",
+        ]
+        environment = os.environ | {
+            _MARK: self._mark,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        environment.pop("RAY_ADDRESS", None)
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        node = Node(process, f"http://127.0.0.1:{metrics_port}/metrics", log)
+        self.nodes.append(node)
+        return node
+
+    @staticmethod
+    def _wait_for(url: str, node: Node) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            assert node.process.poll() is None, node.log.read_text()
+            assert time.monotonic() < deadline, node.log.read_text()
+            with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5):
+                return
+            time.sleep(0.5)
+
+
+@contextmanager
+def ray_cluster() -> Iterator[RayCluster]:
+    """A cluster with a head; the environment of this process is what its nodes inherit."""
+    # Sockets live below it, and their paths must be short.
+    folder = Path(tempfile.mkdtemp(prefix="o4-", dir="/tmp"))
+    cluster = RayCluster(folder)
+    try:
+        cluster.start_head()
+        yield cluster
+    finally:
+        cluster.stop()
+        left = cluster.processes()
+        shutil.rmtree(folder, ignore_errors=True)
+        assert not left, f"orphans: {left}"
+
+
+def kill_tree(root: psutil.Process, *, first: psutil.Process | None = None) -> None:
+    """SIGKILL a process and all below it, ``first`` before the others."""
+    tree = [root, *root.children(recursive=True)]
+    for process in ([first] if first else []) + tree:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(tree, timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,64 @@
+"""How far a destination is, cheaply, and how fast it grows."""
+
+import pytest
+from test_ledger import BINDING, manifest_of
+
+from one4all.ledger import Ledger, SourceShard, list_shards
+from one4all.storage import open_storage
+from pipelines import cli_operate
+from pipelines import status as looking
+from pipelines.status import Rate, read_status, watch
+
+
+@pytest.fixture
+def half_done(tmp_path):
+    """A destination with two of four shards of 1 byte; its ledger and its shards."""
+    source = open_storage(str(tmp_path / "in"))
+    for name in "abcd":
+        source.write_bytes(f"{name}.tar", b"x")
+    ledger = Ledger(open_storage(str(tmp_path / "out")))
+    ledger.bind(BINDING.model_copy(update={"source_uri": source.uri}))
+    shards = list(list_shards(source))
+    for shard in shards[:2]:
+        ledger.record(manifest_of(shard))
+    return str(tmp_path / "out"), ledger, shards
+
+
+def test_totals_are_read_unless_there_are_too_many(half_done, monkeypatch):
+    out, _, shards = half_done
+    one = manifest_of(shards[0])
+    status = read_status(out)
+    assert (status.num_done, status.num_pending, status.pending_bytes) == (2, 2, 2)
+    assert status.output_bytes == 2 * one.output_size
+    assert status.num_protected == 2 * one.num_protected
+    monkeypatch.setattr(looking, "MAX_TOTALS", 1)
+    monkeypatch.setattr(Ledger, "manifest", lambda *_: pytest.fail("a manifest was read"))
+    assert read_status(out).num_protected is None
+    assert "--totals" in "\n".join(cli_operate._status_lines(read_status(out)))
+
+
+def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkeypatch, capsys):
+    out, ledger, shards = half_done
+    clock = [0.0]
+
+    def another_shard(seconds: float) -> None:
+        clock[0] += 10
+        ledger.record(manifest_of(todo.pop()))
+
+    todo = shards[2:]
+    monkeypatch.setattr(looking.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(looking.time, "sleep", another_shard)
+    looks = list(watch(out, every_seconds=1))
+    assert [status.num_pending for status, _ in looks] == [2, 1, 0]
+    assert looks[0][1] == Rate()
+    images = manifest_of(shards[0]).num_images
+    per_second = 1 / 10
+    assert looks[1][1].images_per_second == pytest.approx(images * per_second)
+    size = manifest_of(SourceShard("a", 1, "x")).source.size
+    assert looks[1][1].seconds_left == pytest.approx(1 / (size * per_second))
+    assert looks[2][1].num_done == 2
+    cli_operate._watch(looks)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 of 4 shards done, 2 pending; no rate yet"
+    assert lines[1].startswith("3 of 4 shards done, 1 pending; ")
+    assert "\x1b" not in "".join(lines)
