@@ -344,10 +344,9 @@ def main() -> None:
     _keep_native_messages_off_the_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     shards = logging.getLogger("one4all.shards")  # said on request: one JSON line each
-    if not shards.handlers:
-        shards.addHandler(logging.StreamHandler(sys.stderr))
-        shards.setLevel(logging.INFO)
-        shards.propagate = False
+    shards.handlers = [logging.StreamHandler(sys.stderr)]
+    shards.setLevel(logging.INFO)
+    shards.propagate = False
     # A scheduler stops us with SIGTERM: unwind as for Ctrl-C, so that uploads are aborted.
     interrupt.install()
     try:

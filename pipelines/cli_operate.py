@@ -64,7 +64,7 @@ def _print_plan(found: Any) -> None:
     print(f"{found.source}: {found.num_shards:,} shards, {size} to do{done}")
     if not found.num_shards:
         return
-    worker = f"{found.cpus_per_worker} CPUs"
+    worker = f"{found.cpus_per_worker} CPU" + "s" * (found.cpus_per_worker > 1)
     if found.gpus_per_worker:
         worker = f"{found.gpus_per_worker:g} GPU and {worker}"
     measured = sum(shard.num_measured for shard in found.sampled)
@@ -116,7 +116,7 @@ def status(
     ] = None,
     totals: Annotated[
         bool | None,
-        typer.Option(help="Read every manifest for totals; by default up to 20,000."),
+        typer.Option(help="Read every manifest for totals; by default up to 20,000, once."),
     ] = None,
 ) -> None:
     """Show what is done, pending, bad and quarantined at a destination."""
@@ -125,7 +125,7 @@ def status(
 
     if watch is not None:
         interrupt.advice = ""
-        _watch(look(destination, every_seconds=watch, totals=totals))
+        _watch(look(destination, every_seconds=watch, totals=bool(totals)))
         return
     found = read_status(destination, totals=totals)
     if as_json:
@@ -138,14 +138,16 @@ def _watch(looks: Any) -> None:
     """Redraw on a terminal; elsewhere one plain line for each look."""
     height = 0
     for found, rate in looks:
-        pace = f"{rate.images_per_second:.3g} images/s" if rate.images_per_second else "no rate yet"
+        pace = "no shard was done since this watch began"
+        if rate.images_per_second is not None:
+            pace = f"{rate.images_per_second:.3g} images/s since this watch began"
         if rate.seconds_left is not None and found.num_pending:
             pace += f", about {in_words(rate.seconds_left)} left"
         if not sys.stdout.isatty():
             done = f"{found.num_done:,} of {found.num_shards:,} shards done"
             print(f"{done}, {found.num_pending:,} pending; {pace}", flush=True)
             continue
-        lines = [*_status_lines(found), f"  {pace}, since this watch began"]
+        lines = [*_status_lines(found), f"  {pace}"]
         # Up to where the last drawing began, and everything below erased.
         print(f"\x1b[{height}F\x1b[J" * bool(height) + "\n".join(lines), flush=True)
         height = len(lines)

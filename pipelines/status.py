@@ -92,9 +92,9 @@ def read_status(destination_uri: str, *, totals: bool | None = None) -> Status:
 
 
 def watch(
-    destination_uri: str, *, every_seconds: float, totals: bool | None = None
+    destination_uri: str, *, every_seconds: float, totals: bool = False
 ) -> Iterator[tuple[Status, Rate]]:
-    """Look again and again until nothing is pending.
+    """Look again and again until nothing is pending; ``totals`` reads every manifest each time.
 
     A look lists both sides, so looking never takes more than half of the time.
     """

@@ -209,8 +209,9 @@ def _connect(address: str) -> Any:
         raise UsageError(
             "one4all submit needs Ray's jobs client: pip install 'one4all[cluster]'"
         ) from error
-    for name in ("ray", JobSubmissionClient.__module__):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if name == "ray" or name.startswith("ray."):  # which set their own levels
+            logging.getLogger(name).setLevel(logging.ERROR)
     with _environment_variable("RAY_API_SERVER_ADDRESS", address):
         try:
             return JobSubmissionClient(address)

@@ -59,6 +59,6 @@ def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkey
     assert looks[2][1].num_done == 2
     cli_operate._watch(looks)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 of 4 shards done, 2 pending; no rate yet"
+    assert lines[0] == "2 of 4 shards done, 2 pending; no shard was done since this watch began"
     assert lines[1].startswith("3 of 4 shards done, 1 pending; ")
     assert "\x1b" not in "".join(lines)

@@ -1,4 +1,4 @@
-"""What is sent to a cluster, under which name, and what is not; on a cluster: test_submit of
+"""What is sent to a cluster, under which name, and what is not; on a cluster: test_jobs of
 integration."""
 
 from datetime import UTC, datetime, timedelta, timezone
