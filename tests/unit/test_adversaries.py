@@ -159,10 +159,8 @@ def test_adversary_learns_what_can_be_learnt():
     confusion = result.confusion(test.labels_N)
     np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(test.labels_N))
     assert np.trace(confusion) / len(test) == result.last
-    shuffled = LabelledImages(
-        train.images_NHWC, np.random.default_rng(0).permutation(train.labels_N)
-    )
-    assert train_adversary(shuffled, test, QUICK, seed=0).last < 0.8
+    swapped = LabelledImages(train.images_NHWC, 1 - train.labels_N)
+    assert train_adversary(swapped, test, QUICK, seed=0).last < 0.1
 
 
 @pytest.mark.parametrize("augmentation", ["none", "flip_crop", "strong"])

@@ -1,5 +1,7 @@
-"""What is sent to a cluster, under which name, and what is not; on a cluster: test_jobs of
-integration."""
+"""What is sent to a cluster, under which name, and what is not.
+
+On a real cluster: tests/integration/test_submit.py.
+"""
 
 from datetime import UTC, datetime, timedelta, timezone
 from types import SimpleNamespace
