@@ -29,6 +29,7 @@ from one4all.storage import open_storage
 from pipelines.trials import (
     CORPUS,
     PROTECTOR,
+    Copy,
     DataConfig,
     EvaluateConfig,
     MethodConfig,
@@ -118,6 +119,25 @@ def make_copy(
     return protect_images(fitted, clean, own=fit_on is None, seed=method.seed)
 
 
+def load_copy(copy: Copy, config: EvaluateConfig) -> tuple[LabelledImages, LabelledImages]:
+    """The training split of a data set, clean and protected."""
+    clean = load_data(copy.data_config, "train")
+    fit_on = load_data(copy.fitted_on_config, "train") if copy.fitted_on_config else None
+    protected = make_copy(
+        clean,
+        fit_on,
+        copy.method,
+        epsilon_levels=copy.epsilon_levels,
+        cache=fitted_folder(copy, config),
+    )
+    return clean, protected
+
+
+def fitted_folder(copy: Copy, config: EvaluateConfig) -> Path | None:
+    """Where a fitted method is kept; nowhere if the output is remote."""
+    return None if "://" in config.output else Path(config.output) / "fitted" / copy.key
+
+
 def mix(copy: LabelledImages, clean: LabelledImages, *, share: float) -> LabelledImages:
     """Protected images for a share of the data set, clean ones for the rest.
 
@@ -165,14 +185,9 @@ def export_copies(config: EvaluateConfig, destination: str) -> list[str]:
         UsageError: A place holds shards already.
     """
     places = []
-    for key, group in groupby(all_trials(config), key=lambda trial: trial.copy.key):
+    for _, group in groupby(all_trials(config), key=lambda trial: trial.copy.key):
         copy = next(group).copy
-        clean = load_data(copy.data_config, "train")
-        fit_on = load_data(copy.fitted_on_config, "train") if copy.fitted_on_config else None
-        cache = None if "://" in config.output else Path(config.output) / "fitted" / key
-        protected = make_copy(
-            clean, fit_on, copy.method, epsilon_levels=copy.epsilon_levels, cache=cache
-        )
+        _, protected = load_copy(copy, config)
         place = f"{destination.rstrip('/')}/{copy.data}/{_file_name(copy.method.name)}"
         pack(_as_corpus(protected), open_storage(place), prefix="train")
         places.append(place)

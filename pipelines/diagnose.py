@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from one4all.encoders import load_encoder
 from one4all.labelled import LabelledImages
 from one4all.report import Section, plot_curves, sample_grid, to_png
 from one4all.storage import open_storage
-from pipelines.copies import load_data, make_copy
+from pipelines.copies import load_copy
 from pipelines.ray_session import ray_session
 from pipelines.trials import Copy, EvaluateConfig, grid_trials
 
@@ -79,12 +78,7 @@ def diagnose_copies(
 
 def _diagnose_task(copy: Copy, config: EvaluateConfig) -> Diagnosis:
     torch.set_num_threads(config.cpus_per_trial)
-    clean = load_data(copy.data_config, "train")
-    fit_on = load_data(copy.fitted_on_config, "train") if copy.fitted_on_config else None
-    cache = None if "://" in config.output else Path(config.output) / "fitted" / copy.key
-    protected = make_copy(
-        clean, fit_on, copy.method, epsilon_levels=copy.epsilon_levels, cache=cache
-    )
+    clean, protected = load_copy(copy, config)
     encoder = load_encoder(config.encoder)
     bank = ConceptBank.build(VOCABULARY, encoder)
     diagnosis: Diagnosis = json.loads(diagnose(clean, protected, encoder, bank).to_json())

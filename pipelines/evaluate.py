@@ -31,7 +31,7 @@ from one4all.labelled import LabelledImages, Labels
 from one4all.metrics import max_difference, psnr_db
 from one4all.report import Section
 from one4all.storage import Storage, open_storage
-from pipelines.copies import embed_class_names, load_data, make_copy, mix
+from pipelines.copies import embed_class_names, fitted_folder, load_data, make_copy, mix
 from pipelines.evaluation_report import write_results
 from pipelines.ray_session import ray_session
 from pipelines.trials import (
@@ -216,7 +216,7 @@ def _run(
             copy = trials[0].copy
             clean, test = data.get(copy.data)
             fit_on = data.get(copy.fitted_on)[0] if copy.fitted_on else None
-            cache = None if "://" in config.output else f"{config.output}/fitted/{copy_key}"
+            cache = fitted_folder(copy, config)
             protected, facts = copy_task.options(num_returns=2).remote(
                 clean, fit_on, copy.method, config.epsilon_levels, config.cpus_per_trial, cache
             )
@@ -320,7 +320,7 @@ def _copy_task(
     method: MethodConfig,
     epsilon_levels: int,
     num_threads: int,
-    cache: str | None,
+    cache: Path | None,
 ) -> tuple[LabelledImages, Record]:
     torch.set_num_threads(num_threads)
     start = time.monotonic()
@@ -329,7 +329,7 @@ def _copy_task(
         fit_on,
         method,
         epsilon_levels=epsilon_levels,
-        cache=Path(cache) if cache else None,
+        cache=cache,
     )
     chosen = np.linspace(0, len(clean) - 1, min(_PSNR_IMAGES, len(clean))).astype(int)
     pairs = [(clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
