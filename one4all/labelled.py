@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -56,6 +56,15 @@ class LabelledImages:
     def size(self) -> int:
         """Side of the images in pixels."""
         return int(self.images_NHWC.shape[1])
+
+    def resized(self, size: int) -> LabelledImages:
+        """The same at another side in pixels, as a trainer makes it: antialiased (Lanczos)."""
+        if size == self.size:
+            return self
+        images = np.empty((len(self), size, size, 3), np.uint8)
+        for index, pixels in enumerate(self.images_NHWC):
+            images[index] = _resize(pixels, size)
+        return replace(self, images_NHWC=images)
 
 
 def read_labelled(uri: str, *, size: int = 0, max_images: int = 0) -> LabelledImages:
@@ -132,6 +141,8 @@ def _square(payload: bytes, size: int) -> Pixels:
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    if side == size:
-        return square
-    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS))
+    return square if side == size else _resize(square, size)
+
+
+def _resize(pixels: Pixels, size: int) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -22,12 +23,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save_file
 
+from one4all.codebook import Codebook, CodebookConfig
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.errors import NotFoundError, ProtectorError
 from one4all.generator import Generator, GeneratorConfig
 from one4all.images import Pixels, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, apply_perturbation
-from one4all.storage import open_storage
+from one4all.storage import Storage, open_storage
 
 CARD = "card.json"
 WEIGHTS = "generator.safetensors"
@@ -44,7 +46,9 @@ class ProtectorCard(BaseModel):
         encoder_hash: `Encoder.content_hash` at training.
         golden_embedding: Digest of the embedding of a fixed test image. Catches what a hash of
             weights cannot: another activation, another library version.
-        concept_bank_hash: Identity of the text embeddings of the training objective.
+        vocabulary, concept_bank_hash: Concepts of the training objective, and the identity of their
+            text embeddings; both empty for a codebook, which has concepts of its own.
+        generator: Of a trained network, or of a codebook.
         working_size: Side in pixels of the copy that encoder and generator see.
         epsilon_levels: Budget in 8-bit levels.
         training: Free record: data, steps, seeds, objective, commit, command, final figures.
@@ -57,9 +61,9 @@ class ProtectorCard(BaseModel):
     encoder: EncoderConfig
     encoder_hash: str
     golden_embedding: tuple[float, ...]
-    vocabulary: str
-    concept_bank_hash: str
-    generator: GeneratorConfig
+    vocabulary: str = ""
+    concept_bank_hash: str = ""
+    generator: GeneratorConfig | CodebookConfig
     working_size: Annotated[int, Field(ge=16, le=2048)]
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     weights_sha256: str = ""
@@ -78,10 +82,12 @@ class Protector:
     Args:
         card: Description; its encoder must be the one given.
         encoder: Frozen encoder.
-        generator: Trained generator.
+        generator: Trained network or fitted codebook.
     """
 
-    def __init__(self, card: ProtectorCard, encoder: Encoder, generator: Generator) -> None:
+    def __init__(
+        self, card: ProtectorCard, encoder: Encoder, generator: Generator | Codebook
+    ) -> None:
         self.card = card
         self.encoder = encoder
         self.generator = generator.eval().requires_grad_(False)
@@ -144,6 +150,18 @@ class Protector:
         (folder / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", "utf-8")
         return self.card
 
+    def publish(self, storage: Storage) -> ProtectorCard:
+        """`save`, to a folder or s3:// prefix. The card goes last: a folder with a card is whole.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            card = self.save(Path(folder))
+            for name in (WEIGHTS, CARD):
+                storage.write_bytes(name, (Path(folder) / name).read_bytes())
+        return card
+
     @classmethod
     def load(cls, protector: str, *, encoder: Encoder | None = None) -> Protector:
         """Load a protector by name, path or URI.
@@ -164,7 +182,7 @@ class Protector:
             )
         encoder = encoder or load_encoder(card.encoder)
         _check_encoder(card, encoder)
-        generator = Generator(card.generator, encoder.embedding_dim)
+        generator = _build_generator(card.generator, encoder.embedding_dim)
         generator.load_state_dict(load(weights))
         return cls(card, encoder, generator)
 
@@ -198,6 +216,14 @@ def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:
     batch = np.zeros((batch_size, *working[0].shape), np.uint8)
     batch[: len(working)] = working
     return batch
+
+
+def _build_generator(
+    config: GeneratorConfig | CodebookConfig, embedding_dim: int
+) -> Generator | Codebook:
+    if isinstance(config, CodebookConfig):
+        return Codebook(config, embedding_dim)
+    return Generator(config, embedding_dim)
 
 
 def _check_encoder(card: ProtectorCard, encoder: Encoder) -> None:

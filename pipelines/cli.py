@@ -25,7 +25,7 @@ from pipelines.cli_parts import (
     command_line,
     interrupt,
 )
-from pipelines.config import ProtectConfig, TrainConfig, VerifyConfig, load_config
+from pipelines.config import FitConfig, ProtectConfig, TrainConfig, VerifyConfig, load_config
 
 app = typer.Typer(
     help="Protect images against training without consent: train, protect, verify.",
@@ -192,6 +192,40 @@ def train(
         )
     print(f"protector {card.content_hash[:12]} written to {settings.output}")
     print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
+
+
+@app.command()
+def fit(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Folder or s3:// prefix of shards; several separated by commas."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Argument(help="Protector folder or s3:// prefix to write."),
+    ] = None,
+    concepts: Annotated[
+        int | None,
+        typer.Option(help="About the number of kinds of things in the corpus; default 100."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Fit a codebook to a corpus: one look at its images, no labels, no training."""
+    from pipelines.fit import describe
+    from pipelines.fit import fit as run
+
+    overrides = [*(set_ or []), *([f"codebook.num_concepts={concepts}"] if concepts else [])]
+    settings = load_config(FitConfig, config, overrides, source=source, output=output)
+    progress = Progress("shard")
+    with progress:
+        result = run(
+            settings,
+            command=command_line(),
+            on_plan=progress.start,
+            on_shard=lambda name: progress.advance(),
+        )
+    print(describe(result, settings))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from one4all.codebook import CodebookConfig
 from one4all.encoders import EncoderConfig
 from one4all.errors import ConfigError
 from one4all.generator import PRESETS as GENERATORS
@@ -195,6 +196,39 @@ class TrainConfig(JobConfig):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = -1
     max_failures: Annotated[int, Field(ge=0)] = 3
+    ray: RayConfig = RayConfig()
+
+
+class FitConfig(JobConfig):
+    """`one4all fit`.
+
+    Attributes:
+        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas.
+        output: Protector folder or s3:// prefix to write.
+        encoder: Whose embeddings are clustered. 160 pixels find concepts as well as 224 at half
+            the cost (docs/method.md).
+        codebook: Number of concepts and shape of patterns.
+        epsilon_levels: Budget.
+        num_images: About so many images are looked at, evenly over the shards.
+        images_per_shard: At most so many of one shard, drawn evenly from it; bounds memory.
+        max_image_pixels: Larger images are left out.
+        seed: Of the drawn images, the clusters and the patterns.
+        num_workers: Tasks at once; 0 means as many as CPUs or GPUs allow.
+        cpus_per_worker, gpus_per_worker: Of a task; below 0 GPUs means 1 if there is any.
+    """
+
+    source: str = ""
+    output: str = "protector"
+    encoder: EncoderConfig = EncoderConfig(input_size=160)
+    codebook: CodebookConfig = CodebookConfig(num_concepts=100)
+    epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
+    num_images: Annotated[int, Field(ge=2)] = 20_000
+    images_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    max_image_pixels: Annotated[int, Field(ge=1)] = DEFAULT_MAX_PIXELS
+    seed: int = 0
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: float = -1
     ray: RayConfig = RayConfig()
 
 

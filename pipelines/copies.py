@@ -40,12 +40,13 @@ _log = logging.getLogger(__name__)
 
 
 def load_data(config: DataConfig, split: str) -> LabelledImages:
-    """One split of a data set: "train" or "test".
+    """One split of a data set, "train" or "test", at the size at which it is protected.
 
     Raises:
         UsageError: It is not there, or cannot be read.
     """
     limit = config.max_train if split == "train" else 0
+    size = config.protect_size or config.size
     if config.source:
         images = open_corpus(
             config.source,
@@ -53,11 +54,11 @@ def load_data(config: DataConfig, split: str) -> LabelledImages:
             labels=config.granularity,
             root=Path(config.root) if config.root else None,
         )
-        found = read_corpus(images, config.source, size=config.size, max_images=limit)
+        found = read_corpus(images, config.source, size=size, max_images=limit)
     else:
         uri = config.train if split == "train" else config.test
         open_storage(uri).check(writable=False)
-        found = read_labelled(uri, size=config.size, max_images=limit)
+        found = read_labelled(uri, size=size, max_images=limit)
     return replace(found, class_names=config.class_names or found.class_names)
 
 
@@ -175,8 +176,8 @@ def embed_class_names(
 def export_copies(config: EvaluateConfig, destination: str) -> list[str]:
     """Write every copy of an evaluation as a corpus of shards, to be looked at or trained on.
 
-    Images are written without loss at the size of the evaluation, with their labels, by the shard
-    writer that `one4all pack` uses, below ``<destination>/<data>/<method>``.
+    Images are written without loss at the size at which they are protected, with their labels, by
+    the shard writer that `one4all pack` uses, below ``<destination>/<data>/<method>``.
 
     Returns:
         Where each copy went.

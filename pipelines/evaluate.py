@@ -150,12 +150,14 @@ def run_trial(
     """Train one adversary; accuracies in 0..1.
 
     Args:
-        copy, clean: Training images, protected and clean, in the same order.
-        test: Clean test images.
+        copy, clean: Training images, protected and clean, in the same order, at the size at which
+            they are protected; here they are resized to that of the adversary.
+        test: Clean test images, likewise.
         trial: What to do.
         merged: New label of each class; empty keeps the labels.
     """
-    train = mix(copy, clean, share=trial.share)
+    size = trial.copy.data_config.size or clean.size
+    train, test = mix(copy, clean, share=trial.share).resized(size), test.resized(size)
     if len(merged):
         train, test = (replace(s, labels_N=merged[s.labels_N]) for s in (train, test))
     result = train_adversary(

@@ -44,7 +44,10 @@ class DataConfig(JobConfig):
         root: Where torchvision keeps its files.
         granularity: Of the labels of embedded corpora.
         train, test: Corpora of shards, folders or s3:// prefixes.
-        size: Side in pixels to which the middle square of each image is resized; 0 keeps the size.
+        size: Side in pixels of what adversaries are trained and tested on: the middle square of
+            each image, resized; 0 keeps the size.
+        protect_size: Side in pixels at which images are protected, before adversaries resize them
+            to ``size``: who publishes photos does not publish thumbnails. 0 protects at ``size``.
         max_train: Take only the first so many training images; 0 takes all.
         class_names: By class index, if the data does not hold them; label-agnostic grids need them.
     """
@@ -55,6 +58,7 @@ class DataConfig(JobConfig):
     train: str = ""
     test: str = ""
     size: Annotated[int, Field(ge=0, le=1024)] = 0
+    protect_size: Annotated[int, Field(ge=0, le=1024)] = 0
     max_train: Annotated[int, Field(ge=0)] = 0
     class_names: tuple[str, ...] = ()
 
@@ -62,6 +66,8 @@ class DataConfig(JobConfig):
     def _one_way(self) -> DataConfig:
         if bool(self.source) == bool(self.train) or bool(self.train) != bool(self.test):
             raise ValueError("give either source, or train and test")
+        if self.protect_size and not self.size:
+            raise ValueError("protect_size needs size, to which adversaries then resize")
         return self
 
 

@@ -1,0 +1,119 @@
+"""A codebook: one fixed pattern for each concept, written on every image of that concept.
+
+    k(x)  = argmin_k |E_I(x) - c_k|          the nearest of K concepts
+    delta = epsilon * pattern_k(x)           the same for all images of the concept
+
+Concepts are clusters of image embeddings of an unlabelled corpus, so no label is read, at fitting
+or at protection, and nothing is trained. It is the other kind of generator beside `Generator`: the
+same artefact, budget and commands, and far less to compute. A network trained from scratch
+takes the pattern for the concept, if one concept rarely spans two classes (docs/method.md,
+"Codebooks", has the measured conditions).
+
+Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, h w grid.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from one4all.clustering import k_means, nearest
+from one4all.errors import UsageError
+
+PIXELS_PER_CELL = 8
+
+
+class CodebookConfig(BaseModel):
+    """Size of a codebook.
+
+    Attributes:
+        num_concepts: K. More concepts are purer, but give a class of the adversary several
+            patterns; about the number of kinds of things in the corpus is a good start.
+        cells: Cells of a pattern a side. Few and large ones are learnt fastest and survive
+            resizing: 4 on Caltech-101 (docs/method.md).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_concepts: Annotated[int, Field(ge=2, le=100_000)]
+    cells: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class Codebook(nn.Module):
+    """Embeddings in, perturbations within +-1 out; `Generator`'s interface.
+
+    Args:
+        config: Size.
+        embedding_dim: Width D of the encoder's embedding.
+    """
+
+    centres_KD: Tensor
+    signs_KCgg: Tensor
+
+    def __init__(self, config: CodebookConfig, embedding_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("centres_KD", torch.zeros(config.num_concepts, embedding_dim))
+        shape = (config.num_concepts, 3, config.cells, config.cells)
+        self.register_buffer("signs_KCgg", torch.zeros(shape, dtype=torch.int8))
+
+    def forward(self, embedding_BD: Tensor, image_BCHW: Tensor) -> Tensor:
+        """Perturbations on the scale of the budget.
+
+        Args:
+            embedding_BD: L2-normalised image embeddings, float (B, D).
+            image_BCHW: Not looked at: what an image gets depends on its concept alone.
+
+        Returns:
+            float (B, 3, h, w) with h = w = 8 * ``config.cells``, each value -1 or 1.
+        """
+        signs = self.signs_KCgg[self.concepts(embedding_BD)].to(embedding_BD.dtype)
+        return F.interpolate(signs, scale_factor=PIXELS_PER_CELL, mode="nearest")
+
+    def concepts(self, embedding_BD: Tensor) -> Tensor:
+        """The concept of each image, int64 (B,).
+
+        In float32 whatever autocast says: a coarser distance would give images at a border another
+        pattern on another device.
+        """
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            return nearest(embedding_BD.float(), self.centres_KD)
+
+
+def fit_codebook(
+    embeddings_ND: Tensor, config: CodebookConfig, *, seed: int
+) -> tuple[Codebook, Tensor]:
+    """Cluster embeddings and draw a pattern for each cluster.
+
+    Args:
+        embeddings_ND: L2-normalised image embeddings of an unlabelled corpus, float32 (N, D).
+        config: Size.
+        seed: Of the clusters' starts and the patterns.
+
+    Returns:
+        The codebook, and the concept of each image, int64 (N,).
+
+    Raises:
+        UsageError: Fewer images than concepts.
+    """
+    if len(embeddings_ND) < config.num_concepts:
+        raise UsageError(
+            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} images; give "
+            "more images or a smaller num_concepts"
+        )
+    centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
+    codebook = Codebook(config, embeddings_ND.shape[1])
+    codebook.centres_KD.copy_(centres_KD)
+    codebook.signs_KCgg.copy_(draw_signs(config.num_concepts, config.cells, seed=seed))
+    return codebook, assignment_N
+
+
+def draw_signs(num_patterns: int, cells: int, *, seed: int) -> Tensor:
+    """Random patterns, int8 (num_patterns, 3, cells, cells), each value -1 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_patterns, 3, cells, cells)
+    return (torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2) - 1

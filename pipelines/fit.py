@@ -1,0 +1,246 @@
+"""Fit a codebook to a corpus: look at a sample of its images, cluster them, draw the patterns.
+
+One pass over a sample, no labels and no training; the result is a protector folder like any other.
+Images that arrive later are protected by it as they are: they go to the nearest concept.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from one4all.codebook import Codebook, fit_codebook
+from one4all.encoders import Encoder, load_encoder
+from one4all.errors import BadImageError, UsageError
+from one4all.images import Pixels, decode, working_copy
+from one4all.ledger import list_shards
+from one4all.protector import Protector, ProtectorCard, golden_embedding
+from one4all.report import sample_grid, to_png
+from one4all.shards import is_protectable, read_samples
+from one4all.storage import open_storage
+from pipelines.config import FitConfig
+from pipelines.ray_session import ray_session, worker_layout
+
+PICTURE = "concepts.png"
+_BATCH = 32
+_THUMBNAIL = 64  # pixels
+_THUMBNAILS = 3000  # of all shards; a picture of concepts needs no more
+_COLUMNS, _ROWS = 16, 8
+_FEWEST_PER_SHARD = 64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was fitted.
+
+    Attributes:
+        card: Of the protector.
+        num_images: Looked at.
+        num_bad: Could not be read, and were left out.
+        sizes_K: Images of each concept in the sample.
+    """
+
+    card: ProtectorCard
+    num_images: int
+    num_bad: int
+    sizes_K: tuple[int, ...]
+
+
+def fit(
+    config: FitConfig,
+    *,
+    command: str = "",
+    on_plan: Callable[[int], None] = lambda num_shards: None,
+    on_shard: Callable[[str], None] = lambda name: None,
+) -> Fit:
+    """Fit a codebook and write its protector.
+
+    Args:
+        config: See there.
+        command: Recorded in the card.
+        on_plan: Called once with the number of shards that will be read.
+        on_shard: Called with the name of each shard as it is done.
+
+    Raises:
+        UsageError: No source, or too few readable images for so many concepts.
+        StorageError, ShardError: The source cannot be read, or the output not written.
+    """
+    if not config.source:
+        raise UsageError("fit needs a source: a folder or s3:// prefix of WebDataset shards")
+    output = open_storage(config.output)
+    output.check(writable=True)
+    shards = _choose_shards(config)
+    on_plan(len(shards))
+    found = sorted(_embed_all(shards, config, on_shard), key=lambda row: str(row["shard"]))
+    embeddings_ND = torch.from_numpy(np.concatenate([row["embeddings"] for row in found]))
+    codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
+    encoder = load_encoder(config.encoder)
+    sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts).tolist()
+    num_bad = sum(int(row["num_bad"]) for row in found)
+    card = ProtectorCard(
+        name=Path(config.output.rstrip("/")).name,
+        encoder=config.encoder,
+        encoder_hash=encoder.content_hash(),
+        golden_embedding=golden_embedding(encoder),
+        generator=config.codebook,
+        working_size=encoder.input_size,
+        epsilon_levels=config.epsilon_levels,
+        training={
+            "source": config.source,
+            "num_images": len(embeddings_ND),
+            "num_bad": num_bad,
+            "seed": config.seed,
+            "smallest_concept": min(sizes),
+            "largest_concept": max(sizes),
+            "command": command,
+        },
+    )
+    protector = Protector(card, encoder, codebook)
+    card = protector.publish(output)
+    output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
+    return Fit(card, len(embeddings_ND), num_bad, tuple(sizes))
+
+
+def _choose_shards(config: FitConfig) -> list[tuple[str, str, int, int]]:
+    """(uri, name, images, thumbnails) of each shard to read, evenly over the corpus."""
+    listed = []
+    for uri in (part.strip() for part in config.source.split(",")):
+        storage = open_storage(uri)
+        storage.check(writable=False)
+        listed += [(storage.uri, shard.name) for shard in list_shards(storage)]
+    if not listed:
+        raise UsageError(f"no .tar shard in {config.source}; one4all pack makes some")
+    count = min(len(listed), max(1, config.num_images // _FEWEST_PER_SHARD))
+    chosen = [listed[i * len(listed) // count] for i in range(count)]
+    images = min(config.images_per_shard, -(-config.num_images // count))
+    return [(uri, name, images, -(-_THUMBNAILS // count)) for uri, name in chosen]
+
+
+def _embed_all(
+    shards: list[tuple[str, str, int, int]], config: FitConfig, on_shard: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    with ray_session(config.ray):
+        import ray
+        from ray.exceptions import RayTaskError
+
+        workers, cpus, gpus = worker_layout(
+            config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+        )
+        actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(ShardEmbedder)
+        actors = [actor.remote(config.model_dump_json()) for _ in range(min(workers, len(shards)))]
+        pool = ray.util.ActorPool(actors)
+        try:
+            for row in pool.map_unordered(lambda a, shard: a.embed.remote(*shard), shards):
+                on_shard(row["shard"])
+                yield row
+        except RayTaskError as error:
+            raise error.cause from None
+
+
+class ShardEmbedder:
+    """Embeds a sample of each shard; the encoder is loaded once.
+
+    Args:
+        config: `FitConfig` as JSON.
+    """
+
+    def __init__(self, config: str) -> None:
+        self._config = FitConfig.model_validate_json(config)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            torch.set_num_threads(self._config.cpus_per_worker)
+        self._encoder: Encoder = load_encoder(self._config.encoder)
+        self._encoder.to(self._device)
+
+    def embed(self, uri: str, name: str, num_images: int, num_thumbnails: int) -> dict[str, Any]:
+        """Embeddings and thumbnails of one shard.
+
+        Returns:
+            ``shard``; ``embeddings``, float32 (n, D), in the order of the shard; ``thumbnails``,
+            uint8 (m, 64, 64, 3), of the first m of them; ``num_bad``, drawn but not readable.
+        """
+        drawn = self._draw(uri, name, num_images)
+        working = [pixels for pixels in map(self._working_copy, drawn) if pixels is not None]
+        parts = [
+            self._embed(np.stack(working[start : start + _BATCH]))
+            for start in range(0, len(working), _BATCH)
+        ]
+        empty = np.zeros((0, self._encoder.embedding_dim), np.float32)
+        return {
+            "shard": f"{uri}/{name}",
+            "embeddings": np.concatenate([empty, *parts]),
+            "thumbnails": [working_copy(p, _THUMBNAIL) for p in working[:num_thumbnails]],
+            "num_bad": len(drawn) - len(working),
+        }
+
+    def _draw(self, uri: str, name: str, count: int) -> list[bytes]:
+        """Image files drawn evenly from a shard, in its order; all if it holds no more."""
+        random = np.random.default_rng([self._config.seed, *name.encode()])
+        kept: list[tuple[int, bytes]] = []
+        number = 0
+        with closing(open_storage(uri).open(name)) as reader:
+            for sample in read_samples(reader):
+                for member in sample.members:
+                    if not is_protectable(member, ()):
+                        continue
+                    number += 1
+                    if len(kept) < count:
+                        kept.append((number, member.payload))
+                    elif (place := int(random.integers(number))) < count:
+                        kept[place] = (number, member.payload)
+        return [payload for _, payload in sorted(kept)]
+
+    def _working_copy(self, payload: bytes) -> Pixels | None:
+        try:
+            pixels = decode(payload, max_pixels=self._config.max_image_pixels).pixels
+        except BadImageError:
+            return None
+        return working_copy(pixels, self._encoder.input_size)
+
+    @torch.inference_mode()
+    def _embed(self, image_BHWC: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
+        batch = torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).to(self._device)
+        return self._encoder.encode_image(batch).cpu().numpy()
+
+
+def _picture(found: list[dict[str, Any]], concepts_N: Tensor, codebook: Codebook) -> bytes:
+    """PNG of the largest concepts: a column each, the pattern above images that get it."""
+    examples: dict[int, list[Pixels]] = {}
+    start = 0
+    for row in found:
+        concepts = concepts_N[start : start + len(row["thumbnails"])].tolist()
+        for concept, thumbnail in zip(concepts, row["thumbnails"], strict=True):
+            examples.setdefault(concept, []).append(thumbnail)
+        start += len(row["embeddings"])
+    largest = sorted(examples, key=lambda concept: -len(examples[concept]))[:_COLUMNS]
+    num_rows = min(_ROWS, min(len(examples[concept]) for concept in largest))
+    patterns = (codebook.signs_KCgg.permute(0, 2, 3, 1).numpy() > 0).astype(np.uint8) * 255
+    return to_png(
+        sample_grid(
+            [
+                (f"concept {concept}", [patterns[concept], *examples[concept][:num_rows]])
+                for concept in largest
+            ],
+            tile=_THUMBNAIL,
+        )
+    )
+
+
+def describe(result: Fit, config: FitConfig) -> str:
+    """What was fitted and how to use it, in lines."""
+    bad = f", {result.num_bad} could not be read" if result.num_bad else ""
+    return (
+        f"{config.codebook.num_concepts} concepts of {result.num_images} images{bad}; the smallest "
+        f"has {min(result.sizes_K)}, the largest {max(result.sizes_K)}\n"
+        f"protector {result.card.content_hash[:12]} written to {config.output}; "
+        f"{PICTURE} there shows its concepts\n"
+        f"  one4all protect SOURCE DESTINATION --protector {shlex.quote(config.output)}"
+    )

@@ -1,0 +1,82 @@
+"""Fitting a codebook through Ray: no labels, bad images counted, the result protects."""
+
+from pathlib import Path
+
+import pytest
+from builders import TINY_ENCODER, make_image, make_tar, read_members, write_corpus
+
+from one4all.codebook import CodebookConfig
+from one4all.errors import UsageError
+from one4all.protector import Protector
+from pipelines.config import FitConfig, ProtectConfig, VerifyConfig
+from pipelines.fit import PICTURE, describe, fit
+from pipelines.protect import protect
+from pipelines.verify import verify
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def config_for(source: Path | str, output: Path | str, **changes) -> FitConfig:
+    return FitConfig(
+        source=str(source),
+        output=str(output),
+        encoder=TINY_ENCODER,
+        codebook=CodebookConfig(num_concepts=3),
+        **changes,
+    )
+
+
+def test_fitted_codebook_protects_its_corpus_and_what_comes_later(tmp_path):
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    (corpus / "bad.tar").write_bytes(make_tar([("a.jpg", make_image()), ("b.jpg", b"junk")]))
+    config = config_for(corpus, tmp_path / "book")
+    shards = []
+    result = fit(config, command="one4all fit", on_shard=shards.append)
+    assert (result.num_images, result.num_bad, sum(result.sizes_K)) == (11, 1, 11)
+    assert len(shards) == 3
+    assert (tmp_path / "book" / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert "1 could not be read" in describe(result, config)
+
+    out = str(tmp_path / "out")
+    settings = ProtectConfig(protector=config.output, cpus_per_worker=1, output_format="lossless")
+    (corpus / "bad.tar").unlink()
+    assert protect(str(corpus), out, settings).exit_code == 0
+    write_corpus(corpus, num_shards=3)  # a third shard arrives
+    assert protect(str(corpus), out, settings).num_protected_now == 1
+    audit = verify(str(corpus), out, VerifyConfig())
+    assert audit.ok, audit.problems
+    assert audit.num_within_budget == audit.num_images == 15
+
+
+def test_labels_and_repetition_do_not_matter(tmp_path):
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for shard in corpus.glob("*.tar"):
+        members = read_members(shard.read_bytes())
+        pictures = [(name, data) for name, data in members.items() if name.endswith(".jpg")]
+        (bare / shard.name).write_bytes(make_tar(pictures))
+    hashes = {
+        fit(config_for(source, tmp_path / f"book-{number}")).card.weights_sha256
+        for number, source in enumerate((corpus, corpus, bare))
+    }
+    assert len(hashes) == 1
+
+
+def test_sample_is_drawn_evenly_from_every_shard(tmp_path):
+    corpus = write_corpus(tmp_path / "in", num_shards=3)
+    result = fit(config_for(corpus, tmp_path / "book", images_per_shard=2))
+    assert result.num_images == 6
+
+
+def test_too_few_images_and_no_shards_are_refused_and_leave_nothing(tmp_path):
+    corpus = write_corpus(tmp_path / "in", num_shards=1, num_samples=2)
+    with pytest.raises(UsageError, match="3 concepts cannot be found in 2 images"):
+        fit(config_for(corpus, tmp_path / "book"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"no \.tar shard"):
+        fit(config_for(tmp_path / "empty", tmp_path / "book"))
+    with pytest.raises(UsageError, match="needs a source"):
+        fit(config_for("", tmp_path / "book"))
+    with pytest.raises(Exception, match="no protector"):
+        Protector.load(str(tmp_path / "book"))

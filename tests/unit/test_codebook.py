@@ -1,0 +1,86 @@
+"""A codebook: one pattern a concept, whatever else is in the image; an artefact like any other."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import TINY_ENCODER, make_pixels
+
+from one4all.codebook import Codebook, CodebookConfig, fit_codebook
+from one4all.encoders import load_encoder
+from one4all.errors import UsageError
+from one4all.protector import Protector, ProtectorCard, golden_embedding
+
+CONFIG = CodebookConfig(num_concepts=3, cells=2)
+
+
+def clouds(*, spread: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of three concepts far apart, and the concept of each."""
+    generator = torch.Generator().manual_seed(1)
+    concept = torch.arange(60) % 3
+    points = torch.eye(3, 8)[concept] + spread * torch.randn(60, 8, generator=generator)
+    return F.normalize(points, dim=1), concept
+
+
+def test_images_of_one_concept_get_one_pattern_at_the_edge_of_the_budget():
+    embeddings, concept = clouds()
+    codebook, assignment = fit_codebook(embeddings, CONFIG, seed=0)
+    delta = codebook(embeddings, torch.zeros(60, 3, 4, 4))
+    assert delta.shape == (60, 3, 16, 16)
+    assert set(delta.unique().tolist()) == {-1.0, 1.0}
+    for number in range(3):
+        of_concept = delta[concept == number]
+        assert (of_concept == of_concept[0]).all()
+    assert len(delta.unique(dim=0)) == 3
+    assert torch.equal(codebook.concepts(embeddings), assignment)
+
+
+def test_new_images_go_to_the_concept_of_their_kind_whatever_they_show_beside():
+    embeddings, _ = clouds()
+    codebook, _ = fit_codebook(embeddings, CONFIG, seed=0)
+    noise = torch.randn(60, 8, generator=torch.Generator().manual_seed(2))
+    later = F.normalize(embeddings + 0.1 * noise, dim=1)
+    delta = codebook(later, torch.rand(60, 3, 4, 4))
+    assert torch.equal(delta, codebook(embeddings, torch.zeros(60, 3, 4, 4)))
+
+
+def test_same_seed_gives_the_same_codebook_and_another_one_other_patterns():
+    embeddings, _ = clouds()
+    first, again, other = (fit_codebook(embeddings, CONFIG, seed=s)[0] for s in (0, 0, 1))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert not torch.equal(first.signs_KCgg, other.signs_KCgg)
+
+
+def test_more_concepts_than_images_are_refused():
+    with pytest.raises(UsageError, match="61 concepts cannot be found in 60 images"):
+        fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
+
+
+def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout(tmp_path):
+    encoder = load_encoder(TINY_ENCODER)
+    images = [make_pixels(40 + i, 50, channels, seed=i) for i, channels in enumerate((1, 2, 3, 4))]
+    codebook = Codebook(CONFIG, encoder.embedding_dim)
+    codebook.centres_KD.copy_(torch.eye(*codebook.centres_KD.shape))
+    codebook.signs_KCgg.copy_(torch.ones(codebook.signs_KCgg.shape))
+    card = ProtectorCard(
+        name="book",
+        encoder=TINY_ENCODER,
+        encoder_hash=encoder.content_hash(),
+        golden_embedding=golden_embedding(encoder),
+        generator=CONFIG,
+        working_size=32,
+        epsilon_levels=5,
+    )
+    protector = Protector(card, encoder, codebook)
+    protector.save(tmp_path / "book")
+    loaded = Protector.load(str(tmp_path / "book"))
+    assert loaded.card.content_hash == protector.card.content_hash
+    for clean, protected, again in zip(
+        images, protector.protect(images), loaded.protect(images), strict=True
+    ):
+        np.testing.assert_array_equal(protected, again)
+        difference = protected.astype(int) - clean
+        colours = difference[..., :1] if clean.shape[2] < 3 else difference[..., :3]
+        assert colours.max() == 5
+        assert difference.min() >= 0
