@@ -71,8 +71,12 @@ class Codebook(nn.Module):
         Returns:
             float (B, 3, h, w) with h = w = 8 * ``config.cells``, each value -1 or 1.
         """
-        signs = self.signs_KCgg[self.concepts(embedding_BD)].to(embedding_BD.dtype)
-        return F.interpolate(signs, scale_factor=PIXELS_PER_CELL, mode="nearest")
+        return self.patterns(self.concepts(embedding_BD)).to(embedding_BD.dtype)
+
+    def patterns(self, concepts_B: Tensor | None = None) -> Tensor:
+        """Patterns of some concepts, or of all; float32 (B, 3, h, w), see `forward`."""
+        signs = self.signs_KCgg if concepts_B is None else self.signs_KCgg[concepts_B]
+        return F.interpolate(signs.float(), scale_factor=PIXELS_PER_CELL, mode="nearest")
 
     def concepts(self, embedding_BD: Tensor) -> Tensor:
         """The concept of each image, int64 (B,).

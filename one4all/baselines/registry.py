@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from one4all.baselines import (
     ar,
-    cluster_code,
+    codebook,
     controls,
     cp,
     emn,
@@ -123,8 +123,7 @@ METHODS: dict[str, Method] = {
         Method("ar",                     "method", True,  True, ar.PRESETS, ar.fit),
         Method("unlearnable_clusters",   "method", False, True,
                unlearnable_clusters.PRESETS, unlearnable_clusters.fit),
-        Method("cluster_code",           "method", False, True,
-               cluster_code.PRESETS, cluster_code.fit),
+        Method("codebook",               "method", False, True, codebook.PRESETS, codebook.fit),
         Method("clean",                  "control", False, True,
                _one(controls.ControlConfig()), controls.fit_clean),
         Method("constant",               "control", False, True,

@@ -20,6 +20,7 @@ from one4all.baselines.tap import TapConfig
 from one4all.baselines.tue import TueConfig, class_separability
 from one4all.baselines.unlearnable_clusters import UnlearnableClustersConfig
 from one4all.clustering import k_means
+from one4all.codebook import CodebookConfig
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.generator import GeneratorConfig
@@ -299,9 +300,12 @@ def test_unlearnable_clusters_move_features_towards_the_next_centre():
 def test_own_clusters_are_the_nearest_centres():
     """Stored clusters only save the encoding."""
     corpus = make_corpus(48)
-    config = find_method("cluster_code").presets["default"]
-    config = config.model_copy(update={"encoder": TINY_ENCODER, "num_clusters": 5})
-    fitted = find_method("cluster_code").fit(corpus, config, seed=0)
+    method = find_method("codebook")
+    book = CodebookConfig(num_concepts=5)
+    config = method.presets["default"].model_copy(
+        update={"encoder": TINY_ENCODER, "codebook": book}
+    )
+    fitted = method.fit(corpus, config, seed=0)
     np.testing.assert_array_equal(fitted.own_N, fitted.assign(corpus))
     assert len(np.unique(fitted.own_N)) == 5
 

@@ -16,6 +16,7 @@ from one4all.baselines.surrogate import SurrogateConfig
 from one4all.baselines.tap import TapConfig
 from one4all.baselines.transfer import transform_block
 from one4all.baselines.tue import TueConfig
+from one4all.codebook import CodebookConfig
 from one4all.errors import ConfigError, UsageError
 from one4all.images import decode, working_copy
 from one4all.labelled import LabelledImages
@@ -42,9 +43,9 @@ TINY = {
             "steps": 3,
         }
     ),
-    "cluster_code": find_method("cluster_code")
+    "codebook": find_method("codebook")
     .presets["default"]
-    .model_copy(update={"encoder": TINY_ENCODER, "num_clusters": 3}),
+    .model_copy(update={"encoder": TINY_ENCODER, "codebook": CodebookConfig(num_concepts=3)}),
     "untrained_generator": find_method("untrained_generator")
     .presets["default"]
     .model_copy(update={"encoder": TINY_ENCODER, "generator": TINY_GENERATOR}),
