@@ -3,11 +3,10 @@
     k(x)  = argmin_k |E_I(x) - c_k|          the nearest of K concepts
     delta = epsilon * pattern_k(x)           the same for all images of the concept
 
-Concepts are clusters of image embeddings of an unlabelled corpus, so no label is read, at fitting
-or at protection, and nothing is trained. It is the other kind of generator beside `Generator`: the
-same artefact, budget and commands, and far less to compute. A network trained from scratch
-takes the pattern for the concept, if one concept rarely spans two classes (docs/method.md,
-"Codebooks", has the measured conditions).
+Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary. No
+label is read, at fitting or at protection, and nothing is trained. It is the other kind of
+generator beside `Generator`: the same artefact, budget and commands, and far less to compute.
+What it protects, and what it does not, is measured in RESULTS.md.
 
 Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, h w grid.
 """
@@ -106,14 +105,39 @@ def fit_codebook(
     """
     if len(embeddings_ND) < config.num_concepts:
         raise UsageError(
-            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} images; give "
-            "more images or a smaller num_concepts"
+            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
+            "give more images or names, or a smaller num_concepts"
         )
     centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
     codebook = Codebook(config, embeddings_ND.shape[1])
     codebook.centres_KD.copy_(centres_KD)
     codebook.signs_KCgg.copy_(draw_signs(config.num_concepts, config.cells, seed=seed))
     return codebook, assignment_N
+
+
+def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -> Codebook:
+    """A codebook that has seen no image: concepts are names, and like names share a pattern.
+
+    Made once, it protects any corpus by inference alone; a corpus's own codebook is purer.
+
+    Args:
+        embeddings_ND: L2-normalised text embeddings of a vocabulary, float32 (N, D).
+        config: ``num_concepts`` patterns, each for a cluster of names.
+        seed: Of the clusters' starts and the patterns.
+
+    Returns:
+        A codebook of N concepts, many with the same pattern.
+
+    Raises:
+        UsageError: Fewer names than patterns.
+    """
+    book, cluster_N = fit_codebook(embeddings_ND, config, seed=seed)
+    names = Codebook(
+        config.model_copy(update={"num_concepts": len(embeddings_ND)}), embeddings_ND.shape[1]
+    )
+    names.centres_KD.copy_(embeddings_ND)
+    names.signs_KCgg.copy_(book.signs_KCgg[cluster_N])
+    return names
 
 
 def draw_signs(num_patterns: int, cells: int, *, seed: int) -> Tensor:

@@ -198,7 +198,10 @@ def train(
 def fit(
     source: Annotated[
         str | None,
-        typer.Argument(help="Folder or s3:// prefix of shards; several separated by commas."),
+        typer.Argument(
+            help="Folder or s3:// prefix of shards; several separated by commas; or "
+            "vocabulary:imagenet1k, for a codebook that sees no image."
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -211,7 +214,7 @@ def fit(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Fit a codebook to a corpus: one look at its images, no labels, no training."""
+    """Fit a codebook to a corpus or a vocabulary: one look, no labels, no training."""
     from pipelines.fit import describe
     from pipelines.fit import fit as run
 

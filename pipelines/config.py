@@ -203,11 +203,12 @@ class FitConfig(JobConfig):
     """`one4all fit`.
 
     Attributes:
-        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas.
+        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas; or
+            ``vocabulary:NAME``, for a codebook that sees no image.
         output: Protector folder or s3:// prefix to write.
         encoder: Whose embeddings are clustered. 160 pixels find concepts as well as 224 at half
             the cost (docs/method.md).
-        codebook: Number of concepts and shape of patterns.
+        codebook: Number of patterns, and their shape.
         epsilon_levels: Budget.
         num_images: About so many images are looked at, evenly over the shards.
         images_per_shard: At most so many of one shard, drawn evenly from it; bounds memory.

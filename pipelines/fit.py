@@ -1,7 +1,7 @@
-"""Fit a codebook to a corpus: look at a sample of its images, cluster them, draw the patterns.
+"""Fit a codebook: to a sample of a corpus's images, or to the names of a vocabulary.
 
-One pass over a sample, no labels and no training; the result is a protector folder like any other.
-Images that arrive later are protected by it as they are: they go to the nearest concept.
+No labels and no training; the result is a protector folder like any other. Images that arrive later
+are protected by it as they are: they go to the nearest concept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from one4all.codebook import Codebook, fit_codebook
+from one4all.codebook import Codebook, fit_codebook, name_codebook
+from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, load_encoder
 from one4all.errors import BadImageError, UsageError
 from one4all.images import Pixels, decode, working_copy
@@ -25,11 +26,12 @@ from one4all.ledger import list_shards
 from one4all.protector import Protector, ProtectorCard, golden_embedding
 from one4all.report import sample_grid, to_png
 from one4all.shards import is_protectable, read_samples
-from one4all.storage import open_storage
+from one4all.storage import Storage, open_storage
 from pipelines.config import FitConfig
 from pipelines.ray_session import ray_session, worker_layout
 
 PICTURE = "concepts.png"
+VOCABULARY = "vocabulary:"
 _BATCH = 32
 _THUMBNAIL = 64  # pixels
 _THUMBNAILS = 3000  # of all shards; a picture of concepts needs no more
@@ -43,9 +45,9 @@ class Fit:
 
     Attributes:
         card: Of the protector.
-        num_images: Looked at.
+        num_images: Looked at; 0 for a vocabulary.
         num_bad: Could not be read, and were left out.
-        sizes_K: Images of each concept in the sample.
+        sizes_K: Images, or names, of each pattern.
     """
 
     card: ProtectorCard
@@ -70,43 +72,69 @@ def fit(
         on_shard: Called with the name of each shard as it is done.
 
     Raises:
-        UsageError: No source, or too few readable images for so many concepts.
+        UsageError: No source, or too few readable images or names for so many concepts.
+        ConfigError: No such vocabulary.
         StorageError, ShardError: The source cannot be read, or the output not written.
     """
     if not config.source:
-        raise UsageError("fit needs a source: a folder or s3:// prefix of WebDataset shards")
+        raise UsageError(
+            "fit needs a source: a folder or s3:// prefix of WebDataset shards, or "
+            f"{VOCABULARY}NAME"
+        )
     output = open_storage(config.output)
     output.check(writable=True)
+    if config.source.startswith(VOCABULARY):
+        return _fit_names(config, output, command)
     shards = _choose_shards(config)
     on_plan(len(shards))
     found = sorted(_embed_all(shards, config, on_shard), key=lambda row: str(row["shard"]))
     embeddings_ND = torch.from_numpy(np.concatenate([row["embeddings"] for row in found]))
     codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
-    encoder = load_encoder(config.encoder)
-    sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts).tolist()
     num_bad = sum(int(row["num_bad"]) for row in found)
+    facts = {"num_images": len(embeddings_ND), "num_bad": num_bad, "command": command}
+    card = _publish(codebook, load_encoder(config.encoder), config, output, facts)
+    output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
+    sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts)
+    return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()))
+
+
+def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
+    encoder = load_encoder(config.encoder)
+    bank = ConceptBank.build(config.source.removeprefix(VOCABULARY), encoder)
+    codebook = name_codebook(bank.embeddings, config.codebook, seed=config.seed)
+    patterns = codebook.signs_KCgg.flatten(1).numpy()
+    _, sizes = np.unique(patterns, axis=0, return_counts=True)
+    facts = {"num_names": len(bank.concepts), "command": command}
+    card = _publish(codebook, encoder, config, output, facts, bank)
+    return Fit(card, 0, 0, tuple(sizes.tolist()))
+
+
+def _publish(
+    codebook: Codebook,
+    encoder: Encoder,
+    config: FitConfig,
+    output: Storage,
+    facts: dict[str, Any],
+    bank: ConceptBank | None = None,
+) -> ProtectorCard:
     card = ProtectorCard(
         name=Path(config.output.rstrip("/")).name,
         encoder=config.encoder,
         encoder_hash=encoder.content_hash(),
         golden_embedding=golden_embedding(encoder),
-        generator=config.codebook,
+        vocabulary=bank.vocabulary if bank else "",
+        concept_bank_hash=bank.hash if bank else "",
+        generator=codebook.config,
         working_size=encoder.input_size,
         epsilon_levels=config.epsilon_levels,
         training={
             "source": config.source,
-            "num_images": len(embeddings_ND),
-            "num_bad": num_bad,
+            "num_concepts": config.codebook.num_concepts,
             "seed": config.seed,
-            "smallest_concept": min(sizes),
-            "largest_concept": max(sizes),
-            "command": command,
+            **facts,
         },
     )
-    protector = Protector(card, encoder, codebook)
-    card = protector.publish(output)
-    output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
-    return Fit(card, len(embeddings_ND), num_bad, tuple(sizes))
+    return Protector(card, encoder, codebook).publish(output)
 
 
 def _choose_shards(config: FitConfig) -> list[tuple[str, str, int, int]]:
@@ -237,10 +265,11 @@ def _picture(found: list[dict[str, Any]], concepts_N: Tensor, codebook: Codebook
 def describe(result: Fit, config: FitConfig) -> str:
     """What was fitted and how to use it, in lines."""
     bad = f", {result.num_bad} could not be read" if result.num_bad else ""
+    kind = f"{result.num_images} images{bad}" if result.num_images else "names"
+    look = f"; {PICTURE} there shows its concepts" if result.num_images else ""
     return (
-        f"{config.codebook.num_concepts} concepts of {result.num_images} images{bad}; the smallest "
-        f"has {min(result.sizes_K)}, the largest {max(result.sizes_K)}\n"
-        f"protector {result.card.content_hash[:12]} written to {config.output}; "
-        f"{PICTURE} there shows its concepts\n"
+        f"{len(result.sizes_K)} concepts of {kind}; the smallest has {min(result.sizes_K)}, "
+        f"the largest {max(result.sizes_K)}\n"
+        f"protector {result.card.content_hash[:12]} written to {config.output}{look}\n"
         f"  one4all protect SOURCE DESTINATION --protector {shlex.quote(config.output)}"
     )

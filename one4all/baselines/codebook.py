@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from one4all.baselines.base import Progress, check_epsilon, make_card, silent
 from one4all.baselines.clusters import ClusterWise, encode_corpus
 from one4all.clustering import cluster_purity
-from one4all.codebook import CodebookConfig, fit_codebook
+from one4all.codebook import CodebookConfig, fit_codebook, name_codebook
+from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.labelled import LabelledImages
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
@@ -26,17 +27,23 @@ class CodebookMethodConfig(BaseModel):
 
     Attributes:
         encoder: Whose embeddings are clustered.
-        codebook: Number of concepts and shape of patterns.
+        codebook: Number of patterns, and their shape.
+        vocabulary: Name or path: the codebook is of its names and sees no image. "" fits it to the
+            images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: EncoderConfig = EncoderConfig(input_size=160)
     codebook: CodebookConfig = CodebookConfig(num_concepts=100)
+    vocabulary: str = ""
 
 
 PRESETS: dict[str, CodebookMethodConfig] = {
     "default": CodebookMethodConfig(),
+    "names": CodebookMethodConfig(
+        codebook=CodebookConfig(num_concepts=200), vocabulary="imagenet1k"
+    ),
     # For pictures of 32 to 64 pixels, of which a larger input shows no more.
     "small": CodebookMethodConfig(encoder=EncoderConfig(input_size=128)),
 }
@@ -64,14 +71,19 @@ def fit(
         encoder: The one that ``config.encoder`` names, if it is loaded already.
 
     Raises:
-        UsageError: More concepts than images.
+        UsageError: More concepts than images, or than names.
+        ConfigError: No such vocabulary.
     """
     check_epsilon(epsilon_levels)
     encoder = encoder or load_encoder(config.encoder)
     features = encode_corpus(encoder, images, torch.device(device))
     on_progress(0.9, "encoded")
-    codebook, assignment = fit_codebook(features, config.codebook, seed=seed)
-    own = assignment.numpy().astype(np.int32)
+    if config.vocabulary:
+        bank = ConceptBank.build(config.vocabulary, encoder)
+        codebook = name_codebook(bank.embeddings, config.codebook, seed=seed)
+    else:
+        codebook, _ = fit_codebook(features, config.codebook, seed=seed)
+    own = codebook.concepts(features).numpy().astype(np.int32)
     patterns = epsilon_levels * codebook.patterns().permute(0, 2, 3, 1).numpy()
     card = make_card(
         ClusterWise,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from builders import TINY_ENCODER, make_pixels
 
-from one4all.codebook import Codebook, CodebookConfig, fit_codebook
+from one4all.codebook import Codebook, CodebookConfig, fit_codebook, name_codebook
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.protector import Protector, ProtectorCard, golden_embedding
@@ -52,8 +52,18 @@ def test_same_seed_gives_the_same_codebook_and_another_one_other_patterns():
     assert not torch.equal(first.signs_KCgg, other.signs_KCgg)
 
 
+def test_like_names_share_a_pattern_and_an_image_gets_that_of_the_nearest_name():
+    names, concept = clouds()
+    codebook = name_codebook(names, CONFIG, seed=0)
+    assert len(codebook.signs_KCgg.flatten(1).unique(dim=0)) == 3
+    delta = codebook(names, torch.zeros(60, 3, 4, 4))
+    for number in range(3):
+        assert len(delta[concept == number].flatten(1).unique(dim=0)) == 1
+    assert codebook.config.num_concepts == 60
+
+
 def test_more_concepts_than_images_are_refused():
-    with pytest.raises(UsageError, match="61 concepts cannot be found in 60 images"):
+    with pytest.raises(UsageError, match="61 concepts cannot be found in 60 embeddings"):
         fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
 
 
