@@ -8,186 +8,24 @@ checkpoint, at the same position of the same stream of images.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from one4all.concepts import ConceptBank
-from one4all.encoders import load_encoder
 from one4all.errors import ConflictError, One4AllError, UsageError
-from one4all.generator import Generator
-from one4all.loader import ImageStream
-from one4all.objective import ObjectiveTerms, concept_objective, normalised_entropy
-from one4all.perturbation import resize_perturbation
-from one4all.protector import CARD, WEIGHTS, Protector, ProtectorCard, golden_embedding
+from one4all.protector import CARD, WEIGHTS, ProtectorCard
 from one4all.storage import open_storage
+from one4all.trainer import GeneratorTrainer
 from pipelines.config import TrainConfig
 from pipelines.progress import RunLog, progress_board
 from pipelines.ray_session import ray_session, worker_layout
 
 _RUN_FILE = "run.json"
-_STATE_FILE = "state.pt"
-
-
-class GeneratorTrainer:
-    """One rank's training state: a step at a time, savable and loadable.
-
-    Args:
-        config: The run.
-        rank, world_size: This worker.
-        device: Where it computes.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
-    ) -> None:
-        self.config = config
-        self.device = torch.device(device)
-        self.encoder = load_encoder(config.encoder)
-        self.bank = ConceptBank.build(config.vocabulary, self.encoder, templates=config.templates)
-        self.encoder.to(self.device)
-        self._concepts_ND = self.bank.embeddings.to(self.device)
-        torch.manual_seed(config.seed)  # the same start on every rank
-        self.generator = Generator(config.generator, self.encoder.embedding_dim).to(self.device)
-        self._model = wrap(self.generator)
-        self.optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate_at)
-        self._stream = ImageStream(
-            config.source.split(","),
-            size=self.working_size,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-            shuffle_buffer=config.shuffle_buffer,
-            num_threads=config.cpus_per_worker,
-        )
-        self.step_number = self.epoch = self.position = 0
-        self._opposites_N = torch.zeros(len(self.bank.concepts))
-
-    @property
-    def working_size(self) -> int:
-        return self.config.working_size or self.encoder.input_size
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """One image through generator and objective, so that a misfit shows before Ray starts.
-
-        Raises:
-            ConfigError: Working size, vocabulary and objective do not fit together.
-        """
-        size = self.working_size
-        clean = torch.zeros(1, 3, size, size, device=self.device)
-        embedding = self.encoder.encode_image(clean)
-        self.generator.eval()(embedding, clean)
-        concept_objective(embedding, embedding, self._concepts_ND, self.config.objective)
-
-    def steps(self) -> Any:
-        """Train to the end, yielding after each step ``(step, terms or None)``; terms when due."""
-        self._model.train()
-        batches = self._stream.batches(
-            self.config.batch_size, epoch=self.epoch, position=self.position
-        )
-        while self.step_number < self.config.steps:
-            self.epoch, self.position, image_BHWC = next(batches)
-            terms = self.step(torch.from_numpy(image_BHWC))
-            self.step_number += 1
-            yield self.step_number, terms
-
-    def step(self, image_BHWC: Tensor) -> ObjectiveTerms:
-        """One optimiser step on clean images, uint8 (B, S, S, 3)."""
-        # Collated with channels last, permuted here: that is the fast memory layout.
-        clean = image_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-        epsilon = self.config.epsilon_levels / 255
-        gpu = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
-            with torch.no_grad():
-                clean_BD = self.encoder.encode_image(clean)
-            delta = epsilon * self._model(clean_BD, clean).float()
-            height, width = clean.shape[-2:]
-            protected = (clean + resize_perturbation(delta, (height, width))).clamp(0, 1)
-            protected_BD = self.encoder.encode_image(protected)
-        terms = concept_objective(clean_BD, protected_BD, self._concepts_ND, self.config.objective)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self._schedule.step()
-        self._opposites_N += torch.bincount(
-            terms.targets.opposite.cpu(), minlength=len(self._opposites_N)
-        )
-        return terms
-
-    def metrics(self, terms: ObjectiveTerms) -> dict[str, float]:
-        """Loggable figures of the last step; resets the histogram of opposites."""
-        entropy = normalised_entropy(self._opposites_N)
-        self._opposites_N.zero_()
-        return {
-            "step": self.step_number,
-            "epoch": self.epoch,
-            "loss": terms.loss.item(),
-            "l1": float(terms.l1),
-            "l2": float(terms.l2),
-            "lambda": float(terms.lambda_),
-            "cosine_own": float(terms.cosine_own),
-            "cosine_opposite": float(terms.cosine_opposite),
-            "opposite_entropy": entropy,
-            "learning_rate": float(self._schedule.get_last_lr()[0]),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Write all that resuming needs; a file of tensors and numbers only."""
-        state = {
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "position": (self.step_number, self.epoch, self.position),
-        }
-        torch.save(state, folder / _STATE_FILE)
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
-        self.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self.step_number, self.epoch, self.position = state["position"]
-
-    def protector(self, training: dict[str, Any]) -> Protector:
-        """The trained protector, with its card."""
-        config = self.config
-        card = ProtectorCard(
-            name=Path(config.output.rstrip("/")).name,
-            encoder=config.encoder,
-            encoder_hash=self.encoder.content_hash(),
-            golden_embedding=golden_embedding(self.encoder.cpu()),
-            vocabulary=config.vocabulary,
-            concept_bank_hash=self.bank.hash,
-            generator=config.generator,
-            working_size=self.working_size,
-            epsilon_levels=config.epsilon_levels,
-            training=training,
-        )
-        return Protector(card, self.encoder, self.generator)
-
-    def _rate_at(self, step: int) -> float:
-        """Warm-up over 1 % of the steps, then cosine to 0."""
-        warm_up = max(1, self.config.steps // 100)
-        progress = max(0, step - warm_up) / max(1, self.config.steps - warm_up)
-        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def train(
@@ -276,6 +114,7 @@ def _train_loop(settings: dict[str, Any]) -> None:
         rank=rank,
         world_size=context.get_world_size(),
         device=get_device(),
+        num_threads=config.cpus_per_worker,
         wrap=prepare_model,
     )
     if checkpoint := ray.train.get_checkpoint():
@@ -320,11 +159,12 @@ def _export(
         "commit": _commit(),
         "command": command,
     }
+    name = Path(config.output.rstrip("/")).name
     with tempfile.TemporaryDirectory() as folder:
-        card = trainer.protector(training).save(Path(folder))
+        card = trainer.protector(name, training).save(Path(folder))
         output = open_storage(config.output)
-        for name in (WEIGHTS, CARD):  # the card last: a folder with a card is complete
-            output.write_bytes(name, (Path(folder) / name).read_bytes())
+        for file in (WEIGHTS, CARD):  # the card last: a folder with a card is complete
+            output.write_bytes(file, (Path(folder) / file).read_bytes())
     return card
 
 

@@ -9,8 +9,7 @@ from one4all.baselines.controls import class_patterns, uniform_noise
 from one4all.errors import UsageError
 from one4all.loader import ImageStream
 from one4all.perturbation import apply_perturbation
-from pipelines.config import TrainConfig
-from pipelines.train import GeneratorTrainer
+from one4all.trainer import GeneratorTrainer, TrainerConfig
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_too_few_images_are_named(corpus, tmp_path):
 # --- training --------------------------------------------------------------------------------
 
 
-def config_for(corpus: str, **options) -> TrainConfig:
+def config_for(corpus: str, **options) -> TrainerConfig:
     defaults = dict(
         source=corpus,
         encoder=TINY_ENCODER,
@@ -85,7 +84,7 @@ def config_for(corpus: str, **options) -> TrainConfig:
         batch_size=4,
         learning_rate=2e-3,
     )
-    return TrainConfig(**(defaults | options))
+    return TrainerConfig(**(defaults | options))
 
 
 @pytest.mark.parametrize("objective", ["default", "paper"])
