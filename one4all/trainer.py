@@ -6,8 +6,9 @@ Knows no Ray: `pipelines.train` runs one of these in every worker.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
+from one4all.errors import ConfigError
 from one4all.generator import PRESETS as GENERATORS
 from one4all.generator import Generator, GeneratorConfig
-from one4all.loader import ImageStream
+from one4all.loader import ImageStream, Share, Shares, deal
 from one4all.objective import PRESETS as OBJECTIVES
 from one4all.objective import (
     ObjectiveConfig,
@@ -56,7 +58,9 @@ class TrainerConfig(BaseModel):
         encoder, generator, objective: See there; generator and objective also take a preset name.
         working_size: Side in pixels; 0 means the encoder's input size.
         steps: Optimiser steps.
-        batch_size: Images per worker and step.
+        batch_size: Images of a worker that are computed at once.
+        accumulate_batches: Batches of a worker that make one step; their gradients are averaged, as
+            those of workers are. Like them, each has its own "ratio" weight and batch statistics.
         learning_rate, weight_decay: Of Adam; warm-up over 1 % of the steps, then cosine to 0.
         shuffle_buffer: Encoded images that a rank holds to draw from.
     """
@@ -73,10 +77,16 @@ class TrainerConfig(BaseModel):
     working_size: Annotated[int, Field(ge=0, le=1024)] = 0
     steps: Annotated[int, Field(ge=1)] = 1000
     batch_size: Annotated[int, Field(ge=1)] = 8
+    accumulate_batches: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
     shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
     seed: int = 0
+
+    @property
+    def images_per_step(self) -> int:
+        """Of one worker."""
+        return self.batch_size * self.accumulate_batches
 
 
 class GeneratorTrainer:
@@ -116,13 +126,13 @@ class GeneratorTrainer:
         self._stream = ImageStream(
             config.source.split(","),
             size=self.working_size,
-            rank=rank,
-            world_size=world_size,
             seed=config.seed,
             shuffle_buffer=config.shuffle_buffer,
             num_threads=num_threads,
         )
-        self.step_number = self.epoch = self.position = 0
+        self._rank, self._world_size = rank, world_size
+        self.step_number = 0
+        self.shares = deal([], world_size)[rank]
         self._opposites_N = torch.zeros(len(self.bank.concepts))
 
     @property
@@ -145,17 +155,37 @@ class GeneratorTrainer:
     def steps(self) -> Iterator[tuple[int, ObjectiveTerms]]:
         """Train to the end, yielding ``(step, terms)`` after each step."""
         self._model.train()
-        batches = self._stream.batches(
-            self.config.batch_size, epoch=self.epoch, position=self.position
-        )
+        batches = self._stream.batches(self.config.images_per_step, self.shares)
         while self.step_number < self.config.steps:
-            self.epoch, self.position, image_BHWC = next(batches)
+            self.shares, image_BHWC = next(batches)
             terms = self.step(torch.from_numpy(image_BHWC))
             self.step_number += 1
             yield self.step_number, terms
 
     def step(self, image_BHWC: Tensor) -> ObjectiveTerms:
-        """One optimiser step on clean images, uint8 (B, S, S, 3)."""
+        """One optimiser step on clean images, uint8 (B, S, S, 3), ``batch_size`` at once.
+
+        Returns:
+            The terms of the last batch.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = torch.split(image_BHWC, self.config.batch_size)
+        for batch_BHWC in batches[:-1]:
+            with self._without_exchange():
+                self._backward(batch_BHWC, 1 / len(batches))
+        terms = self._backward(batches[-1], 1 / len(batches))
+        self.optimizer.step()
+        self._schedule.step()
+        return terms
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Workers exchange gradients once a step, with its last batch."""
+        no_sync = getattr(self._model, "no_sync", nullcontext)
+        context: AbstractContextManager[None] = no_sync()
+        return context
+
+    def _backward(self, image_BHWC: Tensor, weight: float) -> ObjectiveTerms:
+        """Add the gradients of one batch of clean images, uint8 (B, S, S, 3)."""
         # Collated with channels last, permuted here: that is the fast memory layout.
         clean = image_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         epsilon = self.config.epsilon_levels / 255
@@ -168,10 +198,7 @@ class GeneratorTrainer:
             protected = (clean + resize_perturbation(delta, (height, width))).clamp(0, 1)
             protected_BD = self.encoder.encode_image(protected)
         terms = concept_objective(clean_BD, protected_BD, self._concepts_ND, self.config.objective)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self._schedule.step()
+        (weight * terms.loss).backward()  # type: ignore[no-untyped-call]
         self._opposites_N += torch.bincount(
             terms.targets.opposite.cpu(), minlength=len(self._opposites_N)
         )
@@ -183,7 +210,7 @@ class GeneratorTrainer:
         self._opposites_N.zero_()
         return {
             "step": self.step_number,
-            "epoch": self.epoch,
+            "epoch": self.shares[0].epoch,
             "loss": terms.loss.item(),
             "l1": float(terms.l1),
             "l2": float(terms.l2),
@@ -194,22 +221,36 @@ class GeneratorTrainer:
             "learning_rate": float(self._schedule.get_last_lr()[0]),
         }
 
-    def save(self, folder: Path) -> None:
-        """Write all that resuming needs; a file of tensors and numbers only."""
+    def save(self, folder: Path, of_ranks: Sequence[Shares] = ()) -> None:
+        """Write all that resuming needs; a file of tensors and numbers only.
+
+        Args:
+            folder: Where.
+            of_ranks: The ``shares`` of every rank, by rank; of this one, if it is alone.
+        """
         state = {
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "position": (self.step_number, self.epoch, self.position),
+            "step": self.step_number,
+            "shares": [list(map(astuple, shares)) for shares in of_ranks or [self.shares]],
         }
         torch.save(state, folder / _STATE_FILE)
 
     def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, perhaps with another number of ranks (`loader.deal`)."""
         state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
+        if "shares" not in state:
+            raise ConfigError(
+                "the checkpoint was written by an older version of one4all; choose another run "
+                "folder, or delete it to start again"
+            )
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self.step_number, self.epoch, self.position = state["position"]
+        self.step_number = state["step"]
+        of_ranks = [tuple(Share(*share) for share in shares) for shares in state["shares"]]
+        self.shares = deal(of_ranks, self._world_size)[self._rank]
 
     def protector(self, name: str, training: dict[str, Any]) -> Protector:
         """The trained protector, with its card."""
