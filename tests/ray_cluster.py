@@ -6,6 +6,8 @@ own. Processes are ended by their own ids, whatever else runs Ray here.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -14,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ _START_SECONDS = 180
 class Node:
     """One node: the process that started it, and where its metrics are."""
 
+    ip: str
     process: subprocess.Popen[bytes]
     metrics_url: str
     log: Path
@@ -51,6 +53,7 @@ class RayCluster:
     Attributes:
         address: Of the jobs API.
         nodes: The head is the first.
+        variables: What a client of the cluster needs in its environment; its token is in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,11 +62,11 @@ class RayCluster:
         self._port, self._dashboard_port = free_port(), free_port()
         self.address = f"http://127.0.0.1:{self._dashboard_port}"
         self.nodes: list[Node] = []
+        self.variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
 
-    def start_head(self, *, num_cpus: int = 1) -> Node:
+    def start_head(self, *, num_cpus: int = 0) -> Node:
         head = self._start(
             "--head",
-            "--node-ip-address=127.0.0.1",
             f"--port={self._port}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self._dashboard_port}",
@@ -71,20 +74,45 @@ class RayCluster:
             f"--temp-dir={self._folder}",
             num_cpus=num_cpus,
         )
-        self._wait_for(f"{self.address}/api/version", head)
-        return head
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            assert head.process.poll() is None, head.log.read_text()
+            assert time.monotonic() < deadline, head.log.read_text()
+            with suppress(OSError), self.get("/api/version"):
+                return head
+            time.sleep(0.5)
 
     def add_node(self, *, num_cpus: int = 1) -> Node:
-        """Another node, on the next loopback address; it may take some seconds to be seen."""
-        return self._start(
-            f"--address=127.0.0.1:{self._port}",
-            f"--node-ip-address=127.0.0.{len(self.nodes) + 1}",
-            num_cpus=num_cpus,
-        )
+        """Another node, on the next loopback address; see `wait_for_nodes`."""
+        return self._start(f"--address={self.nodes[0].ip}:{self._port}", num_cpus=num_cpus)
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until the cluster knows this many nodes, the head included."""
+        deadline = time.monotonic() + _START_SECONDS
+        while len(self._alive()) != count:
+            assert time.monotonic() < deadline, self._alive()
+            time.sleep(0.5)
+
+    def node_id(self, node: Node) -> str:
+        """What Ray calls a node."""
+        return self._alive()[node.ip]
 
     def lose(self, node: Node) -> None:
         """End a node without notice."""
         kill_tree(psutil.Process(node.process.pid), first=node.raylet)
+
+    def _alive(self) -> dict[str, str]:
+        """Ids of the nodes that are alive, by address."""
+        with suppress(OSError), self.get("/api/v0/nodes?limit=100&detail=1") as answer:
+            nodes = json.load(answer)["data"]["result"]["result"]
+            return {n["node_ip"]: n["node_id"] for n in nodes if n["state"] == "ALIVE"}
+        return {}
+
+    def get(self, path: str) -> http.client.HTTPResponse:
+        """Ask the dashboard."""
+        token = {"Authorization": f"Bearer {self.variables['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(self.address + path, headers=token)
+        return urllib.request.urlopen(request, timeout=10)
 
     def stop(self) -> None:
         """End all that was started here; nothing of it is left."""
@@ -109,10 +137,12 @@ class RayCluster:
         return found
 
     def _start(self, *options: str, num_cpus: int) -> Node:
+        ip = f"127.0.0.{len(self.nodes) + 2}"  # Ray takes 127.0.0.1 for the machine's own address
         metrics_port = free_port()
         log = self._folder / f"node-{len(self.nodes)}.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
         command += [
+            f"--node-ip-address={ip}",
             f"--num-cpus={num_cpus}",
             "--object-store-memory=100000000",
             f"--dashboard-agent-listen-port={free_port()}",
@@ -123,35 +153,28 @@ class RayCluster:
         environment = os.environ | {
             _MARK: self._mark,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **self.variables,
         }
         environment.pop("RAY_ADDRESS", None)
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-        node = Node(process, f"http://127.0.0.1:{metrics_port}/metrics", log)
+        node = Node(ip, process, f"http://{ip}:{metrics_port}/metrics", log)
         self.nodes.append(node)
         return node
 
-    @staticmethod
-    def _wait_for(url: str, node: Node) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            assert node.process.poll() is None, node.log.read_text()
-            assert time.monotonic() < deadline, node.log.read_text()
-            with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5):
-                return
-            time.sleep(0.5)
-
 
 @contextmanager
-def ray_cluster() -> Iterator[RayCluster]:
-    """A cluster with a head; the environment of this process is what its nodes inherit."""
+def ray_cluster(*, num_nodes: int = 0) -> Iterator[RayCluster]:
+    """A cluster with a head and some nodes, which inherit the environment of this process."""
     # Sockets live below it, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="o4-", dir="/tmp"))
     cluster = RayCluster(folder)
     try:
         cluster.start_head()
+        for _ in range(num_nodes):
+            cluster.add_node()
+        cluster.wait_for_nodes(1 + num_nodes)
         yield cluster
     finally:
         cluster.stop()
