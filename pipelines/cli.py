@@ -180,7 +180,8 @@ def train(
         progress.advance_to(
             int(metrics["step"]),
             f"l1 {metrics['l1']:.3f} l2 {metrics['l2']:.3f} "
-            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f}",
+            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f} "
+            f"{metrics['images_per_second']:.3g} images/s",
         )
 
     with progress:
@@ -189,6 +190,7 @@ def train(
             command=command_line(),
             on_start=lambda: progress.start(settings.steps),
             on_metrics=on_metrics,
+            on_wait=progress.say,
         )
     print(f"protector {card.content_hash[:12]} written to {settings.output}")
     print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")

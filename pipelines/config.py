@@ -134,6 +134,19 @@ class VerifyConfig(JobConfig):
     ray: RayConfig = RayConfig()
 
 
+def _workers(value: object) -> object:
+    """A number of workers, or a range of two."""
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if (
+        not all(type(number) is int and number >= 1 for number in numbers)
+        or len(numbers) > 2
+        or list(numbers) != sorted(numbers)
+        or numbers == ()
+    ):
+        raise ValueError("write a number of workers such as 4, or the least and most as [2, 8]")
+    return numbers if len(numbers) == 2 else numbers[0]
+
+
 class TrainConfig(TrainerConfig, JobConfig):
     """`one4all train`: what `TrainerConfig` says of the training itself, and how it is run.
 
@@ -142,20 +155,32 @@ class TrainConfig(TrainerConfig, JobConfig):
         run_folder: Checkpoints, metrics.jsonl, TensorBoard files and curves; s3:// for several
             nodes. The same folder resumes.
         log_every, checkpoint_every: Steps.
-        num_workers: Ray Train workers; each takes ``gpus_per_worker`` GPUs (below 0: 1 if there is
-            any) and ``cpus_per_worker`` CPUs.
-        max_failures: Restarts after a lost worker.
+        num_workers: Ray Train workers: a number, or the range [least, most], within which Ray takes
+            as many as fit, when it starts and after each lost node. Each takes ``gpus_per_worker``
+            GPUs (below 0: 1 if there is any) and ``cpus_per_worker`` CPUs.
+        max_failures: Restarts after a lost worker; of nodes whose end was announced, any number.
+        lease_seconds: Life of the lease that keeps a second run off the run folder; renewed four
+            times in it.
     """
 
     output: str = "protector"
     run_folder: str = "runs/train"
     log_every: Annotated[int, Field(ge=1)] = 10
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
-    num_workers: Annotated[int, Field(ge=1)] = 1
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = -1
     max_failures: Annotated[int, Field(ge=0)] = 3
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
     ray: RayConfig = RayConfig()
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 def load_config(

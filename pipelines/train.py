@@ -1,8 +1,8 @@
 """Train a generator with Ray Train: any number of workers, checkpoints, resume.
 
 The result is a protector folder. The run folder holds checkpoints (Ray Train's), metrics.jsonl,
-TensorBoard files and loss_curves.png; running the same command again resumes from its last
-checkpoint, at the same position of the same stream of images.
+TensorBoard files and loss_curves.png; running the same command again, on this cluster or another,
+resumes from its last checkpoint, at the same position of the same stream of images.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import json
 import os
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from one4all.errors import ConflictError, One4AllError, UsageError
+from one4all.lease import Lease
 from one4all.protector import CARD, WEIGHTS, ProtectorCard
 from one4all.storage import open_storage
 from one4all.trainer import GeneratorTrainer
 from pipelines.config import TrainConfig
 from pipelines.progress import RunLog, progress_board
 from pipelines.ray_session import ray_session, worker_layout
+from pipelines.train_worker import train_loop
 
 _RUN_FILE = "run.json"
 
@@ -34,6 +35,7 @@ def train(
     command: str = "",
     on_start: Callable[[], None] = lambda: None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
 
@@ -42,9 +44,11 @@ def train(
         command: Recorded in the card.
         on_start: Called when all checks have passed.
         on_metrics: Called on the driver with the metrics of rank 0, every ``log_every`` steps.
+        on_wait: Called with a sentence before waiting for a run that may have died.
 
     Raises:
         UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
+        LeaseHeldError: Another run trains in this run folder, or took it over.
         One4AllError: Training failed more often than ``max_failures``.
     """
     if not config.source:
@@ -55,8 +59,23 @@ def train(
     GeneratorTrainer(config).check()
     open_storage(config.output).check(writable=True)
     _refuse_other_run(config)
-    log = RunLog(config.run_folder)
-    on_start()
+    lease = Lease(
+        open_storage(config.run_folder),
+        uuid.uuid4().hex[:12],
+        seconds=config.lease_seconds,
+        on_wait=on_wait,
+    )
+    with lease:
+        log = RunLog(config.run_folder)
+        on_start()
+        checkpoint = _fit(config, log, on_metrics)
+        lease.check()  # what the other run writes is as good, but not ours
+        with checkpoint.as_directory() as folder:
+            return _export(config, given.source, Path(folder), log.history, command)
+
+
+def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float]], None]) -> Any:
+    """Run Ray Train to the end; its last checkpoint."""
 
     def on_entry(metrics: dict[str, float]) -> None:
         log.add(metrics)
@@ -69,13 +88,14 @@ def train(
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         _, _, gpus = worker_layout(
-            config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+            config.max_workers, config.cpus_per_worker, config.gpus_per_worker
         )
+        num_workers: Any = config.num_workers  # a range, too, which the type of Ray's field denies
         trainer = TorchTrainer(
-            _train_loop,
+            train_loop,
             train_loop_config={"config": config.model_dump_json(), "board": board},
             scaling_config=ScalingConfig(
-                num_workers=config.num_workers,
+                num_workers=num_workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={
                     "CPU": config.cpus_per_worker,
@@ -84,6 +104,7 @@ def train(
             ),
             run_config=RunConfig(
                 **_ray_storage(config.run_folder),
+                # Nodes that were announced to go are not counted, and may be any number.
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
@@ -94,47 +115,7 @@ def train(
             raise One4AllError(f"training failed: {_root_cause(error)}") from error
         if result.checkpoint is None:
             raise One4AllError("training ended without a checkpoint")
-        with result.checkpoint.as_directory() as folder:
-            checkpoint = Path(folder)
-            return _export(config, given.source, checkpoint, log.history, command)
-
-
-def _train_loop(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    import ray.train
-    from ray.train import Checkpoint
-    from ray.train.torch import get_device, prepare_model
-
-    config = TrainConfig.model_validate_json(settings["config"])
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    torch.set_num_threads(config.cpus_per_worker)
-    trainer = GeneratorTrainer(
-        config,
-        rank=rank,
-        world_size=context.get_world_size(),
-        device=get_device(),
-        num_threads=config.cpus_per_worker,
-        wrap=prepare_model,
-    )
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            trainer.load(Path(folder))
-    for step, terms in trainer.steps():
-        metrics: dict[str, float] = {}
-        if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
-            metrics = trainer.metrics(terms)
-            settings["board"].post.remote(metrics)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            # report() is a barrier: every rank calls it, at the same steps.
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    trainer.save(Path(folder))
-                ray.train.report(
-                    metrics or {"step": step},
-                    checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
-                    checkpoint_dir_name=f"step-{step:08d}",
-                )
+        return result.checkpoint
 
 
 def _export(
@@ -150,7 +131,8 @@ def _export(
     training = {
         "source": source,
         "steps": config.steps,
-        "batch_size": config.batch_size * config.num_workers,
+        "batch_size": config.images_per_step,
+        "num_workers": config.num_workers,
         "seed": config.seed,
         "learning_rate": config.learning_rate,
         "objective": config.objective.model_dump(),
@@ -191,17 +173,27 @@ def _refuse_other_run(config: TrainConfig) -> None:
     storage = open_storage(config.run_folder)
     storage.check(writable=True)
     # These may change between two sittings of one run.
-    free = {"ray", "num_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "log_every"}
+    free = {
+        "ray",
+        "num_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "max_failures",
+        "log_every",
+        "lease_seconds",
+    }
     wanted = config.model_dump(mode="json", exclude=free)
     data = json.dumps(wanted, indent=1, sort_keys=True).encode()
+    # What an older version did not know of, it did as the default does.
+    defaults = TrainConfig().model_dump(mode="json")
     try:
         storage.create(_RUN_FILE, data)
     except ConflictError:
         found = json.loads(storage.read_bytes(_RUN_FILE))
         changes = [
-            f"{key} {found.get(key)!r} -> {value!r}"
+            f"{key} {found.get(key, defaults[key])!r} -> {value!r}"
             for key, value in json.loads(data).items()
-            if found.get(key) != value
+            if found.get(key, defaults[key]) != value
         ]
         if changes:
             raise UsageError(

@@ -39,6 +39,7 @@ def config_for(corpus: str, folder: Path, **options) -> TrainConfig:
         log_every=1,
         checkpoint_every=10,
         num_workers=2,
+        lease_seconds=4,
     )
     return TrainConfig(**(defaults | options))
 
