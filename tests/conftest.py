@@ -13,7 +13,7 @@ import pytest
 from builders import make_protector
 from ceph import local_ceph, missing_programs
 from guarded_s3 import guarded_s3
-from ray_cluster import RayCluster, ray_cluster
+from ray_cluster import Node, RayCluster, ray_cluster
 
 from one4all.protector import Protector
 from one4all.storage import Storage, open_storage
@@ -100,6 +100,13 @@ def cluster() -> Iterator[RayCluster]:
     ):
         cluster.variables |= variables
         yield cluster
+
+
+@pytest.fixture
+def two_nodes(cluster: RayCluster) -> list[Node]:
+    """The nodes beside the head; those that an earlier test lost are replaced."""
+    alive = [node for node in cluster.nodes[1:] if node.process.poll() is None]
+    return alive + [cluster.add_node() for _ in range(2 - len(alive))]
 
 
 @pytest.fixture

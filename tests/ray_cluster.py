@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,32 +75,54 @@ class RayCluster:
             f"--temp-dir={self._folder}",
             num_cpus=num_cpus,
         )
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            assert head.process.poll() is None, head.log.read_text()
-            assert time.monotonic() < deadline, head.log.read_text()
-            with suppress(OSError), self.get("/api/version"):
-                return head
-            time.sleep(0.5)
+        self._wait_for(head, lambda: head.ip in self._alive())
+        return head
 
     def add_node(self, *, num_cpus: int = 1) -> Node:
-        """Another node, on the next loopback address; see `wait_for_nodes`."""
-        return self._start(f"--address={self.nodes[0].ip}:{self._port}", num_cpus=num_cpus)
+        """Another node, on the next loopback address.
 
-    def wait_for_nodes(self, count: int) -> None:
-        """Wait until the cluster knows this many nodes, the head included."""
-        deadline = time.monotonic() + _START_SECONDS
-        while len(self._alive()) != count:
-            assert time.monotonic() < deadline, self._alive()
-            time.sleep(0.5)
+        The cluster knows it on return: nodes that start at once may choose the same sockets.
+        """
+        node = self._start(f"--address={self.nodes[0].ip}:{self._port}", num_cpus=num_cpus)
+        self._wait_for(node, lambda: node.ip in self._alive())
+        return node
 
-    def node_id(self, node: Node) -> str:
-        """What Ray calls a node."""
-        return self._alive()[node.ip]
+    def announce_loss(self, node: Node, *, seconds: int) -> None:
+        """Tell the cluster what a cloud tells of a spot node; the node itself stays."""
+        drain = ["drain-node", f"--address={self.nodes[0].ip}:{self._port}"]
+        drain += [f"--node-id={self._alive()[node.ip]}", "--reason-message=spot"]
+        drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        drain += [f"--deadline-remaining-seconds={seconds}"]
+        subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", *drain],
+            env=os.environ | self.variables,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
 
     def lose(self, node: Node) -> None:
-        """End a node without notice."""
+        """End a node without notice; the cluster knows on return."""
         kill_tree(psutil.Process(node.process.pid), first=node.raylet)
+        node.process.wait(timeout=30)
+        self._wait_for(self.nodes[0], lambda: node.ip not in self._alive())
+
+    @staticmethod
+    def _wait_for(node: Node, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not condition():
+            assert node.process.poll() is None, node.log.read_text()
+            assert time.monotonic() < deadline, node.log.read_text()
+            time.sleep(0.5)
+
+    def metrics(self) -> set[str]:
+        """Names of our metrics that some node exports now."""
+        names: set[str] = set()
+        for node in self.nodes:
+            with suppress(OSError), urllib.request.urlopen(node.metrics_url, timeout=5) as answer:
+                page = answer.read().decode()
+                names |= set(re.findall(r"^(ray_one4all_\w+)", page, re.MULTILINE))
+        return names
 
     def _alive(self) -> dict[str, str]:
         """Ids of the nodes that are alive, by address."""
@@ -174,7 +197,6 @@ def ray_cluster(*, num_nodes: int = 0) -> Iterator[RayCluster]:
         cluster.start_head()
         for _ in range(num_nodes):
             cluster.add_node()
-        cluster.wait_for_nodes(1 + num_nodes)
         yield cluster
     finally:
         cluster.stop()
