@@ -136,15 +136,14 @@ class VerifyConfig(JobConfig):
 
 def _workers(value: object) -> object:
     """A number of workers, or a range of two."""
-    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    numbers = list(value) if isinstance(value, list | tuple) else [value, value]
     if (
-        not all(type(number) is int and number >= 1 for number in numbers)
-        or len(numbers) > 2
-        or list(numbers) != sorted(numbers)
-        or numbers == ()
+        len(numbers) != 2
+        or not all(type(number) is int and number >= 1 for number in numbers)
+        or numbers[0] > numbers[1]
     ):
         raise ValueError("write a number of workers such as 4, or the least and most as [2, 8]")
-    return numbers if len(numbers) == 2 else numbers[0]
+    return value
 
 
 class TrainConfig(TrainerConfig, JobConfig):

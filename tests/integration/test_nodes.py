@@ -178,19 +178,19 @@ class Training:
 def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     cluster, two_nodes, cluster_uri, tmp_path
 ):
-    training = Training(cluster_uri, tmp_path, "steps=300", "checkpoint_every=10")
+    training = Training(cluster_uri, tmp_path, "steps=160", "checkpoint_every=20")
     job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
-    wait_until(lambda: training.step() >= 40, job)
+    wait_until(lambda: training.step() >= 30, job)
     cluster.lose(two_nodes[0])
     before = training.log()
     exported = cluster.metrics()
     wait_until(lambda: training.log()[-1]["world_size"] == 1, job)
-    wait_until(lambda: training.step() >= 100, job)
+    wait_until(lambda: training.step() >= 60, job)
     training.kill_driver(cluster)
     code, printed = finish(job)
     assert code not in (0, 2), printed
     after = training.log()
-    assert after[-1]["step"] < 300, "the driver was killed too late"
+    assert after[-1]["step"] < 160, "the driver was killed too late"
 
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],
@@ -202,12 +202,11 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     )
     assert done.returncode == 0, done.stderr
     log = training.log()
-    Path("/tmp/train_log.json").write_text(json.dumps([before, after, log]))
-    assert [entry["step"] for entry in log] == list(range(1, 301))
+    assert [entry["step"] for entry in log] == list(range(1, 161))
     assert log[0]["world_size"] == 2
     resumed = next(entry["step"] for entry in log if entry["world_size"] == 1)
     assert resumed > 1
-    assert (resumed - 1) % 10 == 0
+    assert (resumed - 1) % 20 == 0
     assert log[: int(resumed) - 1] == before[: int(resumed) - 1]
     rates = [entry["learning_rate"] for entry in log]
     assert rates[3:] == sorted(rates[3:], reverse=True), "the schedule began again"
