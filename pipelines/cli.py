@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from one4all.errors import One4AllError
+from one4all.errors import One4AllError, UsageError
 from pipelines import cli_operate
 from pipelines.cli_parts import (
     INTERRUPTED,
@@ -197,9 +197,7 @@ def train(
         cli_operate.print_train_plan(found)
         return
     if (num_images, images_per_second, price_per_hour) != (None, None, None):
-        raise typer.BadParameter(
-            "--num-images, --images-per-second and --price-per-hour are for --dry-run"
-        )
+        raise UsageError("--num-images, --images-per-second and --price-per-hour need --dry-run")
     from pipelines.train import train as run
 
     progress = Progress("step")

@@ -105,8 +105,8 @@ def print_train_plan(found: Any) -> None:
         f"{found.cost.working_size} pixels, and {size_in_words(found.host_bytes)} of memory besides"
     )
     print(
-        f"  {found.images_per_second:.3g} images/s of one worker ({found.speed_from}); "
-        f"{number_in_words(found.cost.flops / 1e9)} GFLOP an image"
+        f"  {number_in_words(found.images_per_second)} images/s of one worker "
+        f"({found.speed_from}); {number_in_words(found.cost.flops / 1e9)} GFLOP an image"
     )
     for estimate in found.estimates:
         count = estimate.num_workers

@@ -136,12 +136,9 @@ class VerifyConfig(JobConfig):
 
 def _workers(value: object) -> object:
     """A number of workers, or a range of two."""
-    numbers = list(value) if isinstance(value, list | tuple) else [value, value]
-    if (
-        len(numbers) != 2
-        or not all(type(number) is int and number >= 1 for number in numbers)
-        or numbers[0] > numbers[1]
-    ):
+    least, most = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    # Not isinstance, to which True is a number.
+    if type(least) is not int or type(most) is not int or not 1 <= least <= most:
         raise ValueError("write a number of workers such as 4, or the least and most as [2, 8]")
     return value
 

@@ -113,7 +113,7 @@ def test_imagenet_is_planned_without_weights(corpus):
 
 def test_dry_run_starts_no_ray_and_its_options_need_it(corpus):
     code = (
-        "import sys; from pipelines.cli import main\n"
+        "import sys; from pipelines.__main__ import main\n"
         "try: main()\n"
         "finally: print('ray' in sys.modules)"
     )
@@ -136,4 +136,4 @@ def test_dry_run_starts_no_ray_and_its_options_need_it(corpus):
     assert "1 workers: 8 images a step, 400 epochs, 5 shards a rank" in lines[-2]
     assert "7 workers: 56 images a step, 2,800 epochs, all shards a rank" in lines[-1]
     assert sorted(path.name for path in corpus.parent.iterdir()) == ["c"]
-    assert "are for --dry-run" in run().stderr
+    assert "--num-images, --images-per-second and --price-per-hour need --dry-run" in run().stderr
