@@ -41,12 +41,6 @@ class Node:
     metrics_url: str
     log: Path
 
-    @property
-    def raylet(self) -> psutil.Process:
-        """SIGKILL this one and the node is lost."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if child.name().startswith("raylet"))
-
 
 class RayCluster:
     """A head and any number of nodes; use `ray_cluster`.
@@ -103,7 +97,11 @@ class RayCluster:
 
     def lose(self, node: Node) -> None:
         """End a node without notice; the cluster knows on return."""
-        kill_tree(psutil.Process(node.process.pid), first=node.raylet)
+        root = psutil.Process(node.process.pid)
+        below = root.children(recursive=True)
+        # None if its loss was announced: then it leaves by itself.
+        raylet = next((child for child in below if child.name().startswith("raylet")), None)
+        kill_tree(root, first=raylet)
         node.process.wait(timeout=30)
         self._wait_for(self.nodes[0], lambda: node.ip not in self._alive())
 

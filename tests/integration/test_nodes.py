@@ -79,7 +79,7 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     cluster, two_nodes, cluster_uri, tmp_path, protector
 ):
     """What the CronJob runs, but for the hour: the shell around `one4all submit`, and its slots."""
-    corpus = write_corpus(tmp_path / "in", num_shards=7, num_samples=20)
+    corpus = write_corpus(tmp_path / "in", num_shards=7, num_samples=8)
     source, destination = f"{cluster_uri}/in", f"{cluster_uri}/out"
     manifest = yaml.safe_load((ROOT / "cluster/kubernetes/base/cronjob.yaml").read_text())
     template = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]
@@ -120,10 +120,6 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     code, printed = finish(slot(3))
     assert code == 0, printed
     assert re.search(r"7 of 7 shards protected \([24] now,", printed), printed
-    code, again = finish(slot(3))  # a scheduler that lost its memory
-    assert (code, again) == (0, printed.replace("submitted protect", "protect", 1)) or (
-        code == 0 and "was submitted already" in again
-    )
     runs = {
         manifest.source.name: manifest.run_id
         for manifest in Ledger(open_storage(destination)).manifests()
@@ -178,19 +174,19 @@ class Training:
 def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     cluster, two_nodes, cluster_uri, tmp_path
 ):
-    training = Training(cluster_uri, tmp_path, "steps=160", "checkpoint_every=20")
+    training = Training(cluster_uri, tmp_path, "steps=120", "checkpoint_every=20")
     job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
-    wait_until(lambda: training.step() >= 30, job)
+    wait_until(lambda: training.step() >= 25, job)
     cluster.lose(two_nodes[0])
     before = training.log()
     exported = cluster.metrics()
     wait_until(lambda: training.log()[-1]["world_size"] == 1, job)
-    wait_until(lambda: training.step() >= 60, job)
+    wait_until(lambda: training.step() >= 50, job)
     training.kill_driver(cluster)
     code, printed = finish(job)
     assert code not in (0, 2), printed
     after = training.log()
-    assert after[-1]["step"] < 160, "the driver was killed too late"
+    assert after[-1]["step"] < 120, "the driver was killed too late"
 
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],
@@ -202,7 +198,7 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     )
     assert done.returncode == 0, done.stderr
     log = training.log()
-    assert [entry["step"] for entry in log] == list(range(1, 161))
+    assert [entry["step"] for entry in log] == list(range(1, 121))
     assert log[0]["world_size"] == 2
     resumed = next(entry["step"] for entry in log if entry["world_size"] == 1)
     assert resumed > 1
@@ -235,5 +231,6 @@ def test_announced_loss_saves_a_checkpoint_and_is_no_failure(
     resumed = next(entry["step"] for entry in training.log() if entry["world_size"] == 1)
     assert resumed == saved + 1
     training.kill_driver(cluster)
-    finish(job)
+    job.kill()
+    job.communicate()
     cluster.lose(two_nodes[0])
