@@ -34,7 +34,8 @@ from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import metrics
 from pipelines.config import ProtectConfig, since_seconds
 from pipelines.ray_session import ray_session, worker_layout
-from pipelines.shard_worker import STAGES, ShardWorker
+from pipelines.shard_rewrite import STAGES
+from pipelines.shard_worker import ShardWorker
 
 _log = logging.getLogger(__name__)
 _shards_log = logging.getLogger("one4all.shards")

@@ -13,7 +13,7 @@ from one4all.lease import Lease
 from one4all.storage import open_storage
 from pipelines.metrics import METRICS
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 TRAINING = {name for name in METRICS if "train" in name or "step" in name}  # see test_nodes.py
 

@@ -25,7 +25,7 @@ from pipelines.config import VerifyConfig
 from pipelines.metrics import METRICS
 from pipelines.verify import verify
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def upload(folder: Path, uri: str, pattern: str = "*") -> str:
@@ -78,7 +78,11 @@ def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tm
 def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     cluster, two_nodes, cluster_uri, tmp_path, protector
 ):
-    """What the CronJob runs, but for the hour: the shell around `one4all submit`, and its slots."""
+    """What the CronJob runs, but for the hour: the shell around `one4all submit`, and its slots.
+
+    Workers want two CPUs, which no node has: the first slot waits for a node that does, as on a
+    cluster that grows.
+    """
     corpus = write_corpus(tmp_path / "in", num_shards=7, num_samples=8)
     source, destination = f"{cluster_uri}/in", f"{cluster_uri}/out"
     manifest = yaml.safe_load((ROOT / "cluster/kubernetes/base/cronjob.yaml").read_text())
@@ -86,12 +90,14 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     [container] = template["containers"]
     assert container["args"][:2] == ["one4all", "submit"]
 
+    large = ["--set", "num_workers=1", "--set", "cpus_per_worker=2"]
+
     def slot(hour: int) -> subprocess.Popen[str]:
         submit = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
         submit += ["--program", PROGRAM, "--submission-id", f"protect-2026-11-01T{hour:02}"]
         protect = ["protect", source, destination, "--protector", protector]
         return subprocess.Popen(
-            [*container["command"], *submit, *protect, "--set", "lease_seconds=8"],
+            [*container["command"], *submit, *protect, "--set", "lease_seconds=8", *large],
             env=os.environ | cluster.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -113,6 +119,8 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     assert code == 0, printed
     assert "ended with exit status 75" in printed
     assert "another run holds the lease" in printed
+    assert first.poll() is None
+    large_node = cluster.add_node(num_cpus=2)
     code, printed = finish(first)
     assert code == 0, printed
     assert not holder()
@@ -126,6 +134,7 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     }
     assert len(set(runs.values())) == 2, "the slot that overlapped has done something"
     assert verify(source, destination, VerifyConfig()).ok
+    cluster.lose(large_node)
 
 
 # --- training --------------------------------------------------------------------------------
@@ -143,7 +152,7 @@ class Training:
             "encoder={kind: embedded, input_size: 32}",
             "generator={width: 8, num_blocks: 1, num_downsamplings: 1}",
             "vocabulary=broad",
-            "batch_size=4",
+            "batch_size=8",
             "learning_rate=5.0e-3",
             "log_every=1",
             "lease_seconds=5",
@@ -206,11 +215,11 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     assert log[: int(resumed) - 1] == before[: int(resumed) - 1]
     rates = [entry["learning_rate"] for entry in log]
     assert rates[3:] == sorted(rates[3:], reverse=True), "the schedule began again"
-    first, kept, last = (
+    fresh, kept = (
         mean(entry["loss"] for entry in part)
-        for part in (log[:10], log[int(resumed) - 1 : int(resumed) + 9], log[-10:])
+        for part in (log[:2], log[int(resumed) - 1 : int(resumed) + 9])
     )
-    assert last < kept < first
+    assert kept < fresh, "the generator began again"
     assert Protector.load(training.output).card.name == "protector"
     names = {name for metric in METRICS.values() for name in metric.exported_names}
     wanted = {name for name in names if "train" in name or "step" in name}
