@@ -23,9 +23,7 @@ from one4all.errors import (
 )
 from one4all.ledger import MAX_ATTEMPTS, Ledger, Manifest, SourceShard
 from one4all.protector import Protector
-from one4all.shards import (
-    printable,
-)
+from one4all.shards import printable
 from one4all.storage import open_storage
 from pipelines import metrics
 from pipelines.config import ProtectConfig
