@@ -335,7 +335,7 @@ class Census:
         num_others: Objects of the source that are no shards.
         other: The first of them.
         num_older: Shards written before the given time, left out of all of the above.
-        num_older_undone: Of these, without a manifest.
+        older_done: Ids of those with a manifest.
     """
 
     num_shards: int = 0
@@ -345,7 +345,11 @@ class Census:
     num_others: int = 0
     other: str = ""
     num_older: int = 0
-    num_older_undone: int = 0
+    older_done: set[str] = field(default_factory=set)
+
+    @property
+    def num_older_undone(self) -> int:
+        return self.num_older - len(self.older_done)
 
 
 def take_census(source: Storage, ledger: Ledger, *, since: float | None = None) -> Census:
@@ -366,7 +370,8 @@ def take_census(source: Storage, ledger: Ledger, *, since: float | None = None) 
         shard = to_shard(info)
         if is_older(info, since):
             census.num_older += 1
-            census.num_older_undone += shard.id not in done
+            if shard.id in done:
+                census.older_done.add(shard.id)
             continue
         census.num_shards += 1
         if shard.id in done:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from one4all.errors import One4AllError
+from one4all.errors import One4AllError, UsageError
 from pipelines import cli_operate
 from pipelines.cli_parts import (
     INTERRUPTED,
@@ -167,20 +167,47 @@ def train(
         str | None,
         typer.Argument(help="Protector folder or s3:// prefix to write."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what it would take; reads no image."),
+    ] = False,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Dry run: images of the source, for epochs.")
+    ] = None,
+    images_per_second: Annotated[
+        float | None, typer.Option(min=1e-6, help="Dry run: speed of one worker, if known.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Dry run: what an hour of one worker costs.")
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
     """Train a generator with Ray Train; the same command resumes an interrupted run."""
+    settings = load_config(TrainConfig, config, set_, source=source, output=output)
+    if dry_run:
+        from pipelines.train_plan import plan_training
+
+        found = plan_training(
+            settings,
+            num_images=num_images,
+            images_per_second=images_per_second,
+            price_per_hour=price_per_hour,
+        )
+        cli_operate.print_train_plan(found)
+        return
+    if (num_images, images_per_second, price_per_hour) != (None, None, None):
+        raise UsageError("--num-images, --images-per-second and --price-per-hour need --dry-run")
     from pipelines.train import train as run
 
-    settings = load_config(TrainConfig, config, set_, source=source, output=output)
     progress = Progress("step")
 
     def on_metrics(metrics: dict[str, float]) -> None:
         progress.advance_to(
             int(metrics["step"]),
             f"l1 {metrics['l1']:.3f} l2 {metrics['l2']:.3f} "
-            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f}",
+            f"own {metrics['cosine_own']:.3f} opposite {metrics['cosine_opposite']:.3f} "
+            f"{metrics['images_per_second']:.3g} images/s",
         )
 
     with progress:
@@ -189,6 +216,7 @@ def train(
             command=command_line(),
             on_start=lambda: progress.start(settings.steps),
             on_metrics=on_metrics,
+            on_wait=progress.say,
         )
     print(f"protector {card.content_hash[:12]} written to {settings.output}")
     print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")

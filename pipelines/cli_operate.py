@@ -17,6 +17,7 @@ from pipelines.cli_parts import (
     choice,
     in_words,
     interrupt,
+    number_in_words,
     size_in_words,
 )
 from pipelines.config import ProtectConfig, load_config
@@ -78,7 +79,7 @@ def _print_plan(found: Any) -> None:
         amount = estimate.worker_hours * (found.gpus_per_worker or 1)
         print(
             f"  {estimate.num_workers:>5,} workers: {in_words(estimate.seconds):>9}, "
-            f"{amount:,.3g} {hours}"
+            f"{number_in_words(amount)} {hours}"
         )
     print(f"  measured on {measured} images of {len(found.sampled)} shards, on this hardware")
     if found.relative_low is None:
@@ -92,6 +93,37 @@ def _print_plan(found: Any) -> None:
         "  not in it: start-up (a minute or so), writing to the destination, other hardware or "
         "load; workers are taken to be equally fast side by side"
     )
+
+
+def print_train_plan(found: Any) -> None:
+    images = f", {found.num_images:,} images" if found.num_images else ""
+    size = size_in_words(found.num_bytes)
+    print(f"{found.steps:,} steps; {found.num_shards:,} shards, {size}{images}")
+    print(
+        f"  a worker needs about {size_in_words(found.device_bytes)} "
+        f"{'on its GPU' if found.on_gpu else 'of memory'} for weights, optimiser and one batch at "
+        f"{found.cost.working_size} pixels, and {size_in_words(found.host_bytes)} of memory besides"
+    )
+    print(
+        f"  {number_in_words(found.images_per_second)} images/s of one worker "
+        f"({found.speed_from}); {number_in_words(found.cost.flops / 1e9)} GFLOP an image"
+    )
+    for estimate in found.estimates:
+        count = estimate.num_workers
+        fewest, most = found.num_shards // count, -(-found.num_shards // count)
+        shards = f"{fewest} to {most}" if fewest < most else f"{most}"
+        epochs = "?" if estimate.epochs is None else number_in_words(estimate.epochs)
+        hours = f"{number_in_words(estimate.worker_hours)} worker-hours"
+        if estimate.gpu_hours is not None:
+            hours = f"{number_in_words(estimate.gpu_hours)} GPU-hours"
+        price = "" if estimate.price is None else f", price {estimate.price:,.2f}"
+        print(
+            f"  {count:>5,} workers: {estimate.images_per_step:,} images a step, {epochs} epochs, "
+            f"{shards if fewest else 'all'} shards a rank: {in_words(estimate.seconds)}, "
+            f"{hours}{price}"
+        )
+    if found.num_images is None:
+        print("  epochs: say --num-images, or put a sizes.json beside the shards")
 
 
 class _StatusCommand(TyperCommand):

@@ -144,6 +144,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
+def number_in_words(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def size_in_words(num_bytes: float) -> str:
     size = float(num_bytes)
     for unit in ("B", "KB", "MB", "GB"):

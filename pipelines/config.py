@@ -13,13 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from one4all.codebook import CodebookConfig
 from one4all.encoders import EncoderConfig
 from one4all.errors import ConfigError
-from one4all.generator import PRESETS as GENERATORS
-from one4all.generator import GeneratorConfig
 from one4all.images import DEFAULT_MAX_PIXELS, OutputFormat
-from one4all.objective import PRESETS as OBJECTIVES
-from one4all.objective import ObjectiveConfig
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protector import DEFAULT_PROTECTOR
+from one4all.trainer import TrainerConfig
 
 
 class JobConfig(BaseModel):
@@ -27,19 +24,6 @@ class JobConfig(BaseModel):
 
 
 Config = TypeVar("Config", bound=JobConfig)
-
-
-def _preset(presets: dict[str, Any]) -> BeforeValidator:
-    """Let a field be given as the name of a preset."""
-
-    def look_up(value: object) -> object:
-        if isinstance(value, str):
-            if value not in presets:
-                raise ValueError(f"no preset {value!r}, only {', '.join(sorted(presets))}")
-            return presets[value]
-        return value
-
-    return BeforeValidator(look_up)
 
 
 class RayConfig(JobConfig):
@@ -153,50 +137,49 @@ class VerifyConfig(JobConfig):
     ray: RayConfig = RayConfig()
 
 
-class TrainConfig(JobConfig):
-    """`one4all train`.
+def _workers(value: object) -> object:
+    """A number of workers, or a range of two."""
+    least, most = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    # Not isinstance, to which True is a number.
+    if type(least) is not int or type(most) is not int or not 1 <= least <= most:
+        raise ValueError("write a number of workers such as 4, or the least and most as [2, 8]")
+    return value
+
+
+class TrainConfig(TrainerConfig, JobConfig):
+    """`one4all train`: what `TrainerConfig` says of the training itself, and how it is run.
 
     Attributes:
-        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas.
         output: Protector folder or URI to write.
         run_folder: Checkpoints, metrics.jsonl, TensorBoard files and curves; s3:// for several
             nodes. The same folder resumes.
-        vocabulary: Shipped vocabulary or text file.
-        templates: Prompt templates; empty means the encoder's own.
-        encoder, generator, objective: See there; generator and objective also take a preset name.
-        working_size: Side in pixels; 0 means the encoder's input size.
-        steps: Optimiser steps.
-        batch_size: Images per worker and step.
-        learning_rate, weight_decay: Of Adam; warm-up over 1 % of the steps, then cosine to 0.
         log_every, checkpoint_every: Steps.
-        num_workers: Ray Train workers; each takes ``gpus_per_worker`` GPUs (below 0: 1 if there is
-            any) and ``cpus_per_worker`` CPUs.
-        max_failures: Restarts after a lost worker.
+        num_workers: Ray Train workers: a number, or the range [least, most], within which Ray takes
+            as many as fit, when it starts and after each lost node. Each takes ``gpus_per_worker``
+            GPUs (below 0: 1 if there is any) and ``cpus_per_worker`` CPUs.
+        max_failures: Restarts after a lost worker; of nodes whose end was announced, any number.
+        lease_seconds: Life of the lease that keeps a second run off the run folder; renewed four
+            times in it.
     """
 
-    source: str = ""
     output: str = "protector"
     run_folder: str = "runs/train"
-    vocabulary: str = "imagenet1k"
-    templates: tuple[str, ...] = ()
-    encoder: EncoderConfig = EncoderConfig()
-    generator: Annotated[GeneratorConfig, _preset(GENERATORS)] = GeneratorConfig()
-    objective: Annotated[ObjectiveConfig, _preset(OBJECTIVES)] = ObjectiveConfig()
-    epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
-    working_size: Annotated[int, Field(ge=0, le=1024)] = 0
-    steps: Annotated[int, Field(ge=1)] = 1000
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
-    shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
-    seed: int = 0
     log_every: Annotated[int, Field(ge=1)] = 10
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
-    num_workers: Annotated[int, Field(ge=1)] = 1
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = -1
     max_failures: Annotated[int, Field(ge=0)] = 3
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
     ray: RayConfig = RayConfig()
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class FitConfig(JobConfig):

@@ -56,6 +56,10 @@ METRICS = {
         ),
         Metric("one4all_batch_seconds", "histogram", "Time of one batch on the device."),
         Metric("one4all_pending_shards", "gauge", "Shards that this run has still to do."),
+        Metric("one4all_trained_images", "counter", "Images that a generator was trained on."),
+        Metric("one4all_step_seconds", "histogram", "Time of one optimiser step."),
+        Metric("one4all_training_step", "gauge", "Optimiser steps that are done."),
+        Metric("one4all_training_workers", "gauge", "Workers that train."),
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from one4all.storage import LocalStorage, open_storage
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "loss_curves.png"
+_REST = 20  # times as long as writing the log took, until it is written again
 
 
 class ProgressBoard:
@@ -36,9 +38,12 @@ class ProgressBoard:
 def progress_board(on_entry: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     """A board for workers; ``on_entry`` is called on the driver with each entry, in order."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # Beside the driver: it must not go with the node of some worker.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0)(ProgressBoard)
-    board = board.remote()
+    board = board.options(scheduling_strategy=here).remote()
     stop = threading.Event()
 
     def watch() -> None:
@@ -78,6 +83,7 @@ class RunLog:
             lines = []
         self._by_step = {entry["step"]: entry for entry in map(json.loads, lines)}
         self._board: Any = None
+        self._next_write = 0.0
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -85,13 +91,22 @@ class RunLog:
         return [self._by_step[step] for step in sorted(self._by_step)]
 
     def add(self, metrics: dict[str, float]) -> None:
-        """Log the metrics of one step; the file is complete after every call."""
+        """Log the metrics of one step; written at once, unless writing takes too much time.
+
+        The file is written whole, since objects of S3 cannot grow.
+        """
         self._by_step[metrics["step"]] = metrics
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        self._storage.write_bytes(METRICS_FILE, lines.encode())
+        start = time.monotonic()
+        if start >= self._next_write:
+            self._write()
+            self._next_write = time.monotonic() + _REST * (time.monotonic() - start)
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, int(metrics["step"]))
+
+    def _write(self) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        self._storage.write_bytes(METRICS_FILE, lines.encode())
 
     def __enter__(self) -> Self:
         if isinstance(self._storage, LocalStorage):
@@ -108,6 +123,8 @@ class RunLog:
     ) -> None:
         if self._board is not None:
             self._board.close()
+        if self._by_step:
+            self._write()
         if len(self._by_step) > 1:
             with tempfile.TemporaryDirectory() as folder:
                 curves = Path(folder) / CURVES_FILE

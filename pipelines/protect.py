@@ -24,17 +24,16 @@ from one4all.ledger import (
     Census,
     Ledger,
     SourceShard,
-    is_older,
     list_shards,
     take_census,
-    to_shard,
 )
 from one4all.protector import load_card, locate
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import metrics
 from pipelines.config import ProtectConfig, since_seconds
 from pipelines.ray_session import ray_session, worker_layout
-from pipelines.shard_worker import STAGES, ShardWorker
+from pipelines.shard_rewrite import STAGES
+from pipelines.shard_worker import ShardWorker
 
 _log = logging.getLogger(__name__)
 _shards_log = logging.getLogger("one4all.shards")
@@ -218,11 +217,8 @@ class _Run:
         result.num_others, result.other = census.num_others, census.other
         result.num_older, result.num_older_undone = census.num_older, census.num_older_undone
         bad = self._ledger.num_bad_images()
-        if bad and self._since is not None:  # bad images of older shards are not this run's outcome
-            for info in self._source.list():
-                if is_older(info, self._since):
-                    bad.pop(to_shard(info).id, None)
-        result.num_bad_images = sum(bad.values())
+        # Bad images of older shards are not this run's outcome.
+        result.num_bad_images = sum(bad[id_] for id_ in bad.keys() - census.older_done)
         result.quarantined = census.quarantined
         result.failed = {
             shard.name: errors.get(shard.name) or "no worker reported on it"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from one4all.errors import One4AllError
 from pipelines.config import RayConfig
 
 # Must be set before Ray starts.
@@ -50,17 +51,22 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     with _our_signal_handlers():
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus or None,
-                object_store_memory=config.object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=config.num_cpus or None,
+                    object_store_memory=config.object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        except Exception as error:  # Ray raises plain Exception when a node does not start in time
+            reason = str(error).strip().partition("\n")[0]
+            where = f"join the Ray cluster at {address}" if address else "start Ray here"
+            raise One4AllError(f"cannot {where}: {reason}") from error
     try:
         import ray.data
         import ray.train

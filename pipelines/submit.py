@@ -204,6 +204,7 @@ def _connect(address: str) -> Any:
     try:
         import aiohttp  # noqa: F401
         import requests  # noqa: F401
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise UsageError(
@@ -215,6 +216,11 @@ def _connect(address: str) -> Any:
     with _environment_variable("RAY_API_SERVER_ADDRESS", address):
         try:
             return JobSubmissionClient(address)
+        except AuthenticationError as error:
+            raise UsageError(
+                f"cannot submit to {address}: {str(error).splitlines()[0].rstrip('.')}; set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token"
+            ) from error
         except (ConnectionError, RuntimeError, OSError) as error:
             raise UsageError(
                 f"cannot submit to {address}: {_last_line(error)}; is this the dashboard's "

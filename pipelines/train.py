@@ -1,193 +1,31 @@
 """Train a generator with Ray Train: any number of workers, checkpoints, resume.
 
 The result is a protector folder. The run folder holds checkpoints (Ray Train's), metrics.jsonl,
-TensorBoard files and loss_curves.png; running the same command again resumes from its last
-checkpoint, at the same position of the same stream of images.
+TensorBoard files and loss_curves.png; running the same command again, on this cluster or another,
+resumes from its last checkpoint, at the same position of the same stream of images.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
-import tempfile
+import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from one4all.concepts import ConceptBank
-from one4all.encoders import load_encoder
 from one4all.errors import ConflictError, One4AllError, UsageError
-from one4all.generator import Generator
-from one4all.loader import ImageStream
-from one4all.objective import ObjectiveTerms, concept_objective, normalised_entropy
-from one4all.perturbation import resize_perturbation
-from one4all.protector import CARD, WEIGHTS, Protector, ProtectorCard, golden_embedding
+from one4all.lease import Lease
+from one4all.protector import ProtectorCard
 from one4all.storage import open_storage
+from one4all.trainer import GeneratorTrainer
 from pipelines.config import TrainConfig
 from pipelines.progress import RunLog, progress_board
 from pipelines.ray_session import ray_session, worker_layout
+from pipelines.train_worker import train_loop
 
 _RUN_FILE = "run.json"
-_STATE_FILE = "state.pt"
-
-
-class GeneratorTrainer:
-    """One rank's training state: a step at a time, savable and loadable.
-
-    Args:
-        config: The run.
-        rank, world_size: This worker.
-        device: Where it computes.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
-    ) -> None:
-        self.config = config
-        self.device = torch.device(device)
-        self.encoder = load_encoder(config.encoder)
-        self.bank = ConceptBank.build(config.vocabulary, self.encoder, templates=config.templates)
-        self.encoder.to(self.device)
-        self._concepts_ND = self.bank.embeddings.to(self.device)
-        torch.manual_seed(config.seed)  # the same start on every rank
-        self.generator = Generator(config.generator, self.encoder.embedding_dim).to(self.device)
-        self._model = wrap(self.generator)
-        self.optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate_at)
-        self._stream = ImageStream(
-            config.source.split(","),
-            size=self.working_size,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-            shuffle_buffer=config.shuffle_buffer,
-            num_threads=config.cpus_per_worker,
-        )
-        self.step_number = self.epoch = self.position = 0
-        self._opposites_N = torch.zeros(len(self.bank.concepts))
-
-    @property
-    def working_size(self) -> int:
-        return self.config.working_size or self.encoder.input_size
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """One image through generator and objective, so that a misfit shows before Ray starts.
-
-        Raises:
-            ConfigError: Working size, vocabulary and objective do not fit together.
-        """
-        size = self.working_size
-        clean = torch.zeros(1, 3, size, size, device=self.device)
-        embedding = self.encoder.encode_image(clean)
-        self.generator.eval()(embedding, clean)
-        concept_objective(embedding, embedding, self._concepts_ND, self.config.objective)
-
-    def steps(self) -> Any:
-        """Train to the end, yielding after each step ``(step, terms or None)``; terms when due."""
-        self._model.train()
-        batches = self._stream.batches(
-            self.config.batch_size, epoch=self.epoch, position=self.position
-        )
-        while self.step_number < self.config.steps:
-            self.epoch, self.position, image_BHWC = next(batches)
-            terms = self.step(torch.from_numpy(image_BHWC))
-            self.step_number += 1
-            yield self.step_number, terms
-
-    def step(self, image_BHWC: Tensor) -> ObjectiveTerms:
-        """One optimiser step on clean images, uint8 (B, S, S, 3)."""
-        # Collated with channels last, permuted here: that is the fast memory layout.
-        clean = image_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-        epsilon = self.config.epsilon_levels / 255
-        gpu = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
-            with torch.no_grad():
-                clean_BD = self.encoder.encode_image(clean)
-            delta = epsilon * self._model(clean_BD, clean).float()
-            height, width = clean.shape[-2:]
-            protected = (clean + resize_perturbation(delta, (height, width))).clamp(0, 1)
-            protected_BD = self.encoder.encode_image(protected)
-        terms = concept_objective(clean_BD, protected_BD, self._concepts_ND, self.config.objective)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self._schedule.step()
-        self._opposites_N += torch.bincount(
-            terms.targets.opposite.cpu(), minlength=len(self._opposites_N)
-        )
-        return terms
-
-    def metrics(self, terms: ObjectiveTerms) -> dict[str, float]:
-        """Loggable figures of the last step; resets the histogram of opposites."""
-        entropy = normalised_entropy(self._opposites_N)
-        self._opposites_N.zero_()
-        return {
-            "step": self.step_number,
-            "epoch": self.epoch,
-            "loss": terms.loss.item(),
-            "l1": float(terms.l1),
-            "l2": float(terms.l2),
-            "lambda": float(terms.lambda_),
-            "cosine_own": float(terms.cosine_own),
-            "cosine_opposite": float(terms.cosine_opposite),
-            "opposite_entropy": entropy,
-            "learning_rate": float(self._schedule.get_last_lr()[0]),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Write all that resuming needs; a file of tensors and numbers only."""
-        state = {
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "position": (self.step_number, self.epoch, self.position),
-        }
-        torch.save(state, folder / _STATE_FILE)
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
-        self.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self.step_number, self.epoch, self.position = state["position"]
-
-    def protector(self, training: dict[str, Any]) -> Protector:
-        """The trained protector, with its card."""
-        config = self.config
-        card = ProtectorCard(
-            name=Path(config.output.rstrip("/")).name,
-            encoder=config.encoder,
-            encoder_hash=self.encoder.content_hash(),
-            golden_embedding=golden_embedding(self.encoder.cpu()),
-            vocabulary=config.vocabulary,
-            concept_bank_hash=self.bank.hash,
-            generator=config.generator,
-            working_size=self.working_size,
-            epsilon_levels=config.epsilon_levels,
-            training=training,
-        )
-        return Protector(card, self.encoder, self.generator)
-
-    def _rate_at(self, step: int) -> float:
-        """Warm-up over 1 % of the steps, then cosine to 0."""
-        warm_up = max(1, self.config.steps // 100)
-        progress = max(0, step - warm_up) / max(1, self.config.steps - warm_up)
-        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def train(
@@ -196,6 +34,7 @@ def train(
     command: str = "",
     on_start: Callable[[], None] = lambda: None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
 
@@ -204,9 +43,11 @@ def train(
         command: Recorded in the card.
         on_start: Called when all checks have passed.
         on_metrics: Called on the driver with the metrics of rank 0, every ``log_every`` steps.
+        on_wait: Called with a sentence before waiting for a run that may have died.
 
     Raises:
         UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
+        LeaseHeldError: Another run trains in this run folder, or took it over.
         One4AllError: Training failed more often than ``max_failures``.
     """
     if not config.source:
@@ -217,8 +58,23 @@ def train(
     GeneratorTrainer(config).check()
     open_storage(config.output).check(writable=True)
     _refuse_other_run(config)
-    log = RunLog(config.run_folder)
-    on_start()
+    lease = Lease(
+        open_storage(config.run_folder),
+        uuid.uuid4().hex[:12],
+        seconds=config.lease_seconds,
+        on_wait=on_wait,
+    )
+    with lease:
+        log = RunLog(config.run_folder)
+        on_start()
+        checkpoint = _fit(config, log, on_metrics)
+        lease.check()  # what the other run writes is as good, but not ours
+        with checkpoint.as_directory() as folder:
+            return _export(config, given.source, Path(folder), log.history, command)
+
+
+def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float]], None]) -> Any:
+    """Run Ray Train to the end; its last checkpoint."""
 
     def on_entry(metrics: dict[str, float]) -> None:
         log.add(metrics)
@@ -231,13 +87,14 @@ def train(
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         _, _, gpus = worker_layout(
-            config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+            config.max_workers, config.cpus_per_worker, config.gpus_per_worker
         )
+        num_workers: Any = config.num_workers  # a range, too, which the type of Ray's field denies
         trainer = TorchTrainer(
-            _train_loop,
+            train_loop,
             train_loop_config={"config": config.model_dump_json(), "board": board},
             scaling_config=ScalingConfig(
-                num_workers=config.num_workers,
+                num_workers=num_workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={
                     "CPU": config.cpus_per_worker,
@@ -246,6 +103,7 @@ def train(
             ),
             run_config=RunConfig(
                 **_ray_storage(config.run_folder),
+                # Nodes that were announced to go are not counted, and may be any number.
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
@@ -256,46 +114,7 @@ def train(
             raise One4AllError(f"training failed: {_root_cause(error)}") from error
         if result.checkpoint is None:
             raise One4AllError("training ended without a checkpoint")
-        with result.checkpoint.as_directory() as folder:
-            checkpoint = Path(folder)
-            return _export(config, given.source, checkpoint, log.history, command)
-
-
-def _train_loop(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    import ray.train
-    from ray.train import Checkpoint
-    from ray.train.torch import get_device, prepare_model
-
-    config = TrainConfig.model_validate_json(settings["config"])
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    torch.set_num_threads(config.cpus_per_worker)
-    trainer = GeneratorTrainer(
-        config,
-        rank=rank,
-        world_size=context.get_world_size(),
-        device=get_device(),
-        wrap=prepare_model,
-    )
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            trainer.load(Path(folder))
-    for step, terms in trainer.steps():
-        metrics: dict[str, float] = {}
-        if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
-            metrics = trainer.metrics(terms)
-            settings["board"].post.remote(metrics)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            # report() is a barrier: every rank calls it, at the same steps.
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    trainer.save(Path(folder))
-                ray.train.report(
-                    metrics or {"step": step},
-                    checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
-                    checkpoint_dir_name=f"step-{step:08d}",
-                )
+        return result.checkpoint
 
 
 def _export(
@@ -311,7 +130,8 @@ def _export(
     training = {
         "source": source,
         "steps": config.steps,
-        "batch_size": config.batch_size * config.num_workers,
+        "batch_size": config.images_per_step,
+        "num_workers": config.num_workers,
         "seed": config.seed,
         "learning_rate": config.learning_rate,
         "objective": config.objective.model_dump(),
@@ -320,12 +140,8 @@ def _export(
         "commit": _commit(),
         "command": command,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        card = trainer.protector(training).save(Path(folder))
-        output = open_storage(config.output)
-        for name in (WEIGHTS, CARD):  # the card last: a folder with a card is complete
-            output.write_bytes(name, (Path(folder) / name).read_bytes())
-    return card
+    name = Path(config.output.rstrip("/")).name
+    return trainer.protector(name, training).publish(open_storage(config.output))
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -351,17 +167,27 @@ def _refuse_other_run(config: TrainConfig) -> None:
     storage = open_storage(config.run_folder)
     storage.check(writable=True)
     # These may change between two sittings of one run.
-    free = {"ray", "num_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "log_every"}
+    free = {
+        "ray",
+        "num_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "max_failures",
+        "log_every",
+        "lease_seconds",
+    }
     wanted = config.model_dump(mode="json", exclude=free)
     data = json.dumps(wanted, indent=1, sort_keys=True).encode()
+    # What an older version did not know of, it did as the default does.
+    defaults = TrainConfig().model_dump(mode="json")
     try:
         storage.create(_RUN_FILE, data)
     except ConflictError:
         found = json.loads(storage.read_bytes(_RUN_FILE))
         changes = [
-            f"{key} {found.get(key)!r} -> {value!r}"
+            f"{key} {found.get(key, defaults[key])!r} -> {value!r}"
             for key, value in json.loads(data).items()
-            if found.get(key) != value
+            if found.get(key, defaults[key]) != value
         ]
         if changes:
             raise UsageError(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from builders import make_protector
 from ceph import local_ceph, missing_programs
+from guarded_s3 import guarded_s3
+from ray_cluster import Node, RayCluster, ray_cluster
 
 from one4all.protector import Protector
 from one4all.storage import Storage, open_storage
@@ -59,20 +62,57 @@ def ceph_variables() -> Iterator[dict[str, str]]:
     if missing := missing_programs():
         pytest.skip(f"Ceph is not installed: no {', '.join(missing)}")
     outside = os.environ.copy()
-    with local_ceph(BUCKET), pytest.MonkeyPatch.context() as patch:
+    with local_ceph(BUCKET):
         variables = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
-        for name in variables:
-            if name in outside:
-                patch.setenv(name, outside[name])
-            else:
-                patch.delenv(name)
-        yield variables
+        with _environment_of(outside, variables):
+            yield variables
 
 
 @pytest.fixture
 def ceph_uri(ceph_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty prefix on the Ceph server, to which the environment points for one test."""
     for name, value in ceph_variables.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@contextmanager
+def _environment_of(outside: Mapping[str, str], variables: Mapping[str, str]) -> Iterator[None]:
+    """Put back what these variables were outside."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in variables:
+            if name in outside:
+                patch.setenv(name, outside[name])
+            else:
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RayCluster]:
+    """A head without CPUs and two nodes of one CPU each; all find `guarded_s3`, with its key."""
+    pytest.importorskip("aiohttp", reason="make test-cluster installs one4all[cluster]")
+    outside = os.environ.copy()
+    with (
+        guarded_s3(BUCKET) as variables,
+        ray_cluster(num_nodes=2) as cluster,
+        _environment_of(outside, variables),
+    ):
+        cluster.variables |= variables
+        yield cluster
+
+
+@pytest.fixture
+def two_nodes(cluster: RayCluster) -> list[Node]:
+    """The nodes beside the head; those that an earlier test lost are replaced."""
+    alive = [node for node in cluster.nodes[1:] if node.process.poll() is None]
+    return alive + [cluster.add_node() for _ in range(2 - len(alive))]
+
+
+@pytest.fixture
+def cluster_uri(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix on the cluster's S3 server, to which the environment points for one test."""
+    for name, value in cluster.variables.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 

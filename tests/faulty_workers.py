@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from pipelines import shard_worker
+from pipelines import shard_rewrite, shard_worker
 from pipelines.shard_worker import ShardWorker
 
 
@@ -21,14 +21,14 @@ class PoisonedWorker(ShardWorker):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        original = shard_worker.ShardWriter.replace
+        original = shard_rewrite.ShardWriter.replace
 
         def replace(writer, member, **changes):
             original(writer, member, **changes)
             if self._current.startswith("poison"):
                 _die()
 
-        shard_worker.ShardWriter.replace = replace
+        shard_rewrite.ShardWriter.replace = replace
 
     def protect(self, shard):
         self._current = shard.name
@@ -44,7 +44,7 @@ class OnceKilledWorker(ShardWorker):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        original = shard_worker.ShardWriter.replace
+        original = shard_rewrite.ShardWriter.replace
 
         def replace(writer, member, **changes):
             original(writer, member, **changes)
@@ -53,7 +53,7 @@ class OnceKilledWorker(ShardWorker):
                 mark.touch()
                 _die()
 
-        shard_worker.ShardWriter.replace = replace
+        shard_rewrite.ShardWriter.replace = replace
 
     def protect(self, shard):
         self._current = shard.name

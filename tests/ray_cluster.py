@@ -6,7 +6,10 @@ own. Processes are ended by their own ids, whatever else runs Ray here.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,10 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +36,10 @@ _START_SECONDS = 180
 class Node:
     """One node: the process that started it, and where its metrics are."""
 
+    ip: str
     process: subprocess.Popen[bytes]
     metrics_url: str
     log: Path
-
-    @property
-    def raylet(self) -> psutil.Process:
-        """SIGKILL this one and the node is lost."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if child.name().startswith("raylet"))
 
 
 class RayCluster:
@@ -51,6 +48,7 @@ class RayCluster:
     Attributes:
         address: Of the jobs API.
         nodes: The head is the first.
+        variables: What a client of the cluster needs in its environment; its token is in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,11 +57,11 @@ class RayCluster:
         self._port, self._dashboard_port = free_port(), free_port()
         self.address = f"http://127.0.0.1:{self._dashboard_port}"
         self.nodes: list[Node] = []
+        self.variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
 
-    def start_head(self, *, num_cpus: int = 1) -> Node:
+    def start_head(self, *, num_cpus: int = 0) -> Node:
         head = self._start(
             "--head",
-            "--node-ip-address=127.0.0.1",
             f"--port={self._port}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self._dashboard_port}",
@@ -71,20 +69,71 @@ class RayCluster:
             f"--temp-dir={self._folder}",
             num_cpus=num_cpus,
         )
-        self._wait_for(f"{self.address}/api/version", head)
+        self._wait_for(head, lambda: head.ip in self._alive())
         return head
 
     def add_node(self, *, num_cpus: int = 1) -> Node:
-        """Another node, on the next loopback address; it may take some seconds to be seen."""
-        return self._start(
-            f"--address=127.0.0.1:{self._port}",
-            f"--node-ip-address=127.0.0.{len(self.nodes) + 1}",
-            num_cpus=num_cpus,
+        """Another node, on the next loopback address.
+
+        The cluster knows it on return: nodes that start at once may choose the same sockets.
+        """
+        node = self._start(f"--address={self.nodes[0].ip}:{self._port}", num_cpus=num_cpus)
+        self._wait_for(node, lambda: node.ip in self._alive())
+        return node
+
+    def announce_loss(self, node: Node, *, seconds: int) -> None:
+        """Tell the cluster what a cloud tells of a spot node; the node itself stays."""
+        drain = ["drain-node", f"--address={self.nodes[0].ip}:{self._port}"]
+        drain += [f"--node-id={self._alive()[node.ip]}", "--reason-message=spot"]
+        drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        drain += [f"--deadline-remaining-seconds={seconds}"]
+        subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", *drain],
+            env=os.environ | self.variables,
+            check=True,
+            capture_output=True,
+            timeout=120,
         )
 
     def lose(self, node: Node) -> None:
-        """End a node without notice."""
-        kill_tree(psutil.Process(node.process.pid), first=node.raylet)
+        """End a node without notice; the cluster knows on return."""
+        root = psutil.Process(node.process.pid)
+        below = root.children(recursive=True)
+        # None if its loss was announced: then it leaves by itself.
+        raylet = next((child for child in below if child.name().startswith("raylet")), None)
+        kill_tree(root, first=raylet)
+        node.process.wait(timeout=30)
+        self._wait_for(self.nodes[0], lambda: node.ip not in self._alive())
+
+    @staticmethod
+    def _wait_for(node: Node, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not condition():
+            assert node.process.poll() is None, node.log.read_text()
+            assert time.monotonic() < deadline, node.log.read_text()
+            time.sleep(0.5)
+
+    def metrics(self) -> set[str]:
+        """Names of our metrics that some node exports now."""
+        names: set[str] = set()
+        for node in self.nodes:
+            with suppress(OSError), urllib.request.urlopen(node.metrics_url, timeout=5) as answer:
+                page = answer.read().decode()
+                names |= set(re.findall(r"^(ray_one4all_\w+)", page, re.MULTILINE))
+        return names
+
+    def _alive(self) -> dict[str, str]:
+        """Ids of the nodes that are alive, by address."""
+        with suppress(OSError), self.get("/api/v0/nodes?limit=100&detail=1") as answer:
+            nodes = json.load(answer)["data"]["result"]["result"]
+            return {n["node_ip"]: n["node_id"] for n in nodes if n["state"] == "ALIVE"}
+        return {}
+
+    def get(self, path: str) -> http.client.HTTPResponse:
+        """Ask the dashboard."""
+        token = {"Authorization": f"Bearer {self.variables['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(self.address + path, headers=token)
+        return urllib.request.urlopen(request, timeout=10)
 
     def stop(self) -> None:
         """End all that was started here; nothing of it is left."""
@@ -109,10 +158,12 @@ class RayCluster:
         return found
 
     def _start(self, *options: str, num_cpus: int) -> Node:
+        ip = f"127.0.0.{len(self.nodes) + 2}"  # Ray takes 127.0.0.1 for the machine's own address
         metrics_port = free_port()
         log = self._folder / f"node-{len(self.nodes)}.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
         command += [
+            f"--node-ip-address={ip}",
             f"--num-cpus={num_cpus}",
             "--object-store-memory=100000000",
             f"--dashboard-agent-listen-port={free_port()}",
@@ -123,35 +174,27 @@ class RayCluster:
         environment = os.environ | {
             _MARK: self._mark,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **self.variables,
         }
         environment.pop("RAY_ADDRESS", None)
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-        node = Node(process, f"http://127.0.0.1:{metrics_port}/metrics", log)
+        node = Node(ip, process, f"http://{ip}:{metrics_port}/metrics", log)
         self.nodes.append(node)
         return node
 
-    @staticmethod
-    def _wait_for(url: str, node: Node) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            assert node.process.poll() is None, node.log.read_text()
-            assert time.monotonic() < deadline, node.log.read_text()
-            with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5):
-                return
-            time.sleep(0.5)
-
 
 @contextmanager
-def ray_cluster() -> Iterator[RayCluster]:
-    """A cluster with a head; the environment of this process is what its nodes inherit."""
+def ray_cluster(*, num_nodes: int = 0) -> Iterator[RayCluster]:
+    """A cluster with a head and some nodes, which inherit the environment of this process."""
     # Sockets live below it, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="o4-", dir="/tmp"))
     cluster = RayCluster(folder)
     try:
         cluster.start_head()
+        for _ in range(num_nodes):
+            cluster.add_node()
         yield cluster
     finally:
         cluster.stop()

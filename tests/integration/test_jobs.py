@@ -1,85 +1,44 @@
-"""Jobs on a Ray cluster of real processes: followed, repeated, interrupted.
-
-More nodes: ``cluster.add_node()``, and ``cluster.lose(node)`` for one that dies.
-"""
+"""Jobs on a Ray cluster of real processes: followed, repeated, interrupted."""
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from builders import make_image, make_tar, write_corpus
-from ray_cluster import PROGRAM, ray_cluster
+from jobs import finish, read_until, start
 
 from one4all.lease import Lease
 from one4all.storage import open_storage
 from pipelines.metrics import METRICS
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-
-@pytest.fixture(scope="module")
-def cluster(s3_endpoint):
-    """Nodes inherit where the S3 server is."""
-    pytest.importorskip("aiohttp", reason="make test-cluster installs one4all[cluster]")
-    with ray_cluster() as cluster:
-        yield cluster
-
-
-def start(cluster, *arguments: str) -> subprocess.Popen[str]:
-    """`one4all submit`, as its user sees it: one stream of lines."""
-    command = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
-    return subprocess.Popen(
-        [*command, "--program", PROGRAM, *arguments],
-        env=os.environ | {"RAY_ADDRESS": "http://127.0.0.1:1"},  # the option has to win
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(run: subprocess.Popen[str]) -> tuple[int, str]:
-    printed, _ = run.communicate(timeout=240)
-    assert "Traceback" not in printed, printed
-    return run.returncode, printed
-
-
-def read_until(run: subprocess.Popen[str], text: str) -> str:
-    """Lines up to one that holds a text."""
-    lines = []
-    while (line := run.stdout.readline()) and text not in line:
-        lines.append(line)
-    assert line, "".join(lines)
-    return line
+TRAINING = {name for name in METRICS if "train" in name or "step" in name}  # see test_nodes.py
 
 
 @pytest.fixture
-def corpus(tmp_path, s3_uri) -> str:
+def corpus(tmp_path, cluster_uri) -> str:
     """Four shards in a bucket, one of them with a bad image."""
     folder = write_corpus(tmp_path / "in", num_shards=3)
     (folder / "bad.tar").write_bytes(make_tar([("a.jpg", make_image()), ("b.jpg", b"junk")]))
-    storage = open_storage(f"{s3_uri}/in")
+    storage = open_storage(f"{cluster_uri}/in")
     for path in folder.glob("*.tar"):
         storage.write_bytes(path.name, path.read_bytes())
-    return f"{s3_uri}/in"
+    return f"{cluster_uri}/in"
 
 
 def test_slot_runs_once_with_plain_lines_and_the_exit_status_of_its_driver(
-    cluster, corpus, s3_uri, protector_folder: Path
+    cluster, corpus, cluster_uri, protector_folder: Path
 ):
-    arguments = ["--slot", "daily", "protect", corpus, f"{s3_uri}/out", "--log-json"]
+    arguments = ["--slot", "daily", "protect", corpus, f"{cluster_uri}/out", "--log-json"]
     arguments += ["--protector", str(protector_folder), "--set", "batch_size=4"]
     first = start(cluster, *arguments)
     # Asked while it runs: a metric goes when its worker does.
     exported: set[str] = set()
     while first.poll() is None:
-        exported |= scrape(cluster)
+        exported |= cluster.metrics()
         time.sleep(1)
     code, printed = finish(first)
     assert code == 3, printed  # an image was dropped
@@ -96,38 +55,28 @@ def test_slot_runs_once_with_plain_lines_and_the_exit_status_of_its_driver(
     assert code == 3
     assert "was submitted already" in printed
     assert "(4 now, 17 images)" in printed, "the log of the first submission"
-    never_here = {"one4all_failures"}
     missing = {
         name
         for name, metric in METRICS.items()
-        if name not in never_here and not exported & set(metric.exported_names)
+        if name not in {"one4all_failures", *TRAINING} and not exported & set(metric.exported_names)
     }
     assert not missing, sorted(exported)
 
 
-def scrape(cluster) -> set[str]:
-    """Names of our metrics that the head exports now."""
-    try:
-        with urllib.request.urlopen(cluster.nodes[0].metrics_url, timeout=5) as answer:
-            return set(re.findall(r"^(ray_one4all_\w+)", answer.read().decode(), re.MULTILINE))
-    except OSError:
-        return set()
-
-
 def test_held_lease_and_impossible_request_keep_their_exit_status(
-    cluster, corpus, s3_uri, protector_folder: Path
+    cluster, corpus, cluster_uri, protector_folder: Path
 ):
-    protect = ["protect", corpus, f"{s3_uri}/held", "--protector", str(protector_folder)]
-    with Lease(open_storage(f"{s3_uri}/held"), "somebody", seconds=4):
+    protect = ["protect", corpus, f"{cluster_uri}/held", "--protector", str(protector_folder)]
+    with Lease(open_storage(f"{cluster_uri}/held"), "somebody", seconds=4):
         code, printed = finish(start(cluster, *protect))
     assert code == 75, printed
     assert "somebody" in printed
-    code, printed = finish(start(cluster, "protect", f"{s3_uri}/none", f"{s3_uri}/out"))
+    code, printed = finish(start(cluster, "protect", f"{cluster_uri}/none", f"{cluster_uri}/out"))
     assert code == 2, printed
 
 
-def test_interrupt_ends_following_and_only_a_second_one_the_job(cluster, corpus, s3_uri):
-    storage = open_storage(f"{s3_uri}/out")
+def test_interrupt_ends_following_and_only_a_second_one_the_job(cluster, corpus, cluster_uri):
+    storage = open_storage(f"{cluster_uri}/out")
     storage.write_bytes("_one4all/binding.json", binding(corpus))  # and nothing is ever done
     watch = ["--submission-id", "watching", "status", storage.uri, "--watch", "1"]
     first = start(cluster, *watch)

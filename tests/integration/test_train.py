@@ -13,7 +13,8 @@ import psutil
 import pytest
 from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
 
-from one4all.errors import UsageError
+from one4all.errors import LeaseHeldError, UsageError
+from one4all.lease import Lease
 from one4all.protector import Protector
 from one4all.storage import open_storage
 from pipelines.config import TrainConfig
@@ -39,6 +40,7 @@ def config_for(corpus: str, folder: Path, **options) -> TrainConfig:
         log_every=1,
         checkpoint_every=10,
         num_workers=2,
+        lease_seconds=4,
     )
     return TrainConfig(**(defaults | options))
 
@@ -121,6 +123,18 @@ def test_mistakes_are_found_before_ray_starts(corpus, tmp_path):
     with pytest.raises(UsageError, match="36x36 is not a multiple of 8"):
         train(odd)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_second_run_in_one_run_folder_is_turned_away(corpus, tmp_path):
+    config = config_for(corpus, tmp_path)
+    waits: list[str] = []
+    with (
+        Lease(open_storage(config.run_folder), "somebody", seconds=2),
+        pytest.raises(LeaseHeldError, match=r"run somebody on .* is writing to .*/run"),
+    ):
+        train(config, on_wait=waits.append)
+    assert len(waits) == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -308,7 +308,8 @@ def test_entrypoints_are_commands_that_fit_their_cluster(overlay, tmp_path):
         assert limits == container["resources"]["requests"] or limits["cpu"] == "1"
         assert config.cpus_per_worker <= int(limits["cpu"])
         assert config.gpus_per_worker == int(limits.get("nvidia.com/gpu", 0))
-        assert 0 < config.num_workers <= group["maxReplicas"]
+        workers = getattr(config, "max_workers", config.num_workers)
+        assert 0 < workers <= group["maxReplicas"]
 
 
 def test_a_wrong_verb_option_or_key_is_found(tmp_path):

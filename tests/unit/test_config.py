@@ -20,6 +20,28 @@ def test_protection_configs_load(path):
     load_config(ProtectConfig, path)
 
 
+def test_workers_are_a_number_or_a_range():
+    for text, least, most in (("3", 3, 3), ("[2, 8]", 2, 8), ("[4, 4]", 4, 4)):
+        config = load_config(TrainConfig, None, [f"num_workers={text}"])
+        assert (config.min_workers, config.max_workers) == (least, most)
+        assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    for text in (
+        "0",
+        "[8, 2]",
+        "[1]",
+        "[1, 2, 3]",
+        "[]",
+        "many",
+        "2.5",
+        "true",
+        "[1, x]",
+        "-1",
+        "",
+    ):
+        with pytest.raises(ConfigError, match=r"num_workers: .*such as 4, or .* \[2, 8\]"):
+            load_config(TrainConfig, None, [f"num_workers={text}"])
+
+
 def test_arguments_beat_set_beats_file_beats_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 7\nbatch_size: 3\nseed: 5\nencoder: {input_size: 64}\n")

@@ -26,7 +26,8 @@ from one4all.ledger import Binding, Ledger
 from one4all.protector import Protector, load_card
 from one4all.storage import open_storage
 from pipelines.config import ProtectConfig
-from pipelines.shard_worker import ShardWorker, protect_shard
+from pipelines.shard_rewrite import protect_shard
+from pipelines.shard_worker import ShardWorker
 
 SMALL = {"batch_size": 4}
 

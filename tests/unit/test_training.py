@@ -1,5 +1,7 @@
 """The stream of training images, a training step, and the controls."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ from builders import TINY_ENCODER, TINY_GENERATOR, make_tar, write_corpus
 
 from one4all.baselines.controls import class_patterns, uniform_noise
 from one4all.errors import UsageError
-from one4all.loader import ImageStream
+from one4all.loader import ImageStream, Share, Shares, deal
 from one4all.perturbation import apply_perturbation
-from pipelines.config import TrainConfig
-from pipelines.train import GeneratorTrainer
+from one4all.trainer import GeneratorTrainer, TrainerConfig
+
+ALONE = (Share(0, 0, 1),)
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +21,9 @@ def corpus(tmp_path_factory) -> str:
     return str(write_corpus(tmp_path_factory.mktemp("corpus") / "c", num_shards=3, num_samples=8))
 
 
-def take(corpus, count, *, batch_size=4, epoch=0, position=0, **options):
+def take(corpus, count, *, batch_size=4, shares: Shares = ALONE, **options):
     stream = ImageStream([corpus], size=16, **options)
-    batches = stream.batches(batch_size, epoch=epoch, position=position)
+    batches = stream.batches(batch_size, shares)
     found = [next(batches) for _ in range(count)]
     batches.close()
     return found
@@ -31,33 +34,67 @@ def take(corpus, count, *, batch_size=4, epoch=0, position=0, **options):
 
 def test_stream_is_the_same_every_time_and_goes_on_where_it_stopped(corpus):
     whole = take(corpus, 9)
-    assert [(e, p) for e, p, _ in whole[:7]] == [
+    assert [(share.epoch, share.position) for (share,), _ in whole[:7]] == [
         (0, 4), (0, 8), (0, 12), (0, 16), (0, 20), (0, 24), (1, 4),
     ]  # fmt: skip
-    epoch, position, _ = whole[3]
-    resumed = take(corpus, 5, epoch=epoch, position=position)
-    for (e1, p1, image1), (e2, p2, image2) in zip(whole[4:], resumed, strict=True):
-        assert (e1, p1) == (e2, p2)
+    resumed = take(corpus, 5, shares=whole[3][0])
+    for (shares1, image1), (shares2, image2) in zip(whole[4:], resumed, strict=True):
+        assert shares1 == shares2
         np.testing.assert_array_equal(image1, image2)
 
 
 def test_epochs_and_seeds_differ(corpus):
     first, other_seed = take(corpus, 7), take(corpus, 1, seed=1)
-    assert not np.array_equal(first[0][2], first[6][2])
-    assert not np.array_equal(first[0][2], other_seed[0][2])
+    assert not np.array_equal(first[0][1], first[6][1])
+    assert not np.array_equal(first[0][1], other_seed[0][1])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_share_an_epoch_without_loss_or_repetition(corpus, world_size):
     """More ranks than shards included; told by the payloads, before any random crop."""
-    streams = [
-        ImageStream([corpus], size=16, rank=r, world_size=world_size) for r in range(world_size)
-    ]
-    shares = [list(stream._shuffled(0)) for stream in streams]
-    payloads = [payload for share in shares for payload in share]
+    stream = ImageStream([corpus], size=16)
+    parts = [list(stream._shuffled(Share(0, rank, world_size))) for rank in range(world_size)]
+    payloads = [payload for part in parts for payload in part]
     assert len(payloads) == 24
     assert len(set(payloads)) == 24
-    assert min(len(share) for share in shares) >= 4
+    assert min(len(part) for part in parts) >= 4
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 1), (2, 3, 1), (1, 2, 3, 2), (3, 3)], ids=str)
+def test_every_image_counts_once_an_epoch_whatever_becomes_of_the_ranks(corpus, sizes):
+    """Ranks go at paces of their own; what each has done is told by payload and epoch."""
+    stream = ImageStream([corpus], size=16)
+    seen: list[tuple[int, bytes]] = []
+
+    def work(shares: Shares, count: int) -> Shares:
+        share, *later = shares
+        part = list(stream._shuffled(share))
+        seen.extend((share.epoch, payload) for payload in part[share.position :][:count])
+        if share.position + count < len(part):
+            return (replace(share, position=share.position + count), *later)
+        done = len(part) - share.position
+        following = tuple(later) or (replace(share, epoch=share.epoch + 1, position=0),)
+        return work(following, count - done) if count > done else (
+            replace(share, position=len(part)), *later
+        )  # fmt: skip
+
+    of_ranks: list[Shares] = []
+    for size in sizes:
+        of_ranks = [work(shares, 5 + 4 * r) for r, shares in enumerate(deal(of_ranks, size))]
+    # Give everybody the rest of the epoch that is furthest behind, and of those before it.
+    for shares in deal(of_ranks, 7):
+        for share in shares[:-1]:
+            seen += [(share.epoch, p) for p in list(stream._shuffled(share))[share.position :]]
+    assert len(seen) == len(set(seen))
+    epochs = 1 + max(epoch for epoch, _ in seen)
+    assert len(seen) == 24 * epochs
+
+
+def test_dealing_changes_nothing_while_the_number_of_ranks_is_the_same():
+    assert deal([], 2) == [(Share(0, 0, 2),), (Share(0, 1, 2),)]
+    of_ranks = [(Share(3, 0, 2, 7),), (Share(2, 1, 2, 30), Share(3, 1, 2))]
+    assert deal(of_ranks, 2) == of_ranks
+    assert deal([(Share(0, 0, 2),), (Share(0, 1, 2),)], 1) == [(Share(0, 0, 1),)]
 
 
 def test_too_few_images_are_named(corpus, tmp_path):
@@ -75,7 +112,7 @@ def test_too_few_images_are_named(corpus, tmp_path):
 # --- training --------------------------------------------------------------------------------
 
 
-def config_for(corpus: str, **options) -> TrainConfig:
+def config_for(corpus: str, **options) -> TrainerConfig:
     defaults = dict(
         source=corpus,
         encoder=TINY_ENCODER,
@@ -85,7 +122,7 @@ def config_for(corpus: str, **options) -> TrainConfig:
         batch_size=4,
         learning_rate=2e-3,
     )
-    return TrainConfig(**(defaults | options))
+    return TrainerConfig(**(defaults | options))
 
 
 @pytest.mark.parametrize("objective", ["default", "paper"])
@@ -117,6 +154,18 @@ def test_resumed_training_equals_uninterrupted_training(corpus, tmp_path):
     assert second.step_number == 8
     for a, b in zip(whole.generator.parameters(), second.generator.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(corpus):
+    large = GeneratorTrainer(config_for(corpus, batch_size=8))
+    small = GeneratorTrainer(config_for(corpus, batch_size=2, accumulate_batches=4))
+    (_, whole), (_, last) = next(large.steps()), next(small.steps())
+    assert (len(whole.targets.opposite), len(last.targets.opposite)) == (8, 2)
+    assert small.shares == large.shares
+    for a, b in zip(large.generator.parameters(), small.generator.parameters(), strict=True):
+        # The gradient, since Adam's first step is its sign, whatever rounding made of it.
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * float(a.grad.abs().max()))
+    assert torch.equal(large._opposites_N, small._opposites_N)
 
 
 def test_training_moves_the_terms_in_the_right_direction(corpus):

@@ -1,0 +1,244 @@
+"""A cluster of three nodes and a store that asks for a key: nodes are lost, slots overlap."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import yaml
+from builders import write_corpus
+from jobs import finish, start
+from ray_cluster import PROGRAM, ROOT
+
+from one4all.errors import AccessError, NotFoundError
+from one4all.ledger import Ledger
+from one4all.protector import Protector
+from one4all.storage import open_storage
+from pipelines.config import VerifyConfig
+from pipelines.metrics import METRICS
+from pipelines.verify import verify
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+def upload(folder: Path, uri: str, pattern: str = "*") -> str:
+    storage = open_storage(uri)
+    for path in sorted(folder.glob(pattern)):
+        storage.write_bytes(path.name, path.read_bytes())
+    return uri
+
+
+def wait_until(condition: Callable[[], object], run, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def protector(cluster_uri, protector_folder) -> str:
+    return upload(protector_folder, f"{cluster_uri}/protector")
+
+
+def test_a_wrong_key_or_token_is_refused(cluster, cluster_uri, monkeypatch):
+    open_storage(cluster_uri).write_bytes("a", b"b")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(AccessError, match=r"SignatureDoesNotMatch|denied|refuse"):
+            open_storage(cluster_uri).check(writable=False)
+    code, printed = finish(start(cluster, "verify", cluster_uri, "x", RAY_AUTH_TOKEN="0" * 32))
+    assert code == 2
+    assert "cannot submit to" in printed
+
+
+def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tmp_path, protector):
+    corpus = write_corpus(tmp_path / "in", num_shards=10, num_samples=60)
+    source, destination = upload(corpus, f"{cluster_uri}/in"), f"{cluster_uri}/out"
+    ledger = Ledger(open_storage(destination))
+    job = start(
+        cluster, "protect", source, destination, "--protector", protector, "--set", "batch_size=4"
+    )
+    wait_until(lambda: len(ledger.done()) >= 2, job)
+    cluster.lose(two_nodes[0])
+    assert len(ledger.done()) < 10, "the node was lost too late"
+    code, printed = finish(job)
+    assert code == 0, printed
+    assert "10 of 10 shards protected" in printed
+    assert verify(source, destination, VerifyConfig()).ok
+
+
+def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
+    cluster, two_nodes, cluster_uri, tmp_path, protector
+):
+    """What the CronJob runs, but for the hour: the shell around `one4all submit`, and its slots.
+
+    Workers want two CPUs, which no node has: the first slot waits for a node that does, as on a
+    cluster that grows.
+    """
+    corpus = write_corpus(tmp_path / "in", num_shards=7, num_samples=8)
+    source, destination = f"{cluster_uri}/in", f"{cluster_uri}/out"
+    manifest = yaml.safe_load((ROOT / "cluster/kubernetes/base/cronjob.yaml").read_text())
+    template = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    [container] = template["containers"]
+    assert container["args"][:2] == ["one4all", "submit"]
+
+    large = ["--set", "num_workers=1", "--set", "cpus_per_worker=2"]
+
+    def slot(hour: int) -> subprocess.Popen[str]:
+        submit = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
+        submit += ["--program", PROGRAM, "--submission-id", f"protect-2026-11-01T{hour:02}"]
+        protect = ["protect", source, destination, "--protector", protector]
+        return subprocess.Popen(
+            [*container["command"], *submit, *protect, "--set", "lease_seconds=8", *large],
+            env=os.environ | cluster.variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def holder() -> str:
+        try:
+            lease = open_storage(destination).read_bytes("_one4all/lease.json")
+            return str(json.loads(lease)["run_id"])
+        except NotFoundError:
+            return ""
+
+    upload(corpus, source, "shard-00[0-2].tar")
+    first = slot(1)
+    wait_until(holder, first)
+    upload(corpus, source, "shard-00[34].tar")
+    code, printed = finish(slot(2))
+    assert code == 0, printed
+    assert "ended with exit status 75" in printed
+    assert "another run holds the lease" in printed
+    assert first.poll() is None
+    large_node = cluster.add_node(num_cpus=2)
+    code, printed = finish(first)
+    assert code == 0, printed
+    assert not holder()
+    upload(corpus, source, "shard-00[56].tar")
+    code, printed = finish(slot(3))
+    assert code == 0, printed
+    assert re.search(r"7 of 7 shards protected \([24] now,", printed), printed
+    runs = {
+        manifest.source.name: manifest.run_id
+        for manifest in Ledger(open_storage(destination)).manifests()
+    }
+    assert len(set(runs.values())) == 2, "the slot that overlapped has done something"
+    assert verify(source, destination, VerifyConfig()).ok
+    cluster.lose(large_node)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+class Training:
+    """`one4all train` in a bucket, and its log."""
+
+    def __init__(self, cluster_uri: str, tmp_path: Path, *settings: str) -> None:
+        corpus = write_corpus(tmp_path / "in", num_shards=4, num_samples=24)
+        self.output, self.run = f"{cluster_uri}/protector", f"{cluster_uri}/run"
+        self.command = ["train", upload(corpus, f"{cluster_uri}/in"), self.output]
+        for setting in (
+            f"run_folder={self.run}",
+            "encoder={kind: embedded, input_size: 32}",
+            "generator={width: 8, num_blocks: 1, num_downsamplings: 1}",
+            "vocabulary=broad",
+            "batch_size=8",
+            "learning_rate=5.0e-3",
+            "log_every=1",
+            "lease_seconds=5",
+            *settings,
+        ):
+            self.command += ["--set", setting]
+
+    def log(self) -> list[dict[str, float]]:
+        try:
+            lines = open_storage(self.run).read_bytes("metrics.jsonl").decode().splitlines()
+        except NotFoundError:
+            return []
+        return [json.loads(line) for line in lines]
+
+    def step(self) -> int:
+        return int(max((entry["step"] for entry in self.log()), default=0))
+
+    def checkpoints(self) -> list[int]:
+        keys = [info.key for info in open_storage(self.run).list() if info.key.startswith("step-")]
+        return sorted({int(key.split("/")[0].removeprefix("step-")) for key in keys})
+
+    def kill_driver(self, cluster) -> None:
+        for process in cluster.processes():
+            if self.run in " ".join(process.cmdline()) and "submit" not in process.cmdline():
+                process.send_signal(signal.SIGKILL)
+
+
+def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
+    cluster, two_nodes, cluster_uri, tmp_path
+):
+    training = Training(cluster_uri, tmp_path, "steps=120", "checkpoint_every=20")
+    job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
+    wait_until(lambda: training.step() >= 25, job)
+    cluster.lose(two_nodes[0])
+    before = training.log()
+    wait_until(lambda: training.log()[-1]["world_size"] == 1, job)
+    wait_until(lambda: training.step() >= 50, job)
+    training.kill_driver(cluster)
+    code, printed = finish(job)
+    assert code not in (0, 2), printed
+    after = training.log()
+    assert after[-1]["step"] < 120, "the driver was killed too late"
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],
+        env=os.environ | {"RAY_ADDRESS": "", "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    log = training.log()
+    assert [entry["step"] for entry in log] == list(range(1, 121))
+    assert log[0]["world_size"] == 2
+    resumed = next(entry["step"] for entry in log if entry["world_size"] == 1)
+    assert resumed > 1
+    assert (resumed - 1) % 20 == 0
+    assert log[: int(resumed) - 1] == before[: int(resumed) - 1]
+    rates = [entry["learning_rate"] for entry in log]
+    assert rates[3:] == sorted(rates[3:], reverse=True), "the schedule began again"
+    fresh, kept = (
+        mean(entry["loss"] for entry in part)
+        for part in (log[:2], log[int(resumed) - 1 : int(resumed) + 9])
+    )
+    assert kept < fresh, "the generator began again"
+    assert Protector.load(training.output).card.name == "protector"
+
+
+def test_announced_loss_saves_a_checkpoint_and_is_no_failure(
+    cluster, two_nodes, cluster_uri, tmp_path
+):
+    training = Training(cluster_uri, tmp_path, "steps=100000", "checkpoint_every=50000")
+    settings = ["--set", "num_workers=[1, 2]", "--set", "max_failures=0"]
+    job = start(cluster, *training.command, *settings)
+    wait_until(lambda: training.step() >= 5, job)
+    cluster.announce_loss(two_nodes[0], seconds=15)
+    wait_until(training.checkpoints, job)
+    wait_until(lambda: training.log()[-1]["world_size"] == 1, job)
+    [saved] = training.checkpoints()
+    resumed = next(entry["step"] for entry in training.log() if entry["world_size"] == 1)
+    assert resumed == saved + 1
+    names = {name for metric in METRICS.values() for name in metric.exported_names}
+    wanted = {name for name in names if "train" in name or "step" in name}
+    wait_until(lambda: wanted <= cluster.metrics(), job)
+    training.kill_driver(cluster)
+    job.kill()
+    job.communicate()
+    cluster.lose(two_nodes[0])

@@ -1,0 +1,45 @@
+"""Jobs of a `RayCluster`, submitted as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from ray_cluster import PROGRAM, RayCluster
+
+
+def start(cluster: RayCluster, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`one4all submit`, as its user sees it: one stream of lines."""
+    command = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
+    return subprocess.Popen(
+        [*command, "--program", PROGRAM, *arguments],
+        env=os.environ
+        | cluster.variables
+        | {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the option has to win
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(run: subprocess.Popen[str], *, timeout: float = 240) -> tuple[int, str]:
+    """Exit status and what was printed."""
+    try:
+        printed, _ = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        raise AssertionError(run.communicate()[0]) from None
+    assert "Traceback" not in printed, printed
+    return run.returncode, printed
+
+
+def read_until(run: subprocess.Popen[str], text: str) -> str:
+    """Lines up to one that holds a text."""
+    assert run.stdout is not None
+    lines = []
+    while (line := run.stdout.readline()) and text not in line:
+        lines.append(line)
+    assert line, "".join(lines)
+    return line
