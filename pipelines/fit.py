@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from one4all.codebook import Codebook, fit_codebook, name_codebook
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, load_encoder
-from one4all.errors import BadImageError, UsageError
+from one4all.errors import BadImageError, One4AllError, ShardError, UsageError
 from one4all.images import Pixels, decode, working_copy
 from one4all.ledger import list_shards
 from one4all.protector import Protector, ProtectorCard, golden_embedding
@@ -46,14 +46,16 @@ class Fit:
     Attributes:
         card: Of the protector.
         num_images: Looked at; 0 for a vocabulary.
-        num_bad: Could not be read, and were left out.
+        num_bad: Images that could not be read, and were left out.
         sizes_K: Images, or names, of each pattern.
+        bad_shards: Shards that could not be read to their end, and were left out, with the reason.
     """
 
     card: ProtectorCard
     num_images: int
     num_bad: int
     sizes_K: tuple[int, ...]
+    bad_shards: dict[str, str] = field(default_factory=dict)
 
 
 def fit(
@@ -74,7 +76,7 @@ def fit(
     Raises:
         UsageError: No source, or too few readable images or names for so many concepts.
         ConfigError: No such vocabulary.
-        StorageError, ShardError: The source cannot be read, or the output not written.
+        One4AllError: The source cannot be read, the output not written, or a worker was lost.
     """
     if not config.source:
         raise UsageError(
@@ -95,7 +97,8 @@ def fit(
     card = _publish(codebook, load_encoder(config.encoder), config, output, facts)
     output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
     sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts)
-    return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()))
+    bad_shards = {row["shard"]: row["error"] for row in found if row["error"]}
+    return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()), bad_shards)
 
 
 def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
@@ -157,7 +160,7 @@ def _embed_all(
 ) -> Iterator[dict[str, Any]]:
     with ray_session(config.ray):
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError
 
         workers, cpus, gpus = worker_layout(
             config.num_workers, config.cpus_per_worker, config.gpus_per_worker
@@ -169,8 +172,12 @@ def _embed_all(
             for row in pool.map_unordered(lambda a, shard: a.embed.remote(*shard), shards):
                 on_shard(row["shard"])
                 yield row
-        except RayTaskError as error:
-            raise error.cause from None
+        except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, One4AllError):
+                raise cause from None
+            reason = str(cause or error).strip().splitlines()[-1]
+            raise One4AllError(f"fit stopped: {reason}") from error
 
 
 class ShardEmbedder:
@@ -193,9 +200,14 @@ class ShardEmbedder:
 
         Returns:
             ``shard``; ``embeddings``, float32 (n, D), in the order of the shard; ``thumbnails``,
-            uint8 (m, 64, 64, 3), of the first m of them; ``num_bad``, drawn but not readable.
+            uint8 (m, 64, 64, 3), of the first m of them; ``num_bad``, drawn but not readable;
+            ``error``, why nothing of a damaged shard was taken.
         """
-        drawn = self._draw(uri, name, num_images)
+        error = ""
+        try:
+            drawn = self._draw(uri, name, num_images)
+        except ShardError as damage:
+            drawn, error = [], str(damage)
         working = [pixels for pixels in map(self._working_copy, drawn) if pixels is not None]
         parts = [
             self._embed(np.stack(working[start : start + _BATCH]))
@@ -207,6 +219,7 @@ class ShardEmbedder:
             "embeddings": np.concatenate([empty, *parts]),
             "thumbnails": [working_copy(p, _THUMBNAIL) for p in working[:num_thumbnails]],
             "num_bad": len(drawn) - len(working),
+            "error": error,
         }
 
     def _draw(self, uri: str, name: str, count: int) -> list[bytes]:
@@ -270,6 +283,7 @@ def describe(result: Fit, config: FitConfig) -> str:
     return (
         f"{len(result.sizes_K)} concepts of {kind}; the smallest has {min(result.sizes_K)}, "
         f"the largest {max(result.sizes_K)}\n"
-        f"protector {result.card.content_hash[:12]} written to {config.output}{look}\n"
+        + "".join(f"  left out: {name}: {why}\n" for name, why in result.bad_shards.items())
+        + f"protector {result.card.content_hash[:12]} written to {config.output}{look}\n"
         f"  one4all protect SOURCE DESTINATION --protector {shlex.quote(config.output)}"
     )

@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import pytest
-from builders import TINY_ENCODER, make_image, make_pixels, make_tar, read_members, write_corpus
+from builders import (
+    TINY_ENCODER,
+    make_image,
+    make_pixels,
+    make_samples,
+    make_tar,
+    read_members,
+    write_corpus,
+)
 
 from one4all.codebook import CodebookConfig
 from one4all.errors import UsageError
@@ -36,12 +44,13 @@ def test_fitted_codebook_protects_its_corpus_and_what_comes_later(tmp_path):
     assert len(shards) == 3
     assert (tmp_path / "book" / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert "1 could not be read" in describe(result, config)
+    assert not result.bad_shards
 
     out = str(tmp_path / "out")
     settings = ProtectConfig(protector=config.output, cpus_per_worker=1, output_format="lossless")
     (corpus / "bad.tar").unlink()
     assert protect(str(corpus), out, settings).exit_code == 0
-    write_corpus(corpus, num_shards=3)  # a third shard arrives
+    (corpus / "later.tar").write_bytes(make_tar(make_samples(5, seed=70)))
     assert protect(str(corpus), out, settings).num_protected_now == 1
     audit = verify(str(corpus), out, VerifyConfig())
     assert audit.ok, audit.problems
@@ -73,6 +82,17 @@ def test_codebook_of_names_sees_no_image_and_protects_any(tmp_path):
     clean = make_pixels(50, 60)
     difference = protector.protect([clean])[0].astype(int) - clean
     assert abs(difference).max() == 8
+
+
+def test_damaged_shard_is_left_out_and_named(tmp_path):
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    whole = (corpus / "shard-001.tar").read_bytes()
+    (corpus / "shard-001.tar").write_bytes(whole[: len(whole) // 2])
+    config = config_for(corpus, tmp_path / "book")
+    result = fit(config)
+    assert result.num_images == 5
+    assert [Path(name).name for name in result.bad_shards] == ["shard-001.tar"]
+    assert "left out: " in describe(result, config)
 
 
 def test_sample_is_drawn_evenly_from_every_shard(tmp_path):
