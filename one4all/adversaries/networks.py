@@ -64,7 +64,8 @@ def build_network(
         name: One of `NETWORKS`.
         num_classes: Width of the output.
         image_size: Side of the images in pixels, 16 or more.
-        width: 4 to 128; layers are rounded to what their blocks need.
+        width: 8 to 128; layers are rounded to what their blocks need. Below 8, gradients of the
+            convolutions corrupt the heap on CPUs without AVX-512 (oneDNN 3.12, torch 2.14.1).
         stem_stride: 1 or 2; below 128 pixels only.
 
     Returns:

@@ -56,7 +56,7 @@ class AdversaryConfig(BaseModel):
     initial: Literal["scratch", "fine_tune", "linear_probe"] = "scratch"
     weights: str = ""
     input_size: Annotated[int, Field(ge=0, le=1024)] = 0
-    width: Annotated[int, Field(ge=4, le=128)] = 16
+    width: Annotated[int, Field(ge=8, le=128)] = 16
     stem_stride: Literal[1, 2] = 2
     augmentation: Augmentation = "none"
     epochs: Annotated[int, Field(ge=1)] = 10

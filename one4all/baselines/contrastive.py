@@ -45,7 +45,7 @@ class LearnerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     algorithm: Literal["simclr", "simsiam"] = "simclr"
-    width: Annotated[int, Field(ge=4, le=128)] = 16
+    width: Annotated[int, Field(ge=8, le=128)] = 16
     stem_stride: Literal[1, 2] = 2
     projection_dim: Annotated[int, Field(ge=8, le=2048)] = 128
     temperature: Annotated[float, Field(gt=0)] = 0.5

@@ -42,7 +42,7 @@ class SurrogateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    width: Annotated[int, Field(ge=4, le=128)] = 16
+    width: Annotated[int, Field(ge=8, le=128)] = 16
     stem_stride: Literal[1, 2] = 2
     augmentation: Literal["none", "flip_crop"] = "none"
     batch_size: Annotated[int, Field(ge=2)] = 128

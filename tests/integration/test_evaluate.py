@@ -18,7 +18,7 @@ def config(tmp_path) -> EvaluateConfig:
         (tmp_path / split).mkdir()
         samples = make_samples(40, seed=seed)
         (tmp_path / split / "s.tar").write_bytes(make_tar(samples))
-    adversary = {"width": 4, "epochs": 1, "batch_size": 8}
+    adversary = {"width": 8, "epochs": 1, "batch_size": 8}
     return EvaluateConfig.model_validate(
         {
             "output": str(tmp_path / "out"),
