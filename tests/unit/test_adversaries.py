@@ -14,7 +14,7 @@ from one4all.errors import ConfigError, UsageError
 from one4all.labelled import LabelledImages
 
 CPU = torch.device("cpu")
-QUICK = AdversaryConfig(width=8, epochs=3, batch_size=32)
+QUICK = AdversaryConfig(width=8, epochs=4, batch_size=16)
 
 
 def separable(count: int, *, seed: int, size: int = 16) -> LabelledImages:
