@@ -15,7 +15,7 @@ Shape suffixes: M patterns, C colour channels, h w perturbation grid.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from one4all.baselines.base import Arrays, FittedCard, FittedMethod, make_card
 from one4all.baselines.surrogate import check_classes
 from one4all.baselines.transfer import ClassWise
+from one4all.codebook import DEFAULT_CELLS, draw_patterns, enlarge
 from one4all.labelled import LabelledImages, Labels
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
 
@@ -75,17 +76,20 @@ class ControlConfig(BaseModel):
 
 
 class PatternConfig(ControlConfig):
-    """Block patterns.
+    """Which fixed patterns.
 
     Attributes:
-        block: Side of a block in pixels.
+        kind: "blocks": random colours, `class_patterns`. "codebook": those of our codebooks,
+            `one4all.codebook.draw_patterns`, which are learnt sooner.
+        block: Side of a block in pixels; "codebook" ignores it.
     """
 
+    kind: Literal["blocks", "codebook"] = "blocks"
     block: Annotated[int, Field(ge=1)] = 8
 
 
 class ConceptOracleConfig(PatternConfig):
-    """Block patterns, some of them wrong.
+    """Fixed patterns, some of them wrong.
 
     Attributes:
         purity: Share of images that get their own class's pattern, 0..1.
@@ -184,7 +188,7 @@ def fit_constant(
     seed: int,
     **unused: object,
 ) -> Constant:
-    """One block pattern for all images: tells a universal perturbation from one by class."""
+    """One pattern for all images: tells a universal perturbation from one by class."""
     card = make_card(Constant, "constant", images, config, epsilon_levels=epsilon_levels, seed=seed)
     return Constant(card, _patterns(1, images, config, epsilon_levels, seed)[0])
 
@@ -229,7 +233,7 @@ def fit_class_oracle(
     seed: int,
     **unused: object,
 ) -> ClassWise:
-    """One block pattern per true class."""
+    """One pattern per true class."""
     card = make_card(
         ClassWise, "class_oracle", images, config, epsilon_levels=epsilon_levels, seed=seed
     )
@@ -244,7 +248,7 @@ def fit_concept_oracle(
     seed: int,
     **unused: object,
 ) -> ConceptOracle:
-    """Block patterns of the true classes at a chosen purity.
+    """Patterns of the true classes at a chosen purity.
 
     Raises:
         UsageError: Only one class.
@@ -259,6 +263,9 @@ def fit_concept_oracle(
 def _patterns(
     num: int, images: LabelledImages, config: PatternConfig, epsilon: int, seed: int
 ) -> Levels:
+    if config.kind == "codebook":
+        patterns = enlarge(draw_patterns(num, DEFAULT_CELLS, seed=seed))
+        return epsilon * patterns.permute(0, 2, 3, 1).numpy()
     return class_patterns(
         num, images.size, epsilon_levels=epsilon, seed=seed, block=min(config.block, images.size)
     )

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from builders import TINY_ENCODER, make_pixels
 
-from one4all.codebook import Codebook, CodebookConfig, fit_codebook, name_codebook
+from one4all.codebook import (
+    Codebook,
+    CodebookConfig,
+    draw_patterns,
+    fit_codebook,
+    name_codebook,
+)
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.protector import Protector, ProtectorCard, golden_embedding
@@ -33,6 +39,14 @@ def test_images_of_one_concept_get_one_pattern_at_the_edge_of_the_budget():
         assert (of_concept == of_concept[0]).all()
     assert len(delta.unique(dim=0)) == 3
     assert torch.equal(codebook.concepts(embeddings), assignment)
+
+
+@pytest.mark.parametrize("cells", [1, 3, 4])
+def test_patterns_look_the_same_in_a_mirror_and_have_no_gray_cell(cells):
+    signs = draw_patterns(50, cells, seed=0)
+    assert signs.shape == (50, 3, cells, cells)
+    assert torch.equal(signs, signs.flip(3))
+    assert set(signs.int().sum(1).unique().tolist()) == {-1, 1}
 
 
 def test_new_images_go_to_the_concept_of_their_kind_whatever_they_show_beside():
