@@ -1,4 +1,4 @@
-"""k-means and what is read off it: purity, label merging, quality of a number of clusters.
+"""k-means, Ward's trees and what is read off clusters: purity, merged labels, quality of a number.
 
 Shape suffixes: N points, K clusters, D features, C classes.
 """
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.cluster import hierarchy
 from torch import Tensor
 
 from one4all.errors import UsageError
@@ -46,11 +47,7 @@ def k_means(
 
     Source: Lloyd 1982; Arthur and Vassilvitskii 2007.
     """
-    if len(features_ND) < num_clusters:
-        raise UsageError(
-            f"{num_clusters} clusters of {len(features_ND)} points are not possible; ask for at "
-            f"most {len(features_ND)}"
-        )
+    _check_enough(features_ND, num_clusters)
     random = np.random.default_rng(seed)
     best: tuple[float, Tensor, Tensor] | None = None
     for _ in range(restarts):
@@ -67,6 +64,36 @@ def k_means(
             best = (spread, centres, assignment)
     assert best is not None
     return best[1], best[2]
+
+
+def ward(features_ND: Tensor, num_clusters: int) -> Tensor:
+    """Merge the two clusters that lose least by it, until so many are left.
+
+    Nothing is drawn. Keeps the distances of all pairs: for vocabularies, not for corpora.
+
+    Args:
+        features_ND: float32 (N, D).
+        num_clusters: K, at most N.
+
+    Returns:
+        Cluster of each feature, int64 (N,), numbered 0..K-1.
+
+    Raises:
+        UsageError: Fewer features than clusters.
+
+    Source: Ward 1963.
+    """
+    _check_enough(features_ND, num_clusters)
+    tree = hierarchy.linkage(features_ND.double().numpy(), "ward")
+    return torch.from_numpy(hierarchy.cut_tree(tree, num_clusters)[:, 0].astype(np.int64))
+
+
+def _check_enough(features_ND: Tensor, num_clusters: int) -> None:
+    if len(features_ND) < num_clusters:
+        raise UsageError(
+            f"{num_clusters} clusters of {len(features_ND)} points are not possible; ask for at "
+            f"most {len(features_ND)}"
+        )
 
 
 def cluster_purity(

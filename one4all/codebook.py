@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from one4all.clustering import k_means, nearest
+from one4all.clustering import k_means, nearest, ward
 from one4all.errors import UsageError
 
 DEFAULT_CELLS = 4
@@ -109,11 +109,7 @@ def fit_codebook(
     Raises:
         UsageError: Fewer images than concepts.
     """
-    if len(embeddings_ND) < config.num_concepts:
-        raise UsageError(
-            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
-            "give more images or names, or a smaller num_concepts"
-        )
+    _check_enough(embeddings_ND, config)
     centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
     codebook = Codebook(config, embeddings_ND.shape[1])
     codebook.centres_KD.copy_(centres_KD)
@@ -128,8 +124,8 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
 
     Args:
         embeddings_ND: L2-normalised text embeddings of a vocabulary, float32 (N, D).
-        config: ``num_concepts`` patterns, each for a cluster of names.
-        seed: Of the clusters' starts and the patterns.
+        config: ``num_concepts`` patterns, each for a group of names (Ward's tree, cut there).
+        seed: Of the patterns.
 
     Returns:
         A codebook of N concepts, many with the same pattern.
@@ -137,13 +133,22 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
     Raises:
         UsageError: Fewer names than patterns.
     """
-    book, cluster_N = fit_codebook(embeddings_ND, config, seed=seed)
+    _check_enough(embeddings_ND, config)
+    groups_N = ward(embeddings_ND, config.num_concepts)
     names = Codebook(
         config.model_copy(update={"num_concepts": len(embeddings_ND)}), embeddings_ND.shape[1]
     )
     names.centres_KD.copy_(embeddings_ND)
-    names.signs_KCgg.copy_(book.signs_KCgg[cluster_N])
+    names.signs_KCgg.copy_(draw_patterns(config.num_concepts, config.cells, seed=seed)[groups_N])
     return names
+
+
+def _check_enough(embeddings_ND: Tensor, config: CodebookConfig) -> None:
+    if len(embeddings_ND) < config.num_concepts:
+        raise UsageError(
+            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
+            "give more images or names, or a smaller num_concepts"
+        )
 
 
 def draw_patterns(num_patterns: int, cells: int, *, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from one4all.baselines.surrogate import SurrogateConfig, flip_and_shift, to_leve
 from one4all.baselines.tap import TapConfig
 from one4all.baselines.tue import TueConfig, class_separability
 from one4all.baselines.unlearnable_clusters import UnlearnableClustersConfig
-from one4all.clustering import k_means
+from one4all.clustering import k_means, ward
 from one4all.codebook import CodebookConfig
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
@@ -310,16 +310,18 @@ def test_own_clusters_are_the_nearest_centres():
     assert len(np.unique(fitted.own_N)) == 5
 
 
-def test_k_means_finds_clusters_that_are_there():
+@pytest.mark.parametrize(
+    "cluster", [lambda features, k: k_means(features, k, seed=0)[1], ward], ids=["k_means", "ward"]
+)
+def test_clusters_that_are_there_are_found(cluster):
     random = np.random.default_rng(0)
     centres = 10 * random.normal(size=(6, 8))
     truth = np.repeat(np.arange(6), 20)
     features = torch.from_numpy((centres[truth] + random.normal(size=(120, 8))).astype(np.float32))
-    _, assignment = k_means(features, 6, seed=0)
-    pairs = set(zip(truth.tolist(), assignment.tolist(), strict=True))
+    pairs = set(zip(truth.tolist(), cluster(features, 6).tolist(), strict=True))
     assert len(pairs) == 6
     with pytest.raises(UsageError, match="ask for at most 120"):
-        k_means(features, 121, seed=0)
+        cluster(features, 121)
 
 
 def test_k_means_survives_equal_features():
