@@ -117,7 +117,8 @@ def _evaluation_config(folder: Path, source: str, target: str) -> EvaluateConfig
             f"Adversary: ResNet18 of width {ADVERSARY.width}, from scratch, {ADVERSARY.epochs} "
             f"epochs, augmentation {ADVERSARY.augmentation}, tested on clean images. Every copy "
             "is within 8 levels of 255. The class-wise oracle uses the true labels and is no "
-            "method: it shows that the bench can see protection."
+            "method: it shows that the bench can see protection. These are drawings, of which the "
+            "encoder knows little: the hard case. Photographs: RESULTS.md."
         ),
         data=(CORPUS,),
         methods=(
@@ -225,7 +226,7 @@ def _sections(
             text=[
                 f"{config.steps} steps of {config.num_workers} x {config.batch_size} images on "
                 f"{TRAINING_CORPUS}, with Ray Train. A short run, to show that it works: the "
-                "corpus above is protected with the shipped protector, which trained for longer.",
+                "corpus above is protected with the shipped protector, which needs no training.",
             ],
             table=[
                 ("metric", "first step", "last step", "wanted"),

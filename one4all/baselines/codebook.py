@@ -41,9 +41,7 @@ class CodebookMethodConfig(BaseModel):
 
 PRESETS: dict[str, CodebookMethodConfig] = {
     "default": CodebookMethodConfig(),
-    "names": CodebookMethodConfig(
-        codebook=CodebookConfig(num_concepts=200), vocabulary="imagenet1k"
-    ),
+    "names": CodebookMethodConfig(vocabulary="imagenet1k"),  # what ships as "default"
     # For pictures of 32 to 64 pixels, of which a larger input shows no more.
     "small": CodebookMethodConfig(encoder=EncoderConfig(input_size=128)),
 }
