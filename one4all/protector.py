@@ -46,8 +46,8 @@ class ProtectorCard(BaseModel):
         encoder_hash: `Encoder.content_hash` at training.
         golden_embedding: Digest of the embedding of a fixed test image. Catches what a hash of
             weights cannot: another activation, another library version.
-        vocabulary, concept_bank_hash: Concepts of the training objective, and the identity of their
-            text embeddings; both empty for a codebook, which has concepts of its own.
+        vocabulary, concept_bank_hash: Concepts of the training objective or of a codebook of names,
+            and the identity of their text embeddings; empty for a codebook fitted to images.
         generator: Of a trained network, or of a codebook.
         working_size: Side in pixels of the copy that encoder and generator see.
         epsilon_levels: Budget in 8-bit levels.
@@ -167,7 +167,7 @@ class Protector:
         """Load a protector by name, path or URI.
 
         Args:
-            protector: Name of a shipped one (``default``), a folder, or ``s3://bucket/prefix``.
+            protector: Name of a shipped one (``default``, ``14a``), a folder, or ``s3://bucket/prefix``.
             encoder: Use this one instead of loading the card's; it must have the same content.
 
         Raises:

@@ -5,8 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from builders import make_pixels, make_protector
 
+from one4all.codebook import CodebookConfig, name_codebook
+from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
 from one4all.protector import CARD, WEIGHTS, Protector, load_card
@@ -46,16 +49,27 @@ def test_budget_of_the_card_is_used():
     assert np.abs(protector.protect([clean])[0].astype(int) - clean).max() == 2
 
 
-def test_shipped_protector_loads_and_changes_pictures():
-    protector = Protector.load("default")
+@pytest.mark.parametrize(("name", "verb"), [("default", "fit"), ("14a", "train")])
+def test_shipped_protectors_load_and_change_pictures(name, verb):
+    protector = Protector.load(name)
     clean = make_pixels(100, 120)
     difference = np.abs(protector.protect([clean])[0].astype(int) - clean)
     assert 2 <= difference.max() <= 8
-    assert protector.card.training["command"].startswith("one4all train")
+    assert protector.card.training["command"].startswith(f"one4all {verb}")
+
+
+def test_what_ships_is_what_its_command_makes():
+    protector = Protector.load("default")
+    config = CodebookConfig(num_concepts=protector.card.training["num_concepts"])
+    bank = ConceptBank.build(protector.card.vocabulary, protector.encoder)
+    again = name_codebook(bank.embeddings, config, seed=protector.card.training["seed"])
+    shipped = protector.generator.state_dict()
+    torch.testing.assert_close(shipped["centres_KD"], again.centres_KD)
+    assert torch.equal(shipped["signs_KCgg"], again.signs_KCgg)
 
 
 def test_missing_protector_lists_what_there_is(tmp_path):
-    with pytest.raises(ProtectorError, match="one of default"):
+    with pytest.raises(ProtectorError, match="one of 14a, default"):
         Protector.load(str(tmp_path / "none"))
 
 
