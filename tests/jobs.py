@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from ray_cluster import PROGRAM, RayCluster
 
@@ -18,6 +19,21 @@ def start(cluster: RayCluster, *arguments: str, **environment: str) -> subproces
         | cluster.variables
         | {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the option has to win
         | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_with_ray(
+    cluster: RayCluster, working_dir: Path, *arguments: str
+) -> subprocess.Popen[str]:
+    """The same by Ray's own command, which uploads a folder and knows nothing of ours."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+    command += ["--address", cluster.address, "--working-dir", str(working_dir), "--"]
+    return subprocess.Popen(
+        [*command, *PROGRAM.split(), *arguments],
+        env=os.environ | cluster.variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -14,7 +14,7 @@ from statistics import mean
 import pytest
 import yaml
 from builders import write_corpus
-from jobs import finish, start
+from jobs import finish, start, start_with_ray
 from ray_cluster import PROGRAM, ROOT
 
 from one4all.errors import AccessError, NotFoundError
@@ -63,9 +63,8 @@ def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tm
     corpus = write_corpus(tmp_path / "in", num_shards=10, num_samples=60)
     source, destination = upload(corpus, f"{cluster_uri}/in"), f"{cluster_uri}/out"
     ledger = Ledger(open_storage(destination))
-    job = start(
-        cluster, "protect", source, destination, "--protector", protector, "--set", "batch_size=4"
-    )
+    small = ["--protector", protector, "--set", "batch_size=4"]
+    job = start_with_ray(cluster, tmp_path, "protect", source, destination, *small)
     wait_until(lambda: len(ledger.done()) >= 2, job)
     cluster.lose(two_nodes[0])
     assert len(ledger.done()) < 10, "the node was lost too late"
