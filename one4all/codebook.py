@@ -107,9 +107,9 @@ def fit_codebook(
         The codebook, and the concept of each image, int64 (N,).
 
     Raises:
-        UsageError: Fewer images than concepts.
+        UsageError: Fewer images than concepts, or fewer different patterns.
     """
-    _check_enough(embeddings_ND, config)
+    _check_possible(embeddings_ND, config)
     centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
     codebook = Codebook(config, embeddings_ND.shape[1])
     codebook.centres_KD.copy_(centres_KD)
@@ -131,9 +131,9 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
         A codebook of N concepts, many with the same pattern.
 
     Raises:
-        UsageError: Fewer names than patterns.
+        UsageError: Fewer names than patterns asked for, or fewer different patterns.
     """
-    _check_enough(embeddings_ND, config)
+    _check_possible(embeddings_ND, config)
     groups_N = ward(embeddings_ND, config.num_concepts)
     names = Codebook(
         config.model_copy(update={"num_concepts": len(embeddings_ND)}), embeddings_ND.shape[1]
@@ -143,11 +143,17 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
     return names
 
 
-def _check_enough(embeddings_ND: Tensor, config: CodebookConfig) -> None:
+def _check_possible(embeddings_ND: Tensor, config: CodebookConfig) -> None:
     if len(embeddings_ND) < config.num_concepts:
         raise UsageError(
             f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
             "give more images or names, or a smaller num_concepts"
+        )
+    num_patterns = len(_COLOURS) ** (config.cells * -(-config.cells // 2))
+    if config.num_concepts > num_patterns:
+        raise UsageError(
+            f"there are {num_patterns} different patterns of {config.cells}x{config.cells} cells "
+            f"and not {config.num_concepts}; ask for more cells or a smaller num_concepts"
         )
 
 
@@ -157,15 +163,15 @@ def draw_patterns(num_patterns: int, cells: int, *, seed: int) -> Tensor:
     Left mirrors right, so an adversary that flips its images still sees one pattern and not two.
     No cell is gray: photos vary most in brightness, which would drown it. With neither, a network
     that sees each pattern on random photos has learnt nothing in the time in which it learns a
-    fifth of these (RESULTS.md, section 4).
+    fifth of these (RESULTS.md, section 2).
 
     Args:
         num_patterns: Of them.
         cells: A side.
         seed: Same seed, same patterns.
     """
-    generator = torch.Generator().manual_seed(seed)
     shape = (num_patterns, cells, -(-cells // 2))
+    generator = torch.Generator().manual_seed(seed)
     half = _COLOURS[torch.randint(len(_COLOURS), shape, generator=generator)]
     mirrored = torch.cat([half, half[:, :, : cells // 2].flip(2)], dim=2)
     return mirrored.permute(0, 3, 1, 2).contiguous()
