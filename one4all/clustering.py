@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.cluster import hierarchy
 from torch import Tensor
 
 from one4all.errors import UsageError
@@ -83,6 +82,8 @@ def ward(features_ND: Tensor, num_clusters: int) -> Tensor:
 
     Source: Ward 1963.
     """
+    from scipy.cluster import hierarchy  # a third of a second, which no protect worker needs
+
     _check_enough(features_ND, num_clusters)
     tree = hierarchy.linkage(features_ND.double().numpy(), "ward")
     return torch.from_numpy(hierarchy.cut_tree(tree, num_clusters)[:, 0].astype(np.int64))
