@@ -13,16 +13,9 @@ from ray_cluster import PROGRAM, RayCluster
 def start(cluster: RayCluster, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """`one4all submit`, as its user sees it: one stream of lines."""
     command = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
-    return subprocess.Popen(
-        [*command, "--program", PROGRAM, *arguments],
-        env=os.environ
-        | cluster.variables
-        | {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the option has to win
-        | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command += ["--program", PROGRAM, *arguments]
+    wrong = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the option has to win
+    return _start(command, cluster.variables | wrong | environment)
 
 
 def start_with_ray(
@@ -31,9 +24,13 @@ def start_with_ray(
     """The same by Ray's own command, which uploads a folder and knows nothing of ours."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     command += ["--address", cluster.address, "--working-dir", str(working_dir), "--"]
+    return _start([*command, *PROGRAM.split(), *arguments], cluster.variables)
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*command, *PROGRAM.split(), *arguments],
-        env=os.environ | cluster.variables,
+        command,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
