@@ -167,7 +167,8 @@ class Protector:
         """Load a protector by name, path or URI.
 
         Args:
-            protector: Name of a shipped one (``default``, ``14a``), a folder, or ``s3://bucket/prefix``.
+            protector: Name of a shipped one (``default``, ``14a``), a folder, or
+                ``s3://bucket/prefix``.
             encoder: Use this one instead of loading the card's; it must have the same content.
 
         Raises:
