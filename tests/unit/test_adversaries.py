@@ -10,6 +10,7 @@ from one4all.adversaries import NETWORKS, PRESETS, AdversaryConfig, build_networ
 from one4all.adversaries.augmentation import augment
 from one4all.adversaries.classifier import build_classifier
 from one4all.adversaries.networks import NarrowResNet18
+from one4all.adversaries.training import learning_rate_at
 from one4all.errors import ConfigError, UsageError
 from one4all.labelled import LabelledImages
 
@@ -179,11 +180,22 @@ def test_same_seed_same_result(augmentation, tmp_path):
 
 def test_adversary_options_train():
     train = separable(256, seed=0)
-    for update in ({"optimizer": "adamw", "learning_rate": 1e-2}, {"precision": "bfloat16"}):
+    for update in (
+        {"optimizer": "adamw", "learning_rate": 1e-2},
+        {"precision": "bfloat16"},
+        {"warm_up": 0.3},
+    ):
         config = QUICK.model_copy(update=update)
         assert train_adversary(train, train, config, seed=0).peak > 0.8
     with pytest.raises(UsageError, match="read both at the same size"):
         train_adversary(train, separable(8, seed=0, size=32), QUICK, seed=0)
+
+
+def test_learning_rate_rises_and_then_falls_as_cosine():
+    config = AdversaryConfig(learning_rate=0.4, final_learning_rate=0.2, warm_up=0.5)
+    rates = [learning_rate_at(progress, config) for progress in (0, 0.25, 0.5, 0.75, 1)]
+    np.testing.assert_allclose(rates, [0, 0.2, 0.4, 0.3, 0.2])
+    assert learning_rate_at(0, AdversaryConfig(learning_rate=0.4)) == 0.4
 
 
 def test_presets_are_valid_and_the_papers_is_full():
