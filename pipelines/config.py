@@ -157,6 +157,8 @@ class TrainConfig(TrainerConfig, JobConfig):
         num_workers: Ray Train workers: a number, or the range [least, most], within which Ray takes
             as many as fit, when it starts and after each lost node. Each takes ``gpus_per_worker``
             GPUs (below 0: 1 if there is any) and ``cpus_per_worker`` CPUs.
+        resize_seconds: How often a group of a range looks whether more workers fit. Growing costs a
+            restart, and the steps since the last checkpoint.
         max_failures: Restarts after a lost worker; of nodes whose end was announced, any number.
         lease_seconds: Life of the lease that keeps a second run off the run folder; renewed four
             times in it.
@@ -169,6 +171,7 @@ class TrainConfig(TrainerConfig, JobConfig):
     num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = -1
+    resize_seconds: Annotated[float, Field(ge=1)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 3
     lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
     ray: RayConfig = RayConfig()

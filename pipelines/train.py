@@ -95,6 +95,7 @@ def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float
             train_loop_config={"config": config.model_dump_json(), "board": board},
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
+                elastic_resize_monitor_interval_s=config.resize_seconds,
                 use_gpu=gpus > 0,
                 resources_per_worker={
                     "CPU": config.cpus_per_worker,
@@ -172,6 +173,7 @@ def _refuse_other_run(config: TrainConfig) -> None:
         "num_workers",
         "cpus_per_worker",
         "gpus_per_worker",
+        "resize_seconds",
         "max_failures",
         "log_every",
         "lease_seconds",

@@ -221,12 +221,12 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     assert Protector.load(training.output).card.name == "protector"
 
 
-def test_announced_loss_saves_a_checkpoint_and_is_no_failure(
+def test_announced_loss_and_a_new_node_resize_the_group_without_a_failure(
     cluster, two_nodes, cluster_uri, tmp_path
 ):
     training = Training(cluster_uri, tmp_path, "steps=100000", "checkpoint_every=50000")
-    settings = ["--set", "num_workers=[1, 2]", "--set", "max_failures=0"]
-    job = start(cluster, *training.command, *settings)
+    settings = ["num_workers=[1, 2]", "max_failures=0", "resize_seconds=5"]
+    job = start(cluster, *training.command, *(f"--set={setting}" for setting in settings))
     wait_until(lambda: training.step() >= 5, job)
     cluster.announce_loss(two_nodes[0], seconds=15)
     wait_until(training.checkpoints, job)
@@ -234,6 +234,11 @@ def test_announced_loss_saves_a_checkpoint_and_is_no_failure(
     [saved] = training.checkpoints()
     resumed = next(entry["step"] for entry in training.log() if entry["world_size"] == 1)
     assert resumed == saved + 1
+    cluster.add_node()
+    wait_until(lambda: training.log()[-1]["world_size"] == 2, job)
+    log = training.log()
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
+    assert {entry["world_size"] for entry in log[saved:]} == {2}
     names = {name for metric in METRICS.values() for name in metric.exported_names}
     wanted = {name for name in names if "train" in name or "step" in name}
     wait_until(lambda: wanted <= cluster.metrics(), job)
