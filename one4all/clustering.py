@@ -1,10 +1,11 @@
-"""k-means, Ward's trees and what is read off clusters: purity, merged labels, quality of a number.
+"""k-means, Ward's tree and what is read off clusters: purity, merged labels, quality of a number.
 
 Shape suffixes: N points, K clusters, D features, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -65,17 +66,19 @@ def k_means(
     return best[1], best[2]
 
 
-def ward(features_ND: Tensor, num_clusters: int) -> Tensor:
-    """Merge the two clusters that lose least by it, until so many are left.
+def ward(features_ND: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One tree of clusters, cut several times: always merge the two that lose least by it.
 
-    Nothing is drawn. Keeps the distances of all pairs: for vocabularies, not for corpora.
+    Nothing is drawn. Keeps the distances of all pairs: for vocabularies and centres, not for
+    corpora.
 
     Args:
         features_ND: float32 (N, D).
-        num_clusters: K, at most N.
+        sizes: Number of clusters K of each cut, at most N.
 
     Returns:
-        Cluster of each feature, int64 (N,), numbered 0..K-1.
+        For each cut the cluster of each feature, int64 (cuts, N), numbered 0..K-1. A finer cut
+        splits the clusters of a coarser one.
 
     Raises:
         UsageError: Fewer features than clusters.
@@ -84,9 +87,10 @@ def ward(features_ND: Tensor, num_clusters: int) -> Tensor:
     """
     from scipy.cluster import hierarchy  # a third of a second, which no protect worker needs
 
-    _check_enough(features_ND, num_clusters)
+    _check_enough(features_ND, max(sizes))
     tree = hierarchy.linkage(features_ND.double().numpy(), "ward")
-    return torch.from_numpy(hierarchy.cut_tree(tree, num_clusters)[:, 0].astype(np.int64))
+    cuts = [hierarchy.cut_tree(tree, size)[:, 0] for size in sizes]
+    return torch.from_numpy(np.stack(cuts).astype(np.int64))
 
 
 def _check_enough(features_ND: Tensor, num_clusters: int) -> None:

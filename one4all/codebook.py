@@ -3,18 +3,24 @@
     k(x)  = argmin_k |E_I(x) - c_k|          the nearest of K concepts
     delta = epsilon * pattern_k(x)           the same for all images of the concept
 
-Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary. No
-label is read, at fitting or at protection, and nothing is trained. It is the other kind of
+Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
+Like concepts have like patterns: a tree of the concepts is cut into ever finer groups, and each
+cell of a pattern is coloured by the group in which its concept is at one cut. So a class that
+spreads over several concepts still has most of its cells in common.
+
+No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute.
 What it protects, and what it does not, is measured in RESULTS.md.
 
-Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, h w grid.
+Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, h w grid, F
+cells with a colour of their own.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,15 +42,19 @@ class CodebookConfig(BaseModel):
     """Size of a codebook.
 
     Attributes:
-        num_concepts: K. More concepts are purer, but give a class of the adversary several
-            patterns; about the number of kinds of things in the corpus is a good start.
+        num_concepts: K, and the number of groups by which the last cell is coloured. Several for
+            each kind of thing in the corpus; more are purer.
+        coarsest: Number of groups by which the first cell is coloured; those of the cells between
+            grow geometrically. At ``num_concepts`` or above, patterns of like concepts are no more
+            alike than others.
         cells: Cells of a pattern a side. Few and large ones are learnt fastest and survive
             resizing: 4 on Caltech-101 (docs/method.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_concepts: Annotated[int, Field(ge=2, le=100_000)]
+    num_concepts: Annotated[int, Field(ge=2, le=10_000)]
+    coarsest: Annotated[int, Field(ge=2)] = 12
     cells: Annotated[int, Field(ge=1, le=64)] = DEFAULT_CELLS
 
 
@@ -107,74 +117,90 @@ def fit_codebook(
         The codebook, and the concept of each image, int64 (N,).
 
     Raises:
-        UsageError: Fewer images than concepts, or fewer different patterns.
+        UsageError: Fewer images than concepts.
     """
-    _check_possible(embeddings_ND, config)
+    _check_enough(embeddings_ND, config)
     centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
-    codebook = Codebook(config, embeddings_ND.shape[1])
-    codebook.centres_KD.copy_(centres_KD)
-    codebook.signs_KCgg.copy_(draw_patterns(config.num_concepts, config.cells, seed=seed))
-    return codebook, assignment_N
+    return _codebook(centres_KD, config, seed), assignment_N
 
 
 def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -> Codebook:
-    """A codebook that has seen no image: concepts are names, and like names share a pattern.
+    """A codebook that has seen no image: its concepts are names.
 
     Made once, it protects any corpus by inference alone; a corpus's own codebook is purer.
 
     Args:
         embeddings_ND: L2-normalised text embeddings of a vocabulary, float32 (N, D).
-        config: ``num_concepts`` patterns, each for a group of names (Ward's tree, cut there).
+        config: ``num_concepts`` is the number of groups of the finest cut, at most N.
         seed: Of the patterns.
 
     Returns:
-        A codebook of N concepts, many with the same pattern.
+        A codebook of N concepts.
 
     Raises:
-        UsageError: Fewer names than patterns asked for, or fewer different patterns.
+        UsageError: Fewer names than groups asked for.
     """
-    _check_possible(embeddings_ND, config)
-    groups_N = ward(embeddings_ND, config.num_concepts)
-    names = Codebook(
-        config.model_copy(update={"num_concepts": len(embeddings_ND)}), embeddings_ND.shape[1]
-    )
-    names.centres_KD.copy_(embeddings_ND)
-    names.signs_KCgg.copy_(draw_patterns(config.num_concepts, config.cells, seed=seed)[groups_N])
-    return names
+    _check_enough(embeddings_ND, config)
+    return _codebook(embeddings_ND, config, seed)
 
 
-def _check_possible(embeddings_ND: Tensor, config: CodebookConfig) -> None:
+def _check_enough(embeddings_ND: Tensor, config: CodebookConfig) -> None:
     if len(embeddings_ND) < config.num_concepts:
         raise UsageError(
             f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
             "give more images or names, or a smaller num_concepts"
         )
-    num_patterns = len(_COLOURS) ** (config.cells * -(-config.cells // 2))
-    if config.num_concepts > num_patterns:
-        raise UsageError(
-            f"there are {num_patterns} different patterns of {config.cells}x{config.cells} cells "
-            f"and not {config.num_concepts}; ask for more cells or a smaller num_concepts"
-        )
+
+
+def _codebook(centres_KD: Tensor, config: CodebookConfig, seed: int) -> Codebook:
+    num_cells = _num_cells(config.cells)
+    sizes = np.geomspace(min(config.coarsest, config.num_concepts), config.num_concepts, num_cells)
+    groups_FK = ward(centres_KD, [round(size) for size in sizes])
+    concepts = len(centres_KD)
+    codebook = Codebook(config.model_copy(update={"num_concepts": concepts}), centres_KD.shape[1])
+    codebook.centres_KD.copy_(centres_KD)
+    codebook.signs_KCgg.copy_(_colour(groups_FK, config.cells, seed))
+    return codebook
+
+
+# --- patterns --------------------------------------------------------------------------------
 
 
 def draw_patterns(num_patterns: int, cells: int, *, seed: int) -> Tensor:
-    """Random patterns that a network reads soon, int8 (num_patterns, 3, cells, cells), -1 or 1.
+    """Patterns of concepts of which none is like another.
+
+    Args:
+        num_patterns: K.
+        cells: A side.
+        seed: Same seed, same patterns.
+
+    Returns:
+        int8 (K, 3, cells, cells), -1 or 1.
+    """
+    return _colour(torch.arange(num_patterns).expand(_num_cells(cells), -1), cells, seed)
+
+
+def _colour(groups_FK: Tensor, cells: int, seed: int) -> Tensor:
+    """Give each cell of each concept the colour of its group: patterns that a network reads soon.
 
     Left mirrors right, so an adversary that flips its images still sees one pattern and not two.
     No cell is gray: photos vary most in brightness, which would drown it. With neither, a network
     that sees each pattern on random photos has learnt nothing in the time in which it learns a
     fifth of these (RESULTS.md, section 2).
-
-    Args:
-        num_patterns: Of them.
-        cells: A side.
-        seed: Same seed, same patterns.
     """
-    shape = (num_patterns, cells, -(-cells // 2))
     generator = torch.Generator().manual_seed(seed)
-    half = _COLOURS[torch.randint(len(_COLOURS), shape, generator=generator)]
+    coloured = []
+    for groups_K in groups_FK:
+        shuffled = torch.randperm(int(groups_K.max()) + 1, generator=generator)
+        coloured.append(_COLOURS[shuffled[groups_K] % len(_COLOURS)])  # each on as many groups
+    half = torch.stack(coloured, dim=1).view(groups_FK.shape[1], cells, -1, 3)
     mirrored = torch.cat([half, half[:, :, : cells // 2].flip(2)], dim=2)
     return mirrored.permute(0, 3, 1, 2).contiguous()
+
+
+def _num_cells(cells: int) -> int:
+    """F: the left half, with the column in the middle; the right half mirrors it."""
+    return cells * -(-cells // 2)
 
 
 def enlarge(signs_KCgg: Tensor) -> Tensor:

@@ -89,13 +89,15 @@ def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float
         _, _, gpus = worker_layout(
             config.max_workers, config.cpus_per_worker, config.gpus_per_worker
         )
-        num_workers: Any = config.num_workers  # a range, too, which the type of Ray's field denies
+        workers: dict[str, Any] = {  # Ray's types know neither a range nor the seconds
+            "num_workers": config.num_workers,
+            "elastic_resize_monitor_interval_s": config.resize_seconds,
+        }
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config.model_dump_json(), "board": board},
             scaling_config=ScalingConfig(
-                num_workers=num_workers,
-                elastic_resize_monitor_interval_s=config.resize_seconds,
+                **workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={
                     "CPU": config.cpus_per_worker,

@@ -34,8 +34,8 @@ class CodebookMethodConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    encoder: EncoderConfig = EncoderConfig(input_size=160)
-    codebook: CodebookConfig = CodebookConfig(num_concepts=100)
+    encoder: EncoderConfig = EncoderConfig(input_size=224)
+    codebook: CodebookConfig = CodebookConfig(num_concepts=400)
     vocabulary: str = ""
 
 

@@ -76,10 +76,18 @@ def test_like_names_share_a_pattern_and_an_image_gets_that_of_the_nearest_name()
     assert codebook.config.num_concepts == 60
 
 
-@pytest.mark.parametrize("fit", [fit_codebook, name_codebook])
-def test_more_concepts_than_different_patterns_are_refused(fit):
-    with pytest.raises(UsageError, match="6 different patterns of 1x1 cells and not 7"):
-        fit(clouds()[0], CodebookConfig(num_concepts=7, cells=1), seed=0)
+def test_like_concepts_share_the_cells_of_their_groups():
+    """Two groups of four concepts each: one cell tells the group, the other the concept."""
+    generator = torch.Generator().manual_seed(3)
+    points = torch.eye(2, 8).repeat_interleave(4, 0) + 0.1 * torch.randn(8, 8, generator=generator)
+    config = CodebookConfig(num_concepts=8, coarsest=2, cells=2)
+    group_cell, own_cell = name_codebook(points, config, seed=0).signs_KCgg[:, :, :, 0].unbind(2)
+    assert len(group_cell.unique(dim=0)) == 2
+    assert all(len(part.unique(dim=0)) == 1 for part in group_cell.split(4))
+    assert len(own_cell.unique(dim=0)) == 6  # all colours
+    apart = config.model_copy(update={"coarsest": 8})
+    for cell in name_codebook(points, apart, seed=0).signs_KCgg[:, :, :, 0].unbind(2):
+        assert len(cell.unique(dim=0)) == 6
 
 
 def test_more_concepts_than_images_are_refused():
