@@ -4,16 +4,16 @@
     delta = epsilon * pattern_k(x)           the same for all images of the concept
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
-Like concepts have like patterns: a tree of the concepts is cut into ever finer groups, and each
-cell of a pattern is coloured by the group in which its concept is at one cut. So a class that
-spreads over several concepts still has most of its cells in common.
+Like concepts have like patterns: a tree of the concepts is cut into ever finer groups, and each row
+of a pattern's cells is coloured by the group in which its concept is at one cut. So a class that
+spreads over several concepts still has most rows in common.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute.
 What it protects, and what it does not, is measured in RESULTS.md.
 
-Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, h w grid, F
-cells with a colour of their own.
+Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, R rows of cells,
+h w grid.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ class CodebookConfig(BaseModel):
     """Size of a codebook.
 
     Attributes:
-        num_concepts: K, and the number of groups by which the last cell is coloured. Several for
-            each kind of thing in the corpus; more are purer.
-        coarsest: Number of groups by which the first cell is coloured; those of the cells between
-            grow geometrically. At ``num_concepts`` or above, patterns of like concepts are no more
-            alike than others.
+        num_concepts: K. Several for each kind of thing in the corpus: more are purer.
+        coarsest: Groups by which the first row is coloured. They grow geometrically to half of
+            ``num_concepts`` in the last: two concepts in the same group there look the same. At
+            ``num_concepts`` or above, no concept is like another.
         cells: Cells of a pattern a side. Few and large ones are learnt fastest and survive
             resizing: 4 on Caltech-101 (docs/method.md).
     """
@@ -131,7 +130,7 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
 
     Args:
         embeddings_ND: L2-normalised text embeddings of a vocabulary, float32 (N, D).
-        config: ``num_concepts`` is the number of groups of the finest cut, at most N.
+        config: Patterns are those of ``num_concepts`` groups of names, at most N.
         seed: Of the patterns.
 
     Returns:
@@ -153,13 +152,14 @@ def _check_enough(embeddings_ND: Tensor, config: CodebookConfig) -> None:
 
 
 def _codebook(centres_KD: Tensor, config: CodebookConfig, seed: int) -> Codebook:
-    num_cells = _num_cells(config.cells)
-    sizes = np.geomspace(min(config.coarsest, config.num_concepts), config.num_concepts, num_cells)
-    groups_FK = ward(centres_KD, [round(size) for size in sizes])
-    concepts = len(centres_KD)
-    codebook = Codebook(config.model_copy(update={"num_concepts": concepts}), centres_KD.shape[1])
+    first = min(config.coarsest, config.num_concepts)
+    last = max(first, config.num_concepts // 2)
+    sizes = np.geomspace(first, last, config.cells).round().astype(int)
+    groups_RK = ward(centres_KD, sizes.tolist())
+    num_centres, embedding_dim = centres_KD.shape
+    codebook = Codebook(config.model_copy(update={"num_concepts": num_centres}), embedding_dim)
     codebook.centres_KD.copy_(centres_KD)
-    codebook.signs_KCgg.copy_(_colour(groups_FK, config.cells, seed))
+    codebook.signs_KCgg.copy_(_colour(groups_RK, seed))
     return codebook
 
 
@@ -177,30 +177,29 @@ def draw_patterns(num_patterns: int, cells: int, *, seed: int) -> Tensor:
     Returns:
         int8 (K, 3, cells, cells), -1 or 1.
     """
-    return _colour(torch.arange(num_patterns).expand(_num_cells(cells), -1), cells, seed)
+    return _colour(torch.arange(num_patterns).expand(cells, -1), seed)
 
 
-def _colour(groups_FK: Tensor, cells: int, seed: int) -> Tensor:
-    """Give each cell of each concept the colour of its group: patterns that a network reads soon.
+def _colour(groups_RK: Tensor, seed: int) -> Tensor:
+    """Colour row r of each concept's cells by its group there: what a network reads soon.
 
     Left mirrors right, so an adversary that flips its images still sees one pattern and not two.
     No cell is gray: photos vary most in brightness, which would drown it. With neither, a network
     that sees each pattern on random photos has learnt nothing in the time in which it learns a
-    fifth of these (RESULTS.md, section 2).
+    fifth of these (RESULTS.md, section 2). The cells of half a row are drawn apart: six colours
+    name few groups, two cells of them 36.
     """
     generator = torch.Generator().manual_seed(seed)
-    coloured = []
-    for groups_K in groups_FK:
+    cells = len(groups_RK)
+
+    def cell(groups_K: Tensor) -> Tensor:
         shuffled = torch.randperm(int(groups_K.max()) + 1, generator=generator)
-        coloured.append(_COLOURS[shuffled[groups_K] % len(_COLOURS)])  # each on as many groups
-    half = torch.stack(coloured, dim=1).view(groups_FK.shape[1], cells, -1, 3)
-    mirrored = torch.cat([half, half[:, :, : cells // 2].flip(2)], dim=2)
-    return mirrored.permute(0, 3, 1, 2).contiguous()
+        return _COLOURS[shuffled[groups_K] % len(_COLOURS)]  # each colour on as many groups
 
-
-def _num_cells(cells: int) -> int:
-    """F: the left half, with the column in the middle; the right half mirrors it."""
-    return cells * -(-cells // 2)
+    half = [torch.stack([cell(row_K) for _ in range(-(-cells // 2))]) for row_K in groups_RK]
+    columns = torch.stack(half, dim=1)  # (half a row, rows, K, colours)
+    mirrored = torch.cat([columns, columns[: cells // 2].flip(0)])
+    return mirrored.permute(2, 3, 1, 0).contiguous()
 
 
 def enlarge(signs_KCgg: Tensor) -> Tensor:

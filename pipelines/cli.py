@@ -237,7 +237,7 @@ def fit(
     ] = None,
     concepts: Annotated[
         int | None,
-        typer.Option(help="About the number of kinds of things in the corpus; default 100."),
+        typer.Option(help="Several for each kind of thing in the corpus; default 400."),
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,

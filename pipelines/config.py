@@ -192,7 +192,7 @@ class FitConfig(JobConfig):
         source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas; or
             ``vocabulary:NAME``, for a codebook that sees no image.
         output: Protector folder or s3:// prefix to write.
-        encoder: Whose embeddings are clustered; RESULTS.md was measured at 160 pixels.
+        encoder: Whose embeddings are clustered; RESULTS.md was measured at 224 pixels.
         codebook: Number of patterns, and their shape.
         epsilon_levels: Budget.
         num_images: About so many images are looked at, evenly over the shards.
@@ -205,8 +205,8 @@ class FitConfig(JobConfig):
 
     source: str = ""
     output: str = "protector"
-    encoder: EncoderConfig = EncoderConfig(input_size=160)
-    codebook: CodebookConfig = CodebookConfig(num_concepts=100)
+    encoder: EncoderConfig = EncoderConfig(input_size=224)
+    codebook: CodebookConfig = CodebookConfig(num_concepts=400)
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     num_images: Annotated[int, Field(ge=2)] = 20_000
     images_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000

@@ -311,7 +311,12 @@ def test_own_clusters_are_the_nearest_centres():
 
 
 @pytest.mark.parametrize(
-    "cluster", [lambda features, k: k_means(features, k, seed=0)[1], ward], ids=["k_means", "ward"]
+    "cluster",
+    [
+        lambda features, k: k_means(features, k, seed=0)[1],
+        lambda features, k: ward(features, [k])[0],
+    ],
+    ids=["k_means", "ward"],
 )
 def test_clusters_that_are_there_are_found(cluster):
     random = np.random.default_rng(0)

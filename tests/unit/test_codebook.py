@@ -76,18 +76,18 @@ def test_like_names_share_a_pattern_and_an_image_gets_that_of_the_nearest_name()
     assert codebook.config.num_concepts == 60
 
 
-def test_like_concepts_share_the_cells_of_their_groups():
-    """Two groups of four concepts each: one cell tells the group, the other the concept."""
+def test_like_concepts_share_the_rows_of_their_groups():
+    """Two groups of six concepts each: one row tells the group, the other the concept."""
     generator = torch.Generator().manual_seed(3)
-    points = torch.eye(2, 8).repeat_interleave(4, 0) + 0.1 * torch.randn(8, 8, generator=generator)
-    config = CodebookConfig(num_concepts=8, coarsest=2, cells=2)
-    group_cell, own_cell = name_codebook(points, config, seed=0).signs_KCgg[:, :, :, 0].unbind(2)
-    assert len(group_cell.unique(dim=0)) == 2
-    assert all(len(part.unique(dim=0)) == 1 for part in group_cell.split(4))
-    assert len(own_cell.unique(dim=0)) == 6  # all colours
-    apart = config.model_copy(update={"coarsest": 8})
-    for cell in name_codebook(points, apart, seed=0).signs_KCgg[:, :, :, 0].unbind(2):
-        assert len(cell.unique(dim=0)) == 6
+    points = torch.eye(2, 8).repeat_interleave(6, 0) + 0.1 * torch.randn(12, 8, generator=generator)
+    config = CodebookConfig(num_concepts=12, coarsest=2, cells=2)
+    group_row, own_row = name_codebook(points, config, seed=0).signs_KCgg[:, :, :, 0].unbind(2)
+    assert len(group_row.unique(dim=0)) == 2
+    assert all(len(half.unique(dim=0)) == 1 for half in group_row.split(6))
+    assert all(len(half.unique(dim=0)) >= 2 for half in own_row.split(6))
+    apart = config.model_copy(update={"coarsest": 12})
+    for row in name_codebook(points, apart, seed=0).signs_KCgg[:, :, :, 0].unbind(2):
+        assert len(row.unique(dim=0)) == 6  # all colours
 
 
 def test_more_concepts_than_images_are_refused():
