@@ -218,6 +218,16 @@ class FitConfig(JobConfig):
     ray: RayConfig = RayConfig()
 
 
+def absolute_path(path: str) -> str:
+    """For workers, which run in another folder: a path that exists here, in full; else as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+
+def absolute_weights(encoder: EncoderConfig) -> EncoderConfig:
+    """The same encoder, its weights under an absolute path if they are a file here."""
+    return encoder.model_copy(update={"pretrained": absolute_path(encoder.pretrained)})
+
+
 def load_config(
     model: type[Config],
     path: Path | None = None,

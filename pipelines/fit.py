@@ -27,7 +27,7 @@ from one4all.protector import Protector, ProtectorCard, golden_embedding
 from one4all.report import sample_grid, to_png
 from one4all.shards import is_protectable, read_samples
 from one4all.storage import Storage, open_storage
-from pipelines.config import FitConfig
+from pipelines.config import FitConfig, absolute_weights
 from pipelines.ray_session import ray_session, worker_layout
 
 PICTURE = "concepts.png"
@@ -83,6 +83,7 @@ def fit(
             "fit needs a source: a folder or s3:// prefix of WebDataset shards, or "
             f"{VOCABULARY}NAME"
         )
+    config = config.model_copy(update={"encoder": absolute_weights(config.encoder)})
     output = open_storage(config.output)
     output.check(writable=True)
     if config.source.startswith(VOCABULARY):

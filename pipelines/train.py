@@ -20,7 +20,7 @@ from one4all.lease import Lease
 from one4all.protector import ProtectorCard
 from one4all.storage import open_storage
 from one4all.trainer import GeneratorTrainer
-from pipelines.config import TrainConfig
+from pipelines.config import TrainConfig, absolute_path, absolute_weights
 from pipelines.progress import RunLog, progress_board
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.train_worker import train_loop
@@ -149,18 +149,13 @@ def _export(
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in another directory, perhaps on another machine: paths are absolute."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).absolute()) if Path(path).exists() else path
-
-    encoder = config.encoder.model_copy(update={"pretrained": absolute(config.encoder.pretrained)})
     return config.model_copy(
         update={
             "source": ",".join(open_storage(u.strip()).uri for u in config.source.split(",")),
             "output": open_storage(config.output).uri,
             "run_folder": open_storage(config.run_folder).uri,
-            "vocabulary": absolute(config.vocabulary),
-            "encoder": encoder if config.encoder.pretrained else config.encoder,
+            "vocabulary": absolute_path(config.vocabulary),
+            "encoder": absolute_weights(config.encoder),
         }
     )
 

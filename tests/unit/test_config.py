@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from one4all.encoders import EncoderConfig
 from one4all.errors import ConfigError
-from pipelines.config import ProtectConfig, TrainConfig, load_config, since_seconds
+from pipelines.config import (
+    ProtectConfig,
+    TrainConfig,
+    absolute_weights,
+    load_config,
+    since_seconds,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -110,3 +117,12 @@ def test_since_that_says_neither_is_refused(text):
 def test_since_may_be_what_yaml_takes_for_a_date():
     config = load_config(ProtectConfig, None, ["since=2026-11-01T00:00:00Z"])
     assert since_seconds(config.since, now=0) == since_seconds("2026-11-01", now=0)
+
+
+def test_weights_in_a_file_are_found_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "clip.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    encoder = EncoderConfig(kind="open_clip", model_name="ViT-B-32", pretrained="clip.pt")
+    assert absolute_weights(encoder).pretrained == str(tmp_path / "clip.pt")
+    tag = encoder.model_copy(update={"pretrained": "openai"})
+    assert absolute_weights(tag) == tag
