@@ -7,19 +7,25 @@ run it at scale are in `pipelines`. Start here:
 * `open_storage`, `read_samples`, `ShardWriter`: shards on folders and S3.
 * `Ledger`: what is done.
 * `GeneratorConfig`, `ObjectiveConfig`: the method's choices; docs/method.md explains them.
+
+Each name is loaded when it is first asked for: who only lists shards does not wait for PyTorch.
 """
 
-from one4all.concepts import ConceptBank
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.errors import One4AllError, UsageError
-from one4all.generator import Generator, GeneratorConfig
-from one4all.images import decode, encode
-from one4all.ledger import Ledger, Manifest
-from one4all.objective import ObjectiveConfig, concept_objective
-from one4all.perturbation import apply_perturbation
-from one4all.protector import Protector, ProtectorCard
-from one4all.shards import ShardWriter, read_members, read_samples
-from one4all.storage import Storage, open_storage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from one4all.concepts import ConceptBank
+    from one4all.encoders import Encoder, EncoderConfig, load_encoder
+    from one4all.errors import One4AllError, UsageError
+    from one4all.generator import Generator, GeneratorConfig
+    from one4all.images import decode, encode
+    from one4all.ledger import Ledger, Manifest
+    from one4all.objective import ObjectiveConfig, concept_objective
+    from one4all.perturbation import apply_perturbation
+    from one4all.protector import Protector, ProtectorCard
+    from one4all.shards import ShardWriter, read_members, read_samples
+    from one4all.storage import Storage, open_storage
 
 __all__ = [
     "ConceptBank",
@@ -45,3 +51,38 @@ __all__ = [
     "read_members",
     "read_samples",
 ]
+
+_HOMES = {
+    "ConceptBank": "concepts",
+    "Encoder": "encoders",
+    "EncoderConfig": "encoders",
+    "load_encoder": "encoders",
+    "One4AllError": "errors",
+    "UsageError": "errors",
+    "Generator": "generator",
+    "GeneratorConfig": "generator",
+    "decode": "images",
+    "encode": "images",
+    "Ledger": "ledger",
+    "Manifest": "ledger",
+    "ObjectiveConfig": "objective",
+    "concept_objective": "objective",
+    "apply_perturbation": "perturbation",
+    "Protector": "protector",
+    "ProtectorCard": "protector",
+    "ShardWriter": "shards",
+    "read_members": "shards",
+    "read_samples": "shards",
+    "Storage": "storage",
+    "open_storage": "storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -31,6 +31,7 @@ from one4all.errors import (
     NotFoundError,
     ShardError,
     SourceChangedError,
+    UsageError,
 )
 from one4all.images import OutputFormat
 from one4all.storage import INTERNAL, ObjectInfo, Storage
@@ -321,6 +322,14 @@ class Ledger:
         for info in self._storage.list(prefix):
             if info.key != f"{prefix}{keep}.json":
                 self._storage.delete(info.key)
+
+
+def read_binding(destination: Storage) -> Binding:
+    """The binding of a destination. Raises: UsageError if it never was one."""
+    try:
+        return Ledger(destination).binding()
+    except NotFoundError as error:
+        raise UsageError(f"{destination.uri} was not written by one4all protect") from error
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Entry point of `one4all` and `python -m pipelines`.
 
-Importing the command line takes seconds, because PyTorch comes with it. An interrupt meanwhile must
-end quietly: nothing has begun.
+Importing the command line takes a moment. An interrupt meanwhile must end quietly: nothing has
+begun.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from pipelines.cli_parts import (
     command_line,
     interrupt,
 )
-from pipelines.config import FitConfig, ProtectConfig, TrainConfig, VerifyConfig, load_config
 
 app = typer.Typer(
     help="Protect images against training without consent: train, protect, verify.",
@@ -63,6 +62,7 @@ def protect(
     set_: SetOption = None,
 ) -> None:
     """Protect every shard of a corpus that is not protected yet. Safe to kill and to repeat."""
+    from pipelines.config import ProtectConfig, load_config
     from pipelines.protect import protect as run
 
     settings = load_config(
@@ -130,6 +130,7 @@ def verify(
     set_: SetOption = None,
 ) -> None:
     """Re-read both sides and check every promise; exit 0 only if all hold."""
+    from pipelines.config import VerifyConfig, load_config
     from pipelines.verify import verify as run
 
     settings = load_config(VerifyConfig, config, set_)
@@ -184,6 +185,8 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Train a generator with Ray Train; the same command resumes an interrupted run."""
+    from pipelines.config import TrainConfig, load_config
+
     settings = load_config(TrainConfig, config, set_, source=source, output=output)
     if dry_run:
         from pipelines.train_plan import plan_training
@@ -243,6 +246,7 @@ def fit(
     set_: SetOption = None,
 ) -> None:
     """Fit a codebook to a corpus or a vocabulary: one look, no labels, no training."""
+    from pipelines.config import FitConfig, load_config
     from pipelines.fit import describe
     from pipelines.fit import fit as run
 
@@ -329,6 +333,7 @@ def evaluate(
     set_: SetOption = None,
 ) -> None:
     """Train adversaries on clean and protected copies and compare; resumable."""
+    from pipelines.config import load_config
     from pipelines.copies import export_copies
     from pipelines.diagnose import diagnose_copies
     from pipelines.evaluate import evaluate as run

@@ -20,7 +20,6 @@ from pipelines.cli_parts import (
     number_in_words,
     size_in_words,
 )
-from pipelines.config import ProtectConfig, load_config
 
 _WATCH_SECONDS = 5.0
 _NOT_AS_A_JOB = ("submit", "demo", "preview")
@@ -49,6 +48,7 @@ def plan(
     set_: SetOption = None,
 ) -> None:
     """Say what protecting a corpus would take: images, time, worker-hours; from a sample."""
+    from pipelines.config import ProtectConfig, load_config
     from pipelines.plan import plan as run
 
     settings = load_config(ProtectConfig, config, set_, protector=protector)

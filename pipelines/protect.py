@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from one4all.errors import AccessError, NotFoundError, One4AllError, StorageError, UsageError
+from one4all.errors import AccessError, One4AllError, StorageError, UsageError
 from one4all.lease import Lease
 from one4all.ledger import (
     MAX_ATTEMPTS,
@@ -352,11 +352,3 @@ def _refuse_overlap(source: Storage, destination: Storage) -> None:
             f"source {source.uri} and destination {destination.uri} contain one another; the "
             "next run would take protected shards for new ones"
         )
-
-
-def read_binding(destination: Storage) -> Binding:
-    """The binding of a destination. Raises: UsageError if it never was one."""
-    try:
-        return Ledger(destination).binding()
-    except NotFoundError as error:
-        raise UsageError(f"{destination.uri} was not written by one4all protect") from error

@@ -8,10 +8,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from one4all.errors import One4AllError
-from pipelines.config import RayConfig
+
+if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
+    from pipelines.config import RayConfig
 
 # Must be set before Ray starts.
 _ENVIRONMENT = {

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from one4all.errors import NotFoundError, One4AllError, SourceChangedError
-from one4all.ledger import Ledger, Manifest, take_census
+from one4all.ledger import Ledger, Manifest, read_binding, take_census
 from one4all.storage import Storage, open_storage
-from pipelines.protect import read_binding
 
 MAX_TOTALS = 20_000  # manifests that are read without being asked to
 _READERS = 16

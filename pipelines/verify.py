@@ -9,10 +9,9 @@ from typing import Any
 
 from one4all.audit import ShardAudit, audit_shard
 from one4all.errors import One4AllError, UsageError
-from one4all.ledger import Binding, Ledger, SourceShard, list_shards
+from one4all.ledger import Binding, Ledger, SourceShard, list_shards, read_binding
 from one4all.storage import INTERNAL, open_storage
 from pipelines.config import VerifyConfig
-from pipelines.protect import read_binding
 from pipelines.ray_session import ray_session, worker_layout
 
 
