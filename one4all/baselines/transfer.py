@@ -1,4 +1,4 @@
-"""Perturbations made for one corpus, used on another: METHODS.md section 2.4.
+"""Perturbations made for one corpus, used on another (docs/evaluation.md, "Scenarios").
 
 No published method but the generators says how its perturbations reach a second corpus, so the
 bench fixes one rule for all that need labels, and reports it:
