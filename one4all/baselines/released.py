@@ -5,7 +5,7 @@
 * ``released_preprocessing`` (C0): what its script saves when delta is zero. **Not within the
   budget.** They tell how much of a published figure is the method's and how much is theirs.
 
-Source: METHODS.md sections 1.2 and 1.6, from the released code; facts only.
+Source: the released code of the 14A paper, read for facts only (docs/method.md).
 
 Shape suffixes: B batch, H W image, C colour channels, h w perturbation grid.
 """
