@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from builders import make_image
 from PIL import Image
@@ -28,7 +29,8 @@ def test_interrupt_while_it_starts_is_quiet(number):
     run = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "protect", "x", "y"], stderr=subprocess.PIPE, text=True
     )
-    time.sleep(1)  # the command line has started; PyTorch is being imported
+    while not any("libtorch" in part.path for part in psutil.Process(run.pid).memory_maps()):
+        time.sleep(0.02)  # until PyTorch is being imported
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
