@@ -180,18 +180,16 @@ def submit(job: Job, address: str, *, say: Say, stop_on_interrupt: bool = False)
     try:
         return follower.follow()
     except KeyboardInterrupt:
-        if not stop_on_interrupt:
-            say(f"no longer following {job.submission_id}, which goes on; to follow it again:")
-            say(f"    one4all submit --address {address} --submission-id {job.submission_id}")
-            if not _interrupted_again(say):
-                return INTERRUPTED
-        follower.stop()
+        if stop_on_interrupt or _interrupted_again(job.submission_id, address, say):
+            follower.stop()
         return INTERRUPTED
 
 
-def _interrupted_again(say: Say) -> bool:
-    say(f"another Ctrl-C within {SECOND_CHANCE_SECONDS:.0f} s stops the job")
-    try:
+def _interrupted_again(submission_id: str, address: str, say: Say) -> bool:
+    try:  # from the first line on: the second Ctrl-C may come at once
+        say(f"no longer following {submission_id}, which goes on; to follow it again:")
+        say(f"    one4all submit --address {address} --submission-id {submission_id}")
+        say(f"another Ctrl-C within {SECOND_CHANCE_SECONDS:.0f} s stops the job")
         time.sleep(SECOND_CHANCE_SECONDS)
     except KeyboardInterrupt:
         return True
