@@ -25,7 +25,7 @@ from pipelines.config import VerifyConfig
 from pipelines.metrics import METRICS
 from pipelines.verify import verify
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 
 def upload(folder: Path, uri: str, pattern: str = "*") -> str:
@@ -35,7 +35,7 @@ def upload(folder: Path, uri: str, pattern: str = "*") -> str:
     return uri
 
 
-def wait_until(condition: Callable[[], object], run, seconds: float = 200) -> None:
+def wait_until(condition: Callable[[], object], run, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert run.poll() is None, run.communicate()
