@@ -52,7 +52,7 @@ class CodebookConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_concepts: Annotated[int, Field(ge=2, le=10_000)]
+    num_concepts: Annotated[int, Field(ge=2, le=100_000)]
     coarsest: Annotated[int, Field(ge=2)] = 12
     cells: Annotated[int, Field(ge=1, le=64)] = DEFAULT_CELLS
 
@@ -116,9 +116,9 @@ def fit_codebook(
         The codebook, and the concept of each image, int64 (N,).
 
     Raises:
-        UsageError: Fewer images than concepts.
+        UsageError: Fewer images than concepts, or fewer different patterns.
     """
-    _check_enough(embeddings_ND, config)
+    _check_possible(embeddings_ND, config)
     centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
     return _codebook(centres_KD, config, seed), assignment_N
 
@@ -137,17 +137,23 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
         A codebook of N concepts.
 
     Raises:
-        UsageError: Fewer names than groups asked for.
+        UsageError: Fewer names than groups asked for, or fewer different patterns.
     """
-    _check_enough(embeddings_ND, config)
+    _check_possible(embeddings_ND, config)
     return _codebook(embeddings_ND, config, seed)
 
 
-def _check_enough(embeddings_ND: Tensor, config: CodebookConfig) -> None:
+def _check_possible(embeddings_ND: Tensor, config: CodebookConfig) -> None:
     if len(embeddings_ND) < config.num_concepts:
         raise UsageError(
             f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
             "give more images or names, or a smaller num_concepts"
+        )
+    num_patterns = len(_COLOURS) ** (config.cells * -(-config.cells // 2))
+    if config.num_concepts > num_patterns:
+        raise UsageError(
+            f"there are {num_patterns} different patterns of {config.cells}x{config.cells} cells "
+            f"and not {config.num_concepts}; ask for more cells or a smaller num_concepts"
         )
 
 

@@ -90,6 +90,12 @@ def test_like_concepts_share_the_rows_of_their_groups():
         assert len(row.unique(dim=0)) == 6  # all colours
 
 
+@pytest.mark.parametrize("fit", [fit_codebook, name_codebook])
+def test_more_concepts_than_different_patterns_are_refused(fit):
+    with pytest.raises(UsageError, match="6 different patterns of 1x1 cells and not 7"):
+        fit(clouds()[0], CodebookConfig(num_concepts=7, cells=1), seed=0)
+
+
 def test_more_concepts_than_images_are_refused():
     with pytest.raises(UsageError, match="61 concepts cannot be found in 60 embeddings"):
         fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
