@@ -27,7 +27,8 @@ from pipelines.ray_session import prepare_environment
 INTERRUPTED = 130
 SECOND_CHANCE_SECONDS = 5.0  # in which another Ctrl-C stops the job
 LOST_SECONDS = 300.0  # without an answer of the cluster, after which following ends
-STOP_SECONDS = 60.0  # that a job has to end when it is stopped
+GRACE_SECONDS = 30  # that a job has between SIGTERM and SIGKILL
+STOP_SECONDS = 60.0  # in which a job that is stopped should have ended
 _POLL_SECONDS = 1.0
 
 Slot = Literal["hourly", "daily"]
@@ -69,10 +70,16 @@ class Job:
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        """Nothing but the working directory: credentials are those of the cluster's nodes."""
-        if not self.working_dir:
-            return {}
-        return {"working_dir": self.working_dir, "excludes": _EXCLUDED}
+        """The working directory, if any; no secret: credentials are those of the cluster's nodes.
+
+        A job that is stopped has time to abort uploads and to give back workers: Ray grants 3 s.
+        """
+        environment: dict[str, Any] = {
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_SECONDS)}
+        }
+        if self.working_dir:
+            environment |= {"working_dir": self.working_dir, "excludes": _EXCLUDED}
+        return environment
 
 
 def plan_job(

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +115,36 @@ def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float
             ),
         )
         try:
-            result = trainer.fit()
+            with _stopped_by_ray():
+                result = trainer.fit()
         except (TrainingFailedError, RayError) as error:
             raise One4AllError(f"training failed: {_root_cause(error)}") from error
         if result.checkpoint is None:
             raise One4AllError("training ended without a checkpoint")
         return result.checkpoint
+
+
+@contextmanager
+def _stopped_by_ray() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM stop Ray Train, and then are a KeyboardInterrupt as elsewhere.
+
+    Ray replaces the handler of SIGINT by its own, which gives back what the workers had reserved:
+    if a driver just ends, the cluster keeps that for three more minutes. Then it leaves, with an
+    exit status of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _export(

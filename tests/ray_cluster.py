@@ -175,6 +175,7 @@ class RayCluster:
             _MARK: self._mark,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_period_ms": "1000",  # a lost node is known after five of them
             **self.variables,
         }
         environment.pop("RAY_ADDRESS", None)

@@ -111,6 +111,29 @@ def test_killed_driver_resumes_with_the_same_command(corpus, tmp_path):
         train(other)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_ends_with_one_sentence(corpus, tmp_path, number):
+    config = config_for(corpus, tmp_path, steps=100_000, num_workers=1)
+    path = tmp_path / "train.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json", exclude={"ray"})))
+    command = [sys.executable, "-m", "pipelines", "train", "--config", str(path)]
+    driver = subprocess.Popen(
+        [*command, "--set", "ray.num_cpus=1"],
+        env=os.environ | {"RAY_ADDRESS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert driver.stdout is not None
+    assert " steps, " in driver.stdout.readline()
+    driver.send_signal(number)
+    printed, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    *progress, last = printed.splitlines()
+    assert all(" steps, " in line for line in progress), printed
+    assert last == "one4all: interrupted; run the same command again to go on"
+
+
 def test_mistakes_are_found_before_ray_starts(corpus, tmp_path):
     with pytest.raises(UsageError, match="train needs a source"):
         train(config_for("", tmp_path))

@@ -37,11 +37,11 @@ def test_without_a_slot_every_submission_is_new():
 def test_entrypoint_is_quoted_and_nothing_else_is_sent(tmp_path):
     job = plan_job(["protect", "a b", "$(rm x)", "s3://out"], submission_id="one")
     assert job.entrypoint == "one4all protect 'a b' '$(rm x)' s3://out"
-    assert job.runtime_env == {}
+    assert job.runtime_env == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
     uploaded = plan_job(PROTECT, submission_id="one", working_dir=str(tmp_path)).runtime_env
     assert uploaded["working_dir"] == str(tmp_path)
     assert {".env", ".aws", "*.pem"} <= set(uploaded["excludes"])
-    assert uploaded.keys() == {"working_dir", "excludes"}
+    assert uploaded.keys() == {"working_dir", "excludes", "env_vars"}
 
 
 @pytest.mark.parametrize(
