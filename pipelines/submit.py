@@ -74,9 +74,7 @@ class Job:
 
         A job that is stopped has time to abort uploads and to give back workers: Ray grants 3 s.
         """
-        environment: dict[str, Any] = {
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_SECONDS)}
-        }
+        environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_SECONDS)}}
         if self.working_dir:
             environment |= {"working_dir": self.working_dir, "excludes": _EXCLUDED}
         return environment
