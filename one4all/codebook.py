@@ -27,8 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from one4all.clustering import k_means, nearest, ward
+from one4all.encoders import EncoderConfig
 from one4all.errors import UsageError
 
+DEFAULT_ENCODER = EncoderConfig(input_size=224)  # 160 pixels tell concepts apart less well
 DEFAULT_CELLS = 4
 PIXELS_PER_CELL = 8
 
@@ -52,7 +54,7 @@ class CodebookConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_concepts: Annotated[int, Field(ge=2, le=100_000)]
+    num_concepts: Annotated[int, Field(ge=2, le=100_000)] = 400
     coarsest: Annotated[int, Field(ge=2)] = 12
     cells: Annotated[int, Field(ge=1, le=64)] = DEFAULT_CELLS
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from one4all.codebook import CodebookConfig
+from one4all.codebook import DEFAULT_ENCODER, CodebookConfig
 from one4all.encoders import EncoderConfig
 from one4all.errors import ConfigError
 from one4all.images import DEFAULT_MAX_PIXELS, OutputFormat
@@ -205,8 +205,8 @@ class FitConfig(JobConfig):
 
     source: str = ""
     output: str = "protector"
-    encoder: EncoderConfig = EncoderConfig(input_size=224)
-    codebook: CodebookConfig = CodebookConfig(num_concepts=400)
+    encoder: EncoderConfig = DEFAULT_ENCODER
+    codebook: CodebookConfig = CodebookConfig()
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     num_images: Annotated[int, Field(ge=2)] = 20_000
     images_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from one4all.baselines.base import Progress, check_epsilon, make_card, silent
 from one4all.baselines.clusters import ClusterWise, encode_corpus
 from one4all.clustering import cluster_purity
-from one4all.codebook import CodebookConfig, fit_codebook, name_codebook
+from one4all.codebook import DEFAULT_ENCODER, CodebookConfig, fit_codebook, name_codebook
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.labelled import LabelledImages
@@ -34,8 +34,8 @@ class CodebookMethodConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    encoder: EncoderConfig = EncoderConfig(input_size=224)
-    codebook: CodebookConfig = CodebookConfig(num_concepts=400)
+    encoder: EncoderConfig = DEFAULT_ENCODER
+    codebook: CodebookConfig = CodebookConfig()
     vocabulary: str = ""
 
 
