@@ -54,9 +54,12 @@ class CodebookConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_concepts: Annotated[int, Field(ge=2, le=100_000)] = 400
+    num_concepts: Annotated[int, Field(ge=2, le=100_000)]
     coarsest: Annotated[int, Field(ge=2)] = 12
     cells: Annotated[int, Field(ge=1, le=64)] = DEFAULT_CELLS
+
+
+DEFAULT_CODEBOOK = CodebookConfig(num_concepts=400)
 
 
 class Codebook(nn.Module):

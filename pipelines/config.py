@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from one4all.codebook import DEFAULT_ENCODER, CodebookConfig
+from one4all.codebook import DEFAULT_CODEBOOK, DEFAULT_ENCODER, CodebookConfig
 from one4all.encoders import EncoderConfig
 from one4all.errors import ConfigError
 from one4all.images import DEFAULT_MAX_PIXELS, OutputFormat
@@ -206,7 +206,7 @@ class FitConfig(JobConfig):
     source: str = ""
     output: str = "protector"
     encoder: EncoderConfig = DEFAULT_ENCODER
-    codebook: CodebookConfig = CodebookConfig()
+    codebook: CodebookConfig = DEFAULT_CODEBOOK
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     num_images: Annotated[int, Field(ge=2)] = 20_000
     images_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000

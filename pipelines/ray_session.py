@@ -52,7 +52,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    with _our_signal_handlers():
+    with our_signal_handlers():
         try:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -87,8 +87,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _our_signal_handlers() -> Iterator[None]:
-    """Put back what `ray.init` replaces: its own handler of SIGTERM hides who stopped the run."""
+def our_signal_handlers() -> Iterator[None]:
+    """Put back what Ray replaces in the block.
+
+    The handler of SIGTERM that `ray.init` installs hides who stopped the run.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

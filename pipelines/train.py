@@ -25,7 +25,7 @@ from one4all.storage import open_storage
 from one4all.trainer import GeneratorTrainer
 from pipelines.config import TrainConfig, absolute_path, absolute_weights
 from pipelines.progress import RunLog, progress_board
-from pipelines.ray_session import ray_session, worker_layout
+from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.train_worker import train_loop
 
 _RUN_FILE = "run.json"
@@ -132,19 +132,13 @@ def _stopped_by_ray() -> Iterator[None]:
     if a driver just ends, the cluster keeps that for three more minutes. Then it leaves, with an
     exit status of its own.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with our_signal_handlers():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        try:
+            yield
+        except SystemExit:
+            raise KeyboardInterrupt from None
 
 
 def _export(

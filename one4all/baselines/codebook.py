@@ -15,7 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from one4all.baselines.base import Progress, check_epsilon, make_card, silent
 from one4all.baselines.clusters import ClusterWise, encode_corpus
 from one4all.clustering import cluster_purity
-from one4all.codebook import DEFAULT_ENCODER, CodebookConfig, fit_codebook, name_codebook
+from one4all.codebook import (
+    DEFAULT_CODEBOOK,
+    DEFAULT_ENCODER,
+    CodebookConfig,
+    fit_codebook,
+    name_codebook,
+)
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.labelled import LabelledImages
@@ -35,7 +41,7 @@ class CodebookMethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: EncoderConfig = DEFAULT_ENCODER
-    codebook: CodebookConfig = CodebookConfig()
+    codebook: CodebookConfig = DEFAULT_CODEBOOK
     vocabulary: str = ""
 
 

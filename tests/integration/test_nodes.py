@@ -133,6 +133,7 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     }
     assert len(runs) == 7
     assert len(set(runs.values())) == 2, "the slot that overlapped has done something"
+    assert verify(source, destination, VerifyConfig()).ok
     cluster.lose(large_node)
 
 
@@ -198,6 +199,8 @@ def test_announced_loss_and_a_new_node_resize_the_group_without_a_failure(
     wait_until(lambda: training.log()[saved]["world_size"] == 2, job)
     log = training.log()
     assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
+    sizes = [entry["world_size"] for entry in log[saved:]]
+    assert sizes == sorted(sizes, reverse=True)
     names = {name for metric in METRICS.values() for name in metric.exported_names}
     wanted = {name for name in names if "train" in name or "step" in name}
     wait_until(lambda: wanted <= cluster.metrics(), job)
