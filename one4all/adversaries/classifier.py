@@ -136,9 +136,9 @@ def _load_body(
 ) -> tuple[nn.Module, Sequence[float], Sequence[float], int]:
     """Body, mean, std and input size of a published model."""
     if name == "efficientnet_lite0" and pretrained:
-        from one4all.encoders import load_efficientnet_lite0
+        from one4all.encoders import load_efficientnet_lite
 
-        tower = load_efficientnet_lite0()
+        tower = load_efficientnet_lite()
         tower.reset_classifier(0)
         return tower, HALF, HALF, 224
     if name.startswith("open_clip:"):

@@ -1,23 +1,38 @@
 """Our codebook among the compared methods: fitted on a labelled corpus whose labels it never reads.
 
-What `one4all fit` writes, in the shape of the other methods, so that the same grids judge it. New
-images go to the nearest concept, which is also its transfer rule.
+What `one4all fit` writes, in the shape of the other methods, so that the same grids judge it. It
+protects new images as it does its own, which is also its transfer rule.
 
 Source: ours (docs/method.md, "Codebooks").
+
+Shape suffixes: as in one4all/codebook.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Self
+
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
-from one4all.baselines.base import Progress, check_epsilon, make_card, silent
-from one4all.baselines.clusters import ClusterWise, encode_corpus
+from one4all.baselines.base import (
+    Arrays,
+    FittedCard,
+    FittedMethod,
+    Progress,
+    check_epsilon,
+    make_card,
+    silent,
+)
+from one4all.baselines.clusters import encode_corpus, load_fitted_encoder
 from one4all.clustering import cluster_purity
 from one4all.codebook import (
     DEFAULT_CODEBOOK,
     DEFAULT_ENCODER,
+    Codebook,
     CodebookConfig,
     fit_codebook,
     name_codebook,
@@ -25,7 +40,7 @@ from one4all.codebook import (
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.labelled import LabelledImages
-from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
 
 
 class CodebookMethodConfig(BaseModel):
@@ -49,8 +64,63 @@ PRESETS: dict[str, CodebookMethodConfig] = {
     "default": CodebookMethodConfig(),
     "names": CodebookMethodConfig(vocabulary="imagenet1k"),  # what ships as "default"
     # For pictures of 32 to 64 pixels, of which a larger input shows no more.
-    "small": CodebookMethodConfig(encoder=EncoderConfig(input_size=128)),
+    "small": CodebookMethodConfig(encoder=DEFAULT_ENCODER.model_copy(update={"input_size": 128})),
 }
+
+
+class CodebookWise(FittedMethod):
+    """A codebook's patterns. Labels are not read, and nothing is drawn.
+
+    Args:
+        card: Description; its config is a `CodebookMethodConfig`.
+        codebook: The patterns, and who gets which.
+        own_RN: `Codebook.vote` of the images of the fit, so that they are not encoded again.
+        encoder: The one of the fit; loaded when first needed unless given.
+    """
+
+    def __init__(
+        self, card: FittedCard, codebook: Codebook, own_RN: Tensor, encoder: Encoder | None = None
+    ) -> None:
+        super().__init__(card)
+        self.codebook = codebook
+        self.own_RN = own_RN
+        self._encoder = encoder
+
+    def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
+        """See the base class; ``seed`` does not matter."""
+        if own:
+            self.check_own(images)
+        groups_RN = self.own_RN if own else self.vote(images)
+        return (self._pattern(group_R[:, None]) for group_R in groups_RN.unbind(1))
+
+    def vote(self, images: LabelledImages) -> Tensor:
+        """`Codebook.vote` of any images.
+
+        Raises:
+            ProtectorError: The encoder is not the one of the fit; concepts would mean nothing.
+        """
+        if self._encoder is None:
+            self._encoder = load_fitted_encoder(self.card)
+        return self.codebook.vote(encode_corpus(self._encoder, images, torch.device("cpu")))
+
+    def _pattern(self, groups_R1: Tensor) -> Levels:
+        levels = self.card.epsilon_levels * self.codebook.patterns(groups_R1)[0]
+        result: Levels = levels.permute(1, 2, 0).numpy()
+        return result
+
+    def arrays(self) -> Arrays:
+        tensors = self.codebook.state_dict() | {"own": self.own_RN}
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_arrays(cls, card: FittedCard, arrays: Arrays) -> Self:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        own_RN = tensors.pop("own")
+        num_concepts, embedding_dim = tensors["centres_KD"].shape
+        config = CodebookMethodConfig.model_validate(card.config).codebook
+        codebook = Codebook(config.model_copy(update={"num_concepts": num_concepts}), embedding_dim)
+        codebook.load_state_dict(tensors)
+        return cls(card, codebook, own_RN)
 
 
 def fit(
@@ -62,7 +132,7 @@ def fit(
     on_progress: Progress = silent,
     device: str = "cpu",
     encoder: Encoder | None = None,
-) -> ClusterWise:
+) -> CodebookWise:
     """Fit a codebook.
 
     Args:
@@ -87,17 +157,17 @@ def fit(
         codebook = name_codebook(bank.embeddings, config.codebook, seed=seed)
     else:
         codebook, _ = fit_codebook(features, config.codebook, seed=seed)
-    own = codebook.concepts(features).numpy().astype(np.int32)
-    patterns = epsilon_levels * codebook.patterns().permute(0, 2, 3, 1).numpy()
+    concepts = codebook.concepts(features).numpy().astype(np.int32)
     card = make_card(
-        ClusterWise,
+        CodebookWise,
         "codebook",
         images,
         config,
         epsilon_levels=epsilon_levels,
         seed=seed,
-        record={"purity": cluster_purity(own, images.labels_N)},
+        record={"purity": cluster_purity(concepts, images.labels_N)},
         encoder_hash=encoder.content_hash(),
     )
-    on_progress(1.0, f"{len(patterns)} concepts, purity {card.record['purity']:.2f}")
-    return ClusterWise(card, patterns, codebook.centres_KD.numpy(), own, encoder)
+    num_concepts = codebook.config.num_concepts
+    on_progress(1.0, f"{num_concepts} concepts, purity {card.record['purity']:.2f}")
+    return CodebookWise(card, codebook, codebook.vote(features), encoder)

@@ -152,6 +152,7 @@ _KINDS: dict[str, type[FittedMethod]] = {
         ClassWise,
         SampleWise,
         ClusterWise,
+        codebook.CodebookWise,
         lsp.LinearSeparable,
         ar.Autoregressive,
         controls.Constant,

@@ -297,8 +297,8 @@ def test_unlearnable_clusters_move_features_towards_the_next_centre():
     assert np.mean(gains) > 0.01  # single clusters may lose: the loss is not the cosine
 
 
-def test_own_clusters_are_the_nearest_centres():
-    """Stored clusters only save the encoding."""
+def test_own_images_are_protected_as_new_ones_would_be():
+    """What is stored of them only saves the encoding."""
     corpus = make_corpus(48)
     method = find_method("codebook")
     book = CodebookConfig(num_concepts=5)
@@ -306,8 +306,12 @@ def test_own_clusters_are_the_nearest_centres():
         update={"encoder": TINY_ENCODER, "codebook": book}
     )
     fitted = method.fit(corpus, config, seed=0)
-    np.testing.assert_array_equal(fitted.own_N, fitted.assign(corpus))
-    assert len(np.unique(fitted.own_N)) == 5
+    own, new = (
+        np.stack(list(fitted.perturb(corpus, own=is_own, seed=0))) for is_own in (True, False)
+    )
+    np.testing.assert_array_equal(own, new)
+    assert np.abs(own).min() == np.abs(own).max() == 8
+    assert len(np.unique(own, axis=0)) >= 5
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_images_of_one_concept_get_one_pattern_at_the_edge_of_the_budget():
         assert (of_concept == of_concept[0]).all()
     assert len(delta.unique(dim=0)) == 3
     assert torch.equal(codebook.concepts(embeddings), assignment)
+    assert torch.equal(delta, codebook.patterns(assignment.expand(2, -1)))
 
 
 @pytest.mark.parametrize("cells", [1, 3, 4])
@@ -88,6 +89,19 @@ def test_like_concepts_share_the_rows_of_their_groups():
     apart = config.model_copy(update={"coarsest": 12})
     for row in name_codebook(points, apart, seed=0).signs_KCgg[:, :, :, 0].unbind(2):
         assert len(row.unique(dim=0)) == 6  # all colours
+
+
+def test_concepts_of_a_group_vote_together_unless_the_temperature_is_low():
+    """The nearest concept stands alone; two others, hardly farther, are of one group."""
+    for temperature, expected in ((0.04, [0, 2]), (0.0001, [2, 2])):
+        book = Codebook(CONFIG.model_copy(update={"temperature": temperature}), embedding_dim=3)
+        book.centres_KD.copy_(torch.eye(3))
+        book.groups_RK.copy_(torch.tensor([[0, 0, 2], [0, 1, 2]]))
+        book.signs_KCgg.copy_(torch.arange(3)[:, None, None, None])
+        image = F.normalize(torch.tensor([[0.57, 0.57, 0.59]]), dim=1)
+        assert book.concepts(image).tolist() == [2]
+        assert book.vote(image).flatten().tolist() == expected
+        assert book.patterns(book.vote(image))[0, 0, ::8, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("fit", [fit_codebook, name_codebook])

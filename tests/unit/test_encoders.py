@@ -69,14 +69,26 @@ def test_gradient_reaches_the_image_and_no_weight(encoder):
 
 
 def test_folding_the_batch_norm_changes_nothing(encoder):
-    from one4all.encoders import load_efficientnet_lite0
+    from one4all.encoders import load_efficientnet_lite
 
-    model = load_efficientnet_lite0()
+    model = load_efficientnet_lite()
     image = photo("astronaut").float() / 255 * 2 - 1
     with torch.no_grad():
         plain = model.forward_head(model.forward_features(image), pre_logits=True)
         folded = encoder._embed_image(image)
     torch.testing.assert_close(folded, plain, atol=1e-3, rtol=0)
+
+
+def test_two_networks_side_by_side_agree_by_the_mean_of_their_cosines():
+    image, names = photo("chelsea", 64), ["tabby cat", "espresso", "airliner"]
+    encoders = [
+        load_encoder(EncoderConfig(model_name=name, input_size=64))
+        for name in ("lite0", "lite2", "lite0+lite2")
+    ]
+    first, second, both = (e.encode_image(image) @ e.encode_text(names).T for e in encoders)
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert len({e.content_hash() for e in encoders}) == 3
+    assert load_encoder(EncoderConfig(input_size=64)).content_hash() == encoders[0].content_hash()
 
 
 def test_unknown_word_is_named(encoder, monkeypatch):

@@ -65,7 +65,8 @@ def test_what_ships_is_what_its_command_makes():
     again = name_codebook(bank.embeddings, config, seed=protector.card.training["seed"])
     shipped = protector.generator.state_dict()
     torch.testing.assert_close(shipped["centres_KD"], again.centres_KD)
-    assert torch.equal(shipped["signs_KCgg"], again.signs_KCgg)
+    for name in ("groups_RK", "signs_KCgg"):
+        assert torch.equal(shipped[name], getattr(again, name))
 
 
 def test_missing_protector_lists_what_there_is(tmp_path):
