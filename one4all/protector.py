@@ -172,8 +172,8 @@ class Protector:
             encoder: Use this one instead of loading the card's; it must have the same content.
 
         Raises:
-            ProtectorError: Missing or damaged; or the encoder found here is not the one it was
-                trained with.
+            ProtectorError: Missing, damaged, or of another version; or the encoder found here is
+                not the one it was trained with.
         """
         card, weights = load_card(protector), _read(protector, WEIGHTS)
         if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
@@ -184,7 +184,14 @@ class Protector:
         encoder = encoder or load_encoder(card.encoder)
         _check_encoder(card, encoder)
         generator = _build_generator(card.generator, encoder.embedding_dim)
-        generator.load_state_dict(load(weights))
+        try:
+            generator.load_state_dict(load(weights))
+        except RuntimeError as error:
+            raise ProtectorError(
+                f"{WEIGHTS} of protector {protector!r} holds other tensors than this version of "
+                "one4all needs; make the protector again, by the command in its card, or use the "
+                "version that made it"
+            ) from error
         return cls(card, encoder, generator)
 
 

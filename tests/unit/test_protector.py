@@ -1,5 +1,6 @@
 """The artefact: same images, same protector, same bytes; damage and mismatch are refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import make_pixels, make_protector
+from safetensors.torch import load_file, save_file
 
 from one4all.codebook import CodebookConfig, name_codebook
 from one4all.concepts import ConceptBank
@@ -80,6 +82,20 @@ def test_damaged_weights_are_refused(protector_folder, tmp_path):
     weights[-1] ^= 1
     (folder / WEIGHTS).write_bytes(weights)
     with pytest.raises(ProtectorError, match="not the file its card describes"):
+        Protector.load(str(folder))
+
+
+def test_weights_of_another_version_are_refused(protector_folder, tmp_path):
+    folder = shutil.copytree(protector_folder, tmp_path / "copy")
+    weights = load_file(folder / WEIGHTS)
+    weights.popitem()
+    save_file(weights, folder / WEIGHTS)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"weights_sha256": digest}))
+    with pytest.raises(
+        ProtectorError, match="make the protector again, by the command in its card"
+    ):
         Protector.load(str(folder))
 
 
