@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from one4all.clustering import k_means, nearest, squared_distances, ward
+from one4all.clustering import k_means, squared_distances, ward
 from one4all.encoders import EncoderConfig
 from one4all.errors import UsageError
 
@@ -104,12 +104,11 @@ class Codebook(nn.Module):
     def vote(self, embedding_BD: Tensor) -> Tensor:
         """The group of each image in each row, int64 (R, B), on the CPU.
 
-        In float32 whatever autocast says, and summed on the CPU: a coarser distance, or a sum in no
-        fixed order, would give images at a border another pattern from one run to the next.
+        Summed on the CPU: a sum in no fixed order, as on a GPU, would give images at a border
+        another pattern from one run to the next.
         """
-        with torch.autocast(embedding_BD.device.type, enabled=False):
-            distance_BK = squared_distances(embedding_BD.float(), self.centres_KD)
-            likeness_BK = torch.softmax(distance_BK / (-2 * self.config.temperature), dim=1).cpu()
+        score_BK = self._distances(embedding_BD) / (-2 * self.config.temperature)
+        likeness_BK = torch.softmax(score_BK, dim=1).cpu()
         votes = torch.zeros_like(likeness_BK)
         return torch.stack(
             [
@@ -118,17 +117,21 @@ class Codebook(nn.Module):
             ]
         )
 
-    def patterns(self, groups_RN: Tensor | None = None) -> Tensor:
-        """Patterns of `vote`'s groups, or of all concepts; float32 (N, 3, h, w), see `forward`."""
-        signs = self.signs_KCgg.cpu()
-        if groups_RN is not None:
-            rows = [signs[group_N, :, row] for row, group_N in enumerate(groups_RN)]
-            signs = torch.stack(rows, dim=2)
-        return enlarge(signs)
+    def patterns(self, groups_RN: Tensor) -> Tensor:
+        """Patterns of `vote`'s groups, float32 (N, 3, h, w), see `forward`."""
+        signs_KCgg = self.signs_KCgg.cpu()
+        rows = [signs_KCgg[group_N, :, row] for row, group_N in enumerate(groups_RN)]
+        return enlarge(torch.stack(rows, dim=2))
 
     def concepts(self, embedding_BD: Tensor) -> Tensor:
         """The nearest concept of each image, int64 (B,)."""
-        return nearest(embedding_BD.float(), self.centres_KD)
+        return self._distances(embedding_BD).argmin(dim=1)
+
+    def _distances(self, embedding_BD: Tensor) -> Tensor:
+        """In float32 whatever autocast says: a coarser distance would give images at a border
+        another concept on another device."""
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            return squared_distances(embedding_BD.float(), self.centres_KD)
 
 
 def fit_codebook(

@@ -148,14 +148,14 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     """
     encoder: Encoder
     if config.kind == "embedded":
-        names = (config.model_name or "lite0").split("+")
-        if config.pretrained or not set(names) <= set(EMBEDDED_NETWORKS):
+        name = config.model_name or "lite0"
+        if config.pretrained or name not in EMBEDDED_MODELS:
             raise ConfigError(
-                f"the embedded encoder takes {', '.join(EMBEDDED_NETWORKS)} or lite0+lite2 as "
-                f"model_name, and no pretrained; kind is 'embedded' and model_name "
-                f"{config.model_name!r}, did you mean 'open_clip'?"
+                f"the embedded encoder takes {', '.join(EMBEDDED_MODELS)} as model_name, and no "
+                f"pretrained, not {config.model_name!r} and {config.pretrained!r}; kind is "
+                "'embedded', did you mean 'open_clip'?"
             )
-        encoder = EmbeddedEncoder(names, config.input_size or 224)
+        encoder = EmbeddedEncoder(name.split("+"), config.input_size or 224)
     else:
         encoder = OpenClipEncoder(config)
     encoder.freeze()
@@ -164,7 +164,7 @@ def load_encoder(config: EncoderConfig) -> Encoder:
 
 # --- embedded --------------------------------------------------------------------------------
 
-EMBEDDED_NETWORKS = ("lite0", "lite2")
+EMBEDDED_MODELS = ("lite0", "lite2", "lite0+lite2")
 
 
 class EmbeddedEncoder(Encoder):
@@ -177,7 +177,7 @@ class EmbeddedEncoder(Encoder):
     Measured: 81 % of 500 ImageNet photos have their own name as nearest text (docs/method.md).
 
     Args:
-        names: Of `EMBEDDED_NETWORKS`; 1280 values of the embedding for each.
+        names: "lite0", "lite2"; 1280 values of the embedding for each.
         input_size: Pixels a side, for all of them.
     """
 
@@ -193,6 +193,7 @@ class EmbeddedEncoder(Encoder):
         for tower in towers:
             tower.reset_classifier(0)
         digests = [self._digest(tower) for tower in towers]
+        # One alone keeps the digest that the cards of its protectors name.
         self._hash = (
             digests[0]
             if len(digests) == 1
@@ -234,7 +235,7 @@ def load_efficientnet_lite(name: str = "lite0") -> Any:
     The tensors come in the same order. Classifier and batch norms are kept; evaluation mode.
 
     Args:
-        name: Of `EMBEDDED_NETWORKS`.
+        name: "lite0" or "lite2".
 
     Raises:
         ProtectorError: The package with the weights is not installed.

@@ -1,7 +1,7 @@
 """Fit a codebook: to a sample of a corpus's images, or to the names of a vocabulary.
 
 No labels and no training; the result is a protector folder like any other. Images that arrive later
-are protected by it as they are: they go to the nearest concept.
+are protected by it as they are: they get the rows of the concepts that they are like.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class ShardEmbedder:
 
 
 def _picture(found: list[dict[str, Any]], concepts_N: Tensor, codebook: Codebook) -> bytes:
-    """PNG of the largest concepts: a column each, the pattern above images that get it."""
+    """PNG of the largest concepts: a column each, its pattern above images of it."""
     examples: dict[int, list[Pixels]] = {}
     start = 0
     for row in found:

@@ -1,4 +1,4 @@
-"""Perturbations by cluster of an encoder's features: what label-free methods share.
+"""Perturbations by what an encoder says of an image: what label-free methods share.
 
 Shape suffixes: N images, K clusters, D features, C colour channels, h w perturbation grid.
 """
@@ -23,7 +23,31 @@ from one4all.perturbation import Levels
 _ENCODE_BATCH = 64
 
 
-class ClusterWise(FittedMethod):
+class EncoderWise(FittedMethod):
+    """A method that looks at images through the encoder of its fit.
+
+    Args:
+        card: Description; its config has an ``encoder``.
+        encoder: That one; loaded when first needed unless given.
+    """
+
+    def __init__(self, card: FittedCard, encoder: Encoder | None = None) -> None:
+        super().__init__(card)
+        self._encoder = encoder
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the fit.
+
+        Raises:
+            ProtectorError: What loads here is another one; what was fitted would mean nothing.
+        """
+        if self._encoder is None:
+            self._encoder = load_fitted_encoder(self.card)
+        return self._encoder
+
+
+class ClusterWise(EncoderWise):
     """One perturbation per cluster; an image gets that of the nearest centre. Labels are not read.
 
     This is also its transfer rule: new images are encoded and go to the nearest centre.
@@ -44,11 +68,10 @@ class ClusterWise(FittedMethod):
         own_N: Assignment,
         encoder: Encoder | None = None,
     ) -> None:
-        super().__init__(card)
+        super().__init__(card, encoder)
         self.patterns_KhwC = patterns_KhwC
         self.centres_KD = centres_KD
         self.own_N = own_N
-        self._encoder = encoder
 
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
         """See the base class; nothing is drawn, so ``seed`` does not matter."""
@@ -58,14 +81,8 @@ class ClusterWise(FittedMethod):
         return (self.patterns_KhwC[cluster] for cluster in assignment)
 
     def assign(self, images: LabelledImages) -> Assignment:
-        """Cluster of each image, int32 (N,).
-
-        Raises:
-            ProtectorError: The encoder is not the one of the fit; centres would mean nothing.
-        """
-        if self._encoder is None:
-            self._encoder = load_fitted_encoder(self.card)
-        features = encode_corpus(self._encoder, images, torch.device("cpu"))
+        """Cluster of each image, int32 (N,)."""
+        features = encode_corpus(self.encoder, images, torch.device("cpu"))
         return nearest(features, torch.from_numpy(self.centres_KD)).numpy().astype(np.int32)
 
     def arrays(self) -> Arrays:

@@ -21,13 +21,12 @@ from torch import Tensor
 from one4all.baselines.base import (
     Arrays,
     FittedCard,
-    FittedMethod,
     Progress,
     check_epsilon,
     make_card,
     silent,
 )
-from one4all.baselines.clusters import encode_corpus, load_fitted_encoder
+from one4all.baselines.clusters import EncoderWise, encode_corpus
 from one4all.clustering import cluster_purity
 from one4all.codebook import (
     DEFAULT_CODEBOOK,
@@ -68,7 +67,7 @@ PRESETS: dict[str, CodebookMethodConfig] = {
 }
 
 
-class CodebookWise(FittedMethod):
+class CodebookWise(EncoderWise):
     """A codebook's patterns. Labels are not read, and nothing is drawn.
 
     Args:
@@ -81,10 +80,9 @@ class CodebookWise(FittedMethod):
     def __init__(
         self, card: FittedCard, codebook: Codebook, own_RN: Tensor, encoder: Encoder | None = None
     ) -> None:
-        super().__init__(card)
+        super().__init__(card, encoder)
         self.codebook = codebook
         self.own_RN = own_RN
-        self._encoder = encoder
 
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
         """See the base class; ``seed`` does not matter."""
@@ -94,14 +92,8 @@ class CodebookWise(FittedMethod):
         return (self._pattern(group_R[:, None]) for group_R in groups_RN.unbind(1))
 
     def vote(self, images: LabelledImages) -> Tensor:
-        """`Codebook.vote` of any images.
-
-        Raises:
-            ProtectorError: The encoder is not the one of the fit; concepts would mean nothing.
-        """
-        if self._encoder is None:
-            self._encoder = load_fitted_encoder(self.card)
-        return self.codebook.vote(encode_corpus(self._encoder, images, torch.device("cpu")))
+        """`Codebook.vote` of any images."""
+        return self.codebook.vote(encode_corpus(self.encoder, images, torch.device("cpu")))
 
     def _pattern(self, groups_R1: Tensor) -> Levels:
         levels = self.card.epsilon_levels * self.codebook.patterns(groups_R1)[0]

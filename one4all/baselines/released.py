@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from one4all.baselines.base import Arrays, FittedCard, FittedMethod, make_card, seeded
-from one4all.baselines.clusters import load_fitted_encoder
+from one4all.baselines.base import Arrays, FittedCard, make_card, seeded
+from one4all.baselines.clusters import EncoderWise, load_fitted_encoder
 from one4all.baselines.controls import ControlConfig, WithoutArrays
 from one4all.baselines.surrogate import chunks
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
@@ -61,7 +61,7 @@ class ReleasedL2Config(UntrainedGeneratorConfig):
     direction: Literal["generator", "noise"] = "generator"
 
 
-class UntrainedGenerator(FittedMethod):
+class UntrainedGenerator(EncoderWise):
     """``epsilon * tanh(G(e, x))`` with random weights.
 
     Args:
@@ -73,20 +73,18 @@ class UntrainedGenerator(FittedMethod):
     def __init__(
         self, card: FittedCard, generator: Generator, encoder: Encoder | None = None
     ) -> None:
-        super().__init__(card)
+        super().__init__(card, encoder)
         self.generator = generator.eval().requires_grad_(False)
-        self._encoder = encoder
 
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
         """See the base class; nothing is drawn."""
-        encoder = self._encoder = self._encoder or load_fitted_encoder(self.card)
         stride = self.generator.config.total_stride
         size = int(self.card.config["working_size"]) or -(-images.size // stride) * stride
         for part in chunks(len(images), 64):
             batch = torch.from_numpy(images.images_NHWC[part]).permute(0, 3, 1, 2).float() / 255
             working = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
             with torch.inference_mode():
-                delta = self.generator(encoder.encode_image(working), working)
+                delta = self.generator(self.encoder.encode_image(working), working)
             yield from (self.card.epsilon_levels * delta).permute(0, 2, 3, 1).numpy()
 
     def arrays(self) -> Arrays:

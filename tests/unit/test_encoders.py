@@ -236,6 +236,7 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
     ("config", "message"),
     [
         (EncoderConfig(model_name="ViT-B-32"), "did you mean 'open_clip'"),
+        (EncoderConfig(model_name="lite0+lite0"), "lite0, lite2, lite0[+]lite2 as model_name"),
         (EncoderConfig(kind="open_clip"), "needs model_name and pretrained"),
     ],
 )
