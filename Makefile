@@ -5,8 +5,8 @@ BIN := .venv/bin
 
 .PHONY: demo test test-ceph test-cluster soak check bench clean
 
-demo: .venv/ready  ## pack, train, protect to S3, verify, attack; writes runs/demo/report.html
-	$(BIN)/one4all demo
+demo: .venv/ready  ## pack, train, protect to S3, verify, attack; runs/demo/report.html; PHOTOS=folder for yours
+	$(BIN)/one4all demo $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest

@@ -246,10 +246,8 @@ def _colour(groups_RK: Tensor, seed: int) -> Tensor:
     for row in range(cells):
         # A finer cut splits the groups of the coarser ones, so sorting by all rows so far numbers
         # the groups of this one along the tree.
-        groups_GR, rank_K = groups_RK[: row + 1].unique(dim=1, return_inverse=True)
-        blocks = torch.arange(groups_GR.shape[1]).split(num_colours**num_digits)
-        shuffled = torch.cat([b[torch.randperm(len(b), generator=generator)] for b in blocks])
-        number_K = shuffled[rank_K]
+        groups_RG, rank_K = torch.unique(groups_RK[: row + 1], dim=1, return_inverse=True)
+        number_K = _shuffled(groups_RG.shape[1], num_colours**num_digits, generator)[rank_K]
         half = []
         for cell in range(num_drawn):
             # Latin squares: the first cell shows the last digit of the number in base 6, each
@@ -261,6 +259,14 @@ def _colour(groups_RK: Tensor, seed: int) -> Tensor:
     columns = torch.stack(rows, dim=1)  # (half a row, rows, K, colours)
     mirrored = torch.cat([columns, columns[: cells // 2].flip(0)])
     return mirrored.permute(2, 3, 1, 0).contiguous()
+
+
+def _shuffled(count: int, block: int, generator: torch.Generator) -> Tensor:
+    """0..count-1 in an order drawn within each block."""
+    starts = range(0, count, block)
+    sizes = [min(block, count - start) for start in starts]
+    orders = [torch.randperm(size, generator=generator) for size in sizes]
+    return torch.cat([start + order for start, order in zip(starts, orders, strict=True)])
 
 
 def enlarge(signs_KCgg: Tensor) -> Tensor:

@@ -175,24 +175,33 @@ class Protector:
             ProtectorError: Missing, damaged, or of another version; or the encoder found here is
                 not the one it was trained with.
         """
-        card, weights = load_card(protector), _read(protector, WEIGHTS)
-        if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
-            raise ProtectorError(
-                f"{WEIGHTS} of protector {protector!r} is not the file its card "
-                "describes; copy the folder again"
-            )
+        card = load_card(protector)
+        weights = _load_weights(protector, card)
         encoder = encoder or load_encoder(card.encoder)
         _check_encoder(card, encoder)
         generator = _build_generator(card.generator, encoder.embedding_dim)
         try:
-            generator.load_state_dict(load(weights))
+            generator.load_state_dict(weights)
         except RuntimeError as error:
-            raise ProtectorError(
-                f"{WEIGHTS} of protector {protector!r} holds other tensors than this version of "
-                "one4all needs; make the protector again, by the command in its card, or use the "
-                "version that made it"
-            ) from error
+            raise _other_tensors(protector) from error
         return cls(card, encoder, generator)
+
+
+def check_protector(protector: str) -> ProtectorCard:
+    """The card of a protector whose weights are those it describes; no encoder is loaded.
+
+    For whoever starts workers that will load it: what can be known before is known before.
+
+    Raises:
+        ProtectorError: Missing, damaged, or of another version.
+    """
+    card = load_card(protector)
+    weights = _load_weights(protector, card)
+    with torch.device("meta"):  # names of tensors do not depend on the encoder's width
+        wanted = _build_generator(card.generator, embedding_dim=1).state_dict()
+    if weights.keys() != wanted.keys():
+        raise _other_tensors(protector)
+    return card
 
 
 def load_card(protector: str) -> ProtectorCard:
@@ -224,6 +233,24 @@ def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:
     batch = np.zeros((batch_size, *working[0].shape), np.uint8)
     batch[: len(working)] = working
     return batch
+
+
+def _load_weights(protector: str, card: ProtectorCard) -> dict[str, torch.Tensor]:
+    weights = _read(protector, WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
+        raise ProtectorError(
+            f"{WEIGHTS} of protector {protector!r} is not the file its card describes; copy the "
+            "folder again"
+        )
+    return load(weights)
+
+
+def _other_tensors(protector: str) -> ProtectorError:
+    return ProtectorError(
+        f"{WEIGHTS} of protector {protector!r} holds other tensors than this version of one4all "
+        "needs; make the protector again, by the command in its card, or use the version that made "
+        "it"
+    )
 
 
 def _build_generator(

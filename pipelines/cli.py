@@ -370,11 +370,19 @@ def evaluate(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where results go.")] = Path("runs/demo"),
+    photos: Annotated[
+        str,
+        typer.Option(
+            help="Protect and attack these instead of the embedded drawings: a folder with one "
+            "sub-folder a class, or torchvision:NAME below data/."
+        ),
+    ] = "",
 ) -> None:
     """Run everything, small: pack, train, protect to S3, verify, and attack; writes report.html."""
-    from pipelines.demo import demo as run
+    from pipelines import demo as parts
 
-    report = run(folder, say=print)
+    material = parts.photos(photos) if photos else parts.drawings()
+    report = parts.demo(folder, say=print, material=material)
     print(f"report: {report}")
 
 

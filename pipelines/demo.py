@@ -1,7 +1,8 @@
 """All of it, small: pack, train, protect onto S3, verify, preview, attack; one HTML report.
 
-Everything runs on two CPU cores in minutes, from what ships in the package. The report says what
-protected and what did not, by comparison with the controls, whatever the outcome.
+Everything runs on two CPU cores in minutes, from what ships in the package. That is drawings; given
+photos of your own, it shows what happens to these. The report says what protected and what did not,
+by comparison with the controls, whatever the outcome.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from one4all.adversaries import AdversaryConfig
-from one4all.corpora import open_corpus, pack
-from one4all.errors import One4AllError
+from one4all.corpora import LabelledImage, Split, open_corpus, pack
+from one4all.errors import One4AllError, UsageError
 from one4all.images import decode
 from one4all.labelled import LabelledImages, read_labelled
 from one4all.protector import DEFAULT_PROTECTOR, Protector
@@ -34,21 +37,105 @@ from pipelines.train import train
 from pipelines.trials import DataConfig, EvaluateConfig, GridConfig, MethodConfig, all_trials
 from pipelines.verify import Verification, verify
 
-CORPUS = "emoji-nature"
+DRAWINGS = "emoji-nature"
 TRAINING_CORPUS = "emoji-things"
 BUCKET = "one4all-demo"
 PROTECTED = "protected"
-ADVERSARY = AdversaryConfig(epochs=8)
 _DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "train" / "demo.yaml"
+_HELD_OUT = 5  # of a folder of photos, every fifth of a class is for the test
 
 Say = Callable[[str], None]
 
 
-def demo(folder: Path, *, say: Say) -> Path:
+@dataclass(frozen=True)
+class Material:
+    """What is protected, and the adversary that is trained on it.
+
+    Attributes:
+        name: Of the corpus, in folders and tables.
+        images: Its images by split.
+        sizes: Keys of `DataConfig`: at which they are protected and trained on.
+        oracle: Positive control.
+        adversary: Of every copy.
+        about: What they are to the protector.
+    """
+
+    name: str
+    images: Callable[[Split], Iterable[LabelledImage]]
+    sizes: dict[str, int]
+    oracle: MethodConfig
+    adversary: AdversaryConfig
+    about: str
+
+
+def drawings() -> Material:
+    """The embedded corpus of emoji."""
+    return Material(
+        name=DRAWINGS,
+        images=lambda split: open_corpus(DRAWINGS, split=split),
+        sizes={},
+        oracle=MethodConfig(method="class_oracle", title="class-wise oracle"),
+        adversary=AdversaryConfig(epochs=8),
+        about=(
+            "These are drawings, of which the encoder knows little: the hard case. Photographs: "
+            "RESULTS.md, or yours, by one4all demo --photos."
+        ),
+    )
+
+
+def photos(source: str) -> Material:
+    """Photos of the user's.
+
+    Args:
+        source: A folder of class folders, of which every fifth photo of a class is held out for the
+            test; or a torchvision data set, which has splits of its own.
+
+    Raises:
+        UsageError: There are no two classes to train and to test on.
+    """
+
+    def images(split: Split) -> Iterator[LabelledImage]:
+        found = open_corpus(source, split=split)
+        return held_out(found, split) if Path(source).is_dir() else found
+
+    labels = (image.label for image in images("test"))
+    first = next(labels, None)
+    if all(label == first for label in labels):
+        raise UsageError(
+            f"{source} has fewer than two classes of {_HELD_OUT} photos or more; give a folder "
+            "with a sub-folder for each class, better of a hundred photos each"
+        )
+    oracle = MethodConfig(
+        method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
+    )
+    return Material(
+        name="photos",
+        images=images,
+        sizes={"size": 64, "protect_size": 224},
+        oracle=oracle,
+        adversary=AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3),
+        about=(
+            "The protected copy is read back from the store, with whatever its JPEG files lost; "
+            "the others are made at 224 pixels. The adversary shrinks every copy to 64."
+        ),
+    )
+
+
+def held_out(images: Iterable[LabelledImage], split: Split) -> Iterator[LabelledImage]:
+    """One part of images that come without splits: every fifth of a class is for the test."""
+    seen: Counter[int] = Counter()
+    for image in images:
+        seen[image.label] += 1
+        if (seen[image.label] % _HELD_OUT == 0) == (split == "test"):
+            yield image
+
+
+def demo(folder: Path, *, say: Say, material: Material | None = None) -> Path:
     """Run everything and write ``report.html``.
 
     Args:
         folder: Emptied, then holds corpora, training run, protector and report.
+        material: What to protect; default `drawings`.
         say: Receives a line for each step.
 
     Returns:
@@ -58,6 +145,7 @@ def demo(folder: Path, *, say: Say) -> Path:
         One4AllError: A step failed, or verification found a broken promise.
     """
     start = time.monotonic()
+    material = material or drawings()
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -65,12 +153,13 @@ def demo(folder: Path, *, say: Say) -> Path:
     def step(text: str) -> None:
         say(f"[{time.monotonic() - start:5.0f} s] {text}")
 
-    with local_s3(BUCKET) as endpoint, ray_session(RayConfig(object_store_bytes=500_000_000)):
-        step(f"packing the embedded corpora {TRAINING_CORPUS} and {CORPUS}")
-        for name, split in ((TRAINING_CORPUS, "train"), (CORPUS, "train"), (CORPUS, "test")):
-            where = open_storage(str(folder / "corpora" / name / split))
-            pack(open_corpus(name, split=split), where, prefix=split, images_per_shard=500)  # type: ignore[arg-type]
-        source = str(folder / "corpora" / CORPUS / "train")
+    with local_s3(BUCKET) as endpoint, ray_session(RayConfig(object_store_bytes=2_000_000_000)):
+        step(f"packing {TRAINING_CORPUS} and {material.name}")
+        corpora = folder / "corpora"
+        _pack(open_corpus(TRAINING_CORPUS), corpora / TRAINING_CORPUS / "train")
+        for split in ("train", "test"):
+            _pack(material.images(split), corpora / material.name / split)
+        source = str(corpora / material.name / "train")
 
         config = _training_config(folder)
         step(
@@ -81,7 +170,7 @@ def demo(folder: Path, *, say: Say) -> Path:
         train(config, command="one4all demo", on_metrics=history.append)
 
         target = f"s3://{BUCKET}/protected"
-        step(f"protecting {CORPUS} with the shipped protector: {target} at {endpoint}")
+        step(f"protecting {material.name} with the shipped protector: {target} at {endpoint}")
         result = protect(source, target, ProtectConfig())
         step("verifying every shard, sidecar and image against the source")
         audit = verify(source, target, VerifyConfig())
@@ -89,51 +178,59 @@ def demo(folder: Path, *, say: Say) -> Path:
         if not audit.ok:
             raise One4AllError(f"verification failed: {audit.problems[0]}")
 
-        clean = read_labelled(source)
-        protected = read_labelled(target)
-        evaluation = _evaluation_config(folder, source, target)
-        num_adversaries = len(all_trials(evaluation))
-        step(f"training {num_adversaries} adversaries: 5 copies of the corpus, 3 seeds")
+        size = material.sizes.get("protect_size", 0)
+        clean = read_labelled(source, size=size)
+        protected = read_labelled(target, size=size)
+        evaluation = _evaluation_config(folder, material, target)
+        grid = evaluation.grids[0]
+        step(
+            f"training {len(all_trials(evaluation))} adversaries: {len(grid.methods)} copies of "
+            f"the corpus, {len(grid.seeds)} seeds"
+        )
         results = evaluate(evaluation, command="one4all demo")
         if results.failed:
             raise One4AllError(f"an adversary failed: {results.failed}")
-        table = fill_table(evaluation.grids[0], evaluation, results.records)
+        table = fill_table(grid, evaluation, results.records)
 
     step("writing the report")
     report = folder / "report.html"
-    sections = _sections(folder, config, history, result, audit, table, clean, protected)
+    sections = _sections(folder, config, history, result, audit, table)
+    sections.insert(2, _looks(material.name, clean, protected))
     summary = _summary(table)
     write_report(report, title="one4all demo", summary=summary, sections=sections)
     step(summary)
     return report
 
 
-def _evaluation_config(folder: Path, source: str, target: str) -> EvaluateConfig:
-    """One adversary on five copies of the corpus; what was protected is read from where it is."""
-    test = str(folder / "corpora" / CORPUS / "test")
+def _pack(images: Iterable[LabelledImage], folder: Path) -> None:
+    pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=500)
+
+
+def _evaluation_config(folder: Path, material: Material, target: str) -> EvaluateConfig:
+    """One adversary on several copies; what was protected is read from where it is."""
+    adversary = material.adversary
+    corpus = folder / "corpora" / material.name
     grid = GridConfig(
         title="Does it protect?",
         note=(
-            f"Adversary: ResNet18 of width {ADVERSARY.width}, from scratch, {ADVERSARY.epochs} "
-            f"epochs, augmentation {ADVERSARY.augmentation}, tested on clean images. Every copy "
+            f"Adversary: ResNet18 of width {adversary.width}, from scratch, {adversary.epochs} "
+            f"epochs, augmentation {adversary.augmentation}, tested on clean images. Every copy "
             "is within 8 levels of 255. The class-wise oracle uses the true labels and is no "
-            "method: it shows that the bench can see protection. These are drawings, of which the "
-            "encoder knows little: the hard case. Photographs: RESULTS.md."
+            f"method: it shows that the bench can see protection. {material.about}"
         ),
-        data=(CORPUS,),
+        data=(material.name,),
         methods=(
             MethodConfig(method="clean"),
             MethodConfig(method="corpus", corpus=target, title=PROTECTED),
             MethodConfig(method="uniform_noise", title="random noise"),
             MethodConfig(method="untrained_generator", title="untrained generator"),
-            MethodConfig(method="class_oracle", title="class-wise oracle"),
+            material.oracle,
         ),
-        adversaries={"resnet18": ADVERSARY},
+        adversaries={"resnet18": adversary},
     )
+    data = DataConfig(train=str(corpus / "train"), test=str(corpus / "test"), **material.sizes)
     return EvaluateConfig(
-        output=str(folder / "evaluation"),
-        data={CORPUS: DataConfig(train=source, test=test)},
-        grids=(grid,),
+        output=str(folder / "evaluation"), data={material.name: data}, grids=(grid,)
     )
 
 
@@ -169,20 +266,8 @@ def _sections(
     result: ProtectResult,
     audit: Verification,
     table: Table,
-    clean: LabelledImages,
-    protected: LabelledImages,
 ) -> list[Section]:
     first, last = history[0], history[-1]
-    chosen = np.linspace(0, len(clean) - 1, 5).astype(int)
-    photos = [decode(path.read_bytes()).pixels for path in _photos()]
-    photo_rows = list(
-        zip(
-            [path.name for path in _photos()],
-            photos,
-            Protector.load(DEFAULT_PROTECTOR).protect(photos),
-            strict=True,
-        )
-    )
     return [
         table_section(table),
         Section(
@@ -201,24 +286,6 @@ def _sections(
                 ("largest difference, levels", audit.max_levels),
                 ("PSNR, mean and worst", f"{audit.mean_psnr_db:.1f} / {audit.min_psnr_db:.1f} dB"),
                 ("SSIM, mean and worst", f"{audit.mean_ssim:.3f} / {audit.min_ssim:.3f}"),
-            ],
-        ),
-        Section(
-            "What it looks like",
-            pictures=[
-                (
-                    f"{CORPUS}",
-                    to_png(
-                        contact_sheet(
-                            [
-                                (f"image {i}", clean.images_NHWC[i], protected.images_NHWC[i])
-                                for i in chosen
-                            ],
-                            tile=192,
-                        )
-                    ),
-                ),
-                ("Photographs, at their own size", to_png(contact_sheet(photo_rows))),
             ],
         ),
         Section(
@@ -246,5 +313,24 @@ def _sections(
     ]
 
 
-def _photos() -> list[Path]:
+def _looks(name: str, clean: LabelledImages, protected: LabelledImages) -> Section:
+    """Clean and protected, side by side: of the corpus, and the embedded photographs."""
+    chosen = np.linspace(0, len(clean) - 1, 5).astype(int)
+    rows = [(f"image {i}", clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
+    paths = _embedded_photos()
+    embedded = [decode(path.read_bytes()).pixels for path in paths]
+    embedded_protected = Protector.load(DEFAULT_PROTECTOR).protect(embedded)
+    embedded_rows = list(
+        zip([path.name for path in paths], embedded, embedded_protected, strict=True)
+    )
+    return Section(
+        "What it looks like",
+        pictures=[
+            (name, to_png(contact_sheet(rows, tile=192))),
+            ("Photographs, at their own size", to_png(contact_sheet(embedded_rows))),
+        ],
+    )
+
+
+def _embedded_photos() -> list[Path]:
     return sorted(Path(str(files("one4all") / "assets" / "photos")).glob("*.jpg"))

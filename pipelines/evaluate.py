@@ -220,7 +220,7 @@ def _run(
             fit_on = data.get(copy.fitted_on)[0] if copy.fitted_on else None
             cache = fitted_folder(copy, config)
             protected, facts = copy_task.options(num_returns=2).remote(
-                clean, fit_on, copy.method, config.epsilon_levels, config.cpus_per_trial, cache
+                clean, fit_on, copy.method, copy.epsilon_levels, config.cpus_per_trial, cache
             )
             if copy_key not in result.copies:
                 copies[facts] = copy

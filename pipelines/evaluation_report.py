@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +19,7 @@ from one4all.clustering import ClusterQuality
 from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
 from one4all.verdict import MIN_SEEDS, PROTECTS_BELOW, Verdict, judge
 from pipelines.trials import (
+    CLEAN,
     NO_ATTACK,
     Copy,
     EvaluateConfig,
@@ -118,13 +119,13 @@ def fill_table(grid: GridConfig, config: EvaluateConfig, records: Mapping[str, R
 def verdicts(table: Table, column: str) -> dict[str, Verdict]:
     """The verdict on each method of a column; empty unless it has its controls."""
     names = {method.method: method.name for method in table.grid.methods}
-    if table.grid.rows != "methods" or not {"clean", "class_oracle"} <= names.keys():
+    if table.grid.rows != "methods" or not {CLEAN, "class_oracle"} <= names.keys():
         return {}
     accuracies = {row: table.cell(row, column).last for row in table.rows}
     return {
         method.name: judge(
             accuracies[method.name],
-            clean=accuracies[names["clean"]],
+            clean=accuracies[names[CLEAN]],
             oracle=accuracies[names["class_oracle"]],
             controls=[accuracies[names[name]] for name in NEGATIVE_CONTROLS if name in names],
         )
@@ -157,7 +158,7 @@ def explain(table: Table) -> list[str]:
     return sentences
 
 
-NEGATIVE_CONTROLS = ("clean", "uniform_noise", "sign_noise", "constant", "untrained_generator")
+NEGATIVE_CONTROLS = (CLEAN, "uniform_noise", "sign_noise", "constant", "untrained_generator")
 _OTHER_CONTROLS = ("class_oracle", "concept_oracle", "released_l2", "released_preprocessing")
 
 
@@ -209,6 +210,7 @@ def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
         "methods": (trial.copy.method.name, len(grid.methods)),
         "attacks": (trial.attack, len(grid.attacks)),
         "shares": (f"{100 * trial.share:.0f} % protected", len(grid.shares)),
+        "budgets": (f"{trial.budget} levels", len(grid.budgets)),
         "data": (trial.copy.data, len(grid.data)),
         "labels": (trial.labels, len(grid.labels)),
         "adversaries": (trial.adversary_name, len(grid.adversaries)),
@@ -238,25 +240,10 @@ def table_section(table: Table, records: Mapping[str, Record] | None = None) -> 
         )
         pictures += _confusions(table, column, records or {})
     if grid.rows == "shares":
-        series = {
-            column: [
-                (100 * share, 100 * table.cell(row, column).mean)
-                for share, row in zip(grid.shares, table.rows, strict=True)
-                if table.cell(row, column).last
-            ]
-            for column in table.columns
-        }
-        pictures.append(
-            (
-                "Test accuracy by the share of training images that are protected",
-                plot_curves(
-                    series,
-                    xlabel="protected, % of the training images",
-                    ylabel="test accuracy, %",
-                    title=grid.title,
-                ),
-            )
-        )
+        label = "protected, % of the training images"
+        pictures.append(_curve(table, lambda trial: 100 * trial.share, label))
+    if grid.rows == "budgets":
+        pictures.append(_curve(table, lambda trial: trial.budget, "budget, levels of 255"))
     pictures += _purity_curve(table)
     return Section(
         grid.title,
@@ -281,6 +268,20 @@ def _confusions(
     return pictures
 
 
+def _curve(table: Table, value: Callable[[Trial], float], label: str) -> tuple[str, bytes]:
+    """Accuracy over what the rows stand for."""
+    series = {
+        column: [
+            (value(table.trials[row, column]), 100 * table.cell(row, column).mean)
+            for row in table.rows
+            if table.cell(row, column).last
+        ]
+        for column in table.columns
+    }
+    curve = plot_curves(series, xlabel=label, ylabel="test accuracy, %", title=table.grid.title)
+    return f"Test accuracy by {label}", curve
+
+
 def _purity_curve(table: Table) -> list[tuple[str, bytes]]:
     """Accuracy over the purity of the concept-wise oracle, if a grid has several of them."""
     oracles = [m for m in table.grid.methods if m.method == "concept_oracle"]
@@ -302,7 +303,7 @@ def _purity_curve(table: Table) -> list[tuple[str, bytes]]:
 
 def _recovered(table: Table) -> str:
     """Recovered fraction: accuracy over that of the clean copy under the same attack."""
-    clean = next((m.name for m in table.grid.methods if m.method == "clean"), None)
+    clean = next((m.name for m in table.grid.methods if m.method == CLEAN), None)
     if clean is None:
         return ""
     lines = [f"Recovered fraction, {table.grid.title}", ""]
@@ -367,7 +368,7 @@ def _csv(
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(
-        "table method data fitted_on labels share attack adversary num_seeds "
+        "table method data fitted_on labels share budget attack adversary num_seeds "
         "last_mean last_std peak_mean majority max_levels psnr_db".split()
     )
     for table in tables:
@@ -381,6 +382,7 @@ def _csv(
                     trial.copy.fitted_on,
                     trial.labels,
                     trial.share,
+                    trial.budget,
                     "" if trial.attack == NO_ATTACK else trial.attack,
                     trial.adversary_name,
                     len(cell.last),

@@ -27,7 +27,7 @@ from one4all.ledger import (
     list_shards,
     take_census,
 )
-from one4all.protector import load_card, locate
+from one4all.protector import check_protector, load_card, locate
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import metrics
 from pipelines.config import ProtectConfig, since_seconds
@@ -117,7 +117,7 @@ def protect(
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
     since = start_of(config)
-    card = load_card(config.protector)
+    card = check_protector(config.protector)
     # Workers run in another directory: no relative path reaches them.
     config = config.model_copy(update={"protector": locate(config.protector)})
     source.check(writable=False)

@@ -31,9 +31,12 @@ EVALUATION_VERSION = 1
 
 PROTECTOR = "protector"
 CORPUS = "corpus"
+CLEAN = "clean"
 NO_ATTACK = "none"
 OWN_LABELS = "own"
 _CLUSTERS = "clusters-"
+
+Budget = Annotated[int, Field(ge=1, le=127)]
 
 
 class DataConfig(JobConfig):
@@ -170,6 +173,7 @@ class GridConfig(JobConfig):
         labels: "own", or "clusters-K": class names clustered in text space, the label-agnostic
             scenario. Protection always sees the original labels.
         shares: Share of the training images that are protected; the rest stays clean.
+        budgets: In levels of 8 bits; () is the evaluation's.
         attacks: "none", or names in `one4all.attacks.ATTACKS`.
         adversaries: By title; a preset's name, a configuration, or a preset and what differs.
         seeds: Of the adversaries.
@@ -177,12 +181,13 @@ class GridConfig(JobConfig):
 
     title: str
     note: str = ""
-    rows: Literal["methods", "attacks", "shares"] = "methods"
+    rows: Literal["methods", "attacks", "shares", "budgets"] = "methods"
     data: tuple[str, ...]
     fitted_on: str = ""
     methods: tuple[Annotated[MethodConfig, BeforeValidator(_method)], ...]
     labels: tuple[Annotated[str, BeforeValidator(_labels)], ...] = (OWN_LABELS,)
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    budgets: tuple[Budget, ...] = ()
     attacks: tuple[Annotated[str, BeforeValidator(_attack)], ...] = (NO_ATTACK,)
     adversaries: dict[str, Annotated[AdversaryConfig, BeforeValidator(_adversary)]] = Field(
         default_factory=lambda: {"resnet18": AdversaryConfig()}
@@ -197,7 +202,7 @@ class EvaluateConfig(JobConfig):
         output: Folder or s3:// prefix of results; the same one resumes.
         data: Data sets by name.
         grids: Tables.
-        epsilon_levels: Budget of every method, in levels of 8 bits.
+        epsilon_levels: Budget of every method, in levels of 8 bits, where a grid names no other.
         encoder: Whose text space clusters class names, and whose purity is measured.
         diagnose: Titles of methods to diagnose on each data set of the first grid.
         cpus_per_trial, gpus_per_trial: Resources of a trial; below 0 GPUs means 1 if there is any.
@@ -207,7 +212,7 @@ class EvaluateConfig(JobConfig):
     output: str = "runs/evaluate"
     data: dict[str, DataConfig]
     grids: tuple[GridConfig, ...]
-    epsilon_levels: Annotated[int, Field(ge=1, le=127)] = DEFAULT_EPSILON_LEVELS
+    epsilon_levels: Budget = DEFAULT_EPSILON_LEVELS
     encoder: EncoderConfig = EncoderConfig()
     diagnose: tuple[str, ...] = ()
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1
@@ -269,11 +274,15 @@ class Copy:
 
 @dataclass(frozen=True)
 class Trial:
-    """One adversary on one copy."""
+    """One adversary on one copy.
+
+    ``budget`` is that of its place in the grid: clean copies have one trial for all of them.
+    """
 
     copy: Copy
     labels: str
     share: float
+    budget: int
     attack: str
     adversary_name: str
     adversary: AdversaryConfig
@@ -303,7 +312,8 @@ class Trial:
 
 def grid_trials(grid: GridConfig, config: EvaluateConfig) -> Iterator[Trial]:
     """Every trial of a grid, those of one copy one after the other."""
-    for data, method in itertools.product(grid.data, grid.methods):
+    budgets = grid.budgets or (config.epsilon_levels,)
+    for data, method, budget in itertools.product(grid.data, grid.methods, budgets):
         # A control that needs no fit, and a protector, are the same wherever others are fitted.
         fitted_on = grid.fitted_on if _is_fitted(method) and grid.fitted_on != data else ""
         copy = Copy(
@@ -313,12 +323,13 @@ def grid_trials(grid: GridConfig, config: EvaluateConfig) -> Iterator[Trial]:
             fitted_on=fitted_on,
             fitted_on_config=config.data[fitted_on] if fitted_on else None,
             protector_sha256=_protector_hash(method),
-            epsilon_levels=config.epsilon_levels,
+            # Clean images are the same whatever the budget, and need one trial.
+            epsilon_levels=config.epsilon_levels if method.method == CLEAN else budget,
         )
         for labels, share, attack, (name, adversary), seed in itertools.product(
             grid.labels, grid.shares, grid.attacks, grid.adversaries.items(), grid.seeds
         ):
-            yield Trial(copy, labels, share, attack, name, adversary, seed)
+            yield Trial(copy, labels, share, budget, attack, name, adversary, seed)
 
 
 def all_trials(config: EvaluateConfig) -> list[Trial]:

@@ -5,6 +5,7 @@ Shape suffixes: N images, K clusters, D features, C colour channels, h w perturb
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Self
 
@@ -21,6 +22,8 @@ from one4all.labelled import LabelledImages
 from one4all.perturbation import Levels
 
 _ENCODE_BATCH = 64
+_MOST_RECENT = 4
+_recent: dict[tuple[str, str, str], Tensor] = {}
 
 
 class EncoderWise(FittedMethod):
@@ -108,9 +111,22 @@ def load_fitted_encoder(card: FittedCard) -> Encoder:
     return encoder
 
 
-@torch.inference_mode()
 def encode_corpus(encoder: Encoder, images: LabelledImages, device: torch.device) -> Tensor:
-    """L2-normalised features of all images, float32 (N, D) on the CPU."""
+    """L2-normalised features of all images, float32 (N, D) on the CPU.
+
+    The last few are remembered: the methods of a grid see the same images through one encoder.
+    """
+    pixels = hashlib.sha256(np.ascontiguousarray(images.images_NHWC).data).hexdigest()
+    key = (encoder.content_hash(), pixels, str(device))
+    if key not in _recent:
+        while len(_recent) >= _MOST_RECENT:
+            del _recent[next(iter(_recent))]
+        _recent[key] = _encode(encoder, images, device)
+    return _recent[key].clone()
+
+
+@torch.inference_mode()
+def _encode(encoder: Encoder, images: LabelledImages, device: torch.device) -> Tensor:
     encoder.to(device)
     parts = []
     for part in chunks(len(images), _ENCODE_BATCH):

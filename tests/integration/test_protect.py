@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from builders import make_image, make_samples, make_tar, write_corpus
 
-from one4all.errors import UsageError
+from one4all.errors import ProtectorError, UsageError
+from one4all.protector import WEIGHTS
 from one4all.storage import open_storage
 from pipelines import cli
 from pipelines.config import ProtectConfig, VerifyConfig
@@ -133,6 +135,16 @@ def test_impossible_requests_write_nothing(tmp_path, config, prepare, message):
     with pytest.raises(UsageError, match=message):
         protect(str(source), str(destination), config)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_protector_is_noticed_before_anything_is_written(tmp_path, config):
+    write_corpus(tmp_path / "in", num_shards=1)
+    damaged = shutil.copytree(config.protector, tmp_path / "damaged")
+    (damaged / WEIGHTS).write_bytes(b"")
+    broken = config.model_copy(update={"protector": str(damaged)})
+    with pytest.raises(ProtectorError, match="not the file its card describes"):
+        protect(str(tmp_path / "in"), str(tmp_path / "out"), broken)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_configuration_is_refused(tmp_path, config):

@@ -71,6 +71,7 @@ def test_title_and_order_do_not_change_a_trials_key_and_everything_else_does():
         config_of(seeds=[7]),
         config_of(attacks=["blur-1"]),
         config_of(shares=[0.5]),
+        config_of(budgets=[4], methods=["uniform_noise", "lsp", "class_oracle"]),
         config_of(labels=["clusters-2"]),
         config_of(adversaries={"resnet18": {"epochs": 3}}),
         config_of(data=["c"]),
@@ -101,6 +102,23 @@ def test_table_has_means_spreads_and_verdicts():
     assert "far below every control): lsp." in explain(table)[0]
     half = {k: r for k, r in records_of(config, found).items() if r["last"] != 0.31}
     assert "Inconclusive" in explain(fill_table(config.grids[0], config, half))[0]
+
+
+def test_budgets_go_down_the_table_and_clean_images_are_trained_on_once(tmp_path):
+    config = config_of(rows="budgets", budgets=[2, 8], methods=["clean", "lsp"])
+    trials = all_trials(config)
+    assert [t.copy.epsilon_levels for t in trials if t.copy.method.name == "lsp"] == 3 * [2] + 3 * [
+        8
+    ]
+    assert len(trials) == 9
+    assert {t.key for t in trials} > {
+        t.key for t in all_trials(config_of(methods=["clean", "lsp"]))
+    }
+    records = records_of(config, {"clean": CLEAN, "lsp": ORACLE})
+    table = fill_table(config.grids[0], config, records)
+    assert table.rows == ["2 levels", "8 levels"]
+    assert table.text()[1][1] == table.text()[2][1] == "66.0 ± 1.0"
+    assert "by budget" in write_results(tmp_path, config, records, {}, qualities={}).read_text()
 
 
 def test_results_are_written_also_with_trials_missing(tmp_path):

@@ -14,7 +14,7 @@ from one4all.codebook import CodebookConfig, name_codebook
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
-from one4all.protector import CARD, WEIGHTS, Protector, load_card
+from one4all.protector import CARD, WEIGHTS, Protector, check_protector, load_card
 
 
 def test_saved_protector_protects_alike(protector_folder):
@@ -22,7 +22,7 @@ def test_saved_protector_protects_alike(protector_folder):
     loaded = Protector.load(str(protector_folder))
     for first, second in zip(make_protector().protect(images), loaded.protect(images), strict=True):
         np.testing.assert_array_equal(first, second)
-    assert loaded.card.content_hash == load_card(str(protector_folder)).content_hash
+    assert loaded.card == load_card(str(protector_folder)) == check_protector(str(protector_folder))
 
 
 def test_result_depends_on_the_image_alone(protector):
@@ -76,16 +76,18 @@ def test_missing_protector_lists_what_there_is(tmp_path):
         Protector.load(str(tmp_path / "none"))
 
 
-def test_damaged_weights_are_refused(protector_folder, tmp_path):
+@pytest.mark.parametrize("look", [Protector.load, check_protector])
+def test_damaged_weights_are_refused(protector_folder, tmp_path, look):
     folder = shutil.copytree(protector_folder, tmp_path / "copy")
     weights = bytearray((folder / WEIGHTS).read_bytes())
     weights[-1] ^= 1
     (folder / WEIGHTS).write_bytes(weights)
     with pytest.raises(ProtectorError, match="not the file its card describes"):
-        Protector.load(str(folder))
+        look(str(folder))
 
 
-def test_weights_of_another_version_are_refused(protector_folder, tmp_path):
+@pytest.mark.parametrize("look", [Protector.load, check_protector])
+def test_weights_of_another_version_are_refused(protector_folder, tmp_path, look):
     folder = shutil.copytree(protector_folder, tmp_path / "copy")
     weights = load_file(folder / WEIGHTS)
     weights.popitem()
@@ -96,7 +98,7 @@ def test_weights_of_another_version_are_refused(protector_folder, tmp_path):
     with pytest.raises(
         ProtectorError, match="make the protector again, by the command in its card"
     ):
-        Protector.load(str(folder))
+        look(str(folder))
 
 
 def test_damaged_card_is_refused(protector_folder, tmp_path):
