@@ -233,40 +233,20 @@ def _colour(groups_RK: Tensor, seed: int) -> Tensor:
     Left mirrors right, so an adversary that flips its images still sees one pattern and not two.
     No cell is gray: photos vary most in brightness, which would drown it. With neither, a network
     that sees each pattern on random photos has learnt nothing in the time in which it learns a
-    fifth of these (RESULTS.md, section 2). Six colours name few groups, two cells of them 36: no
-    two groups of a row look the same before all of these are used, and hardly ever neighbours in
-    the tree of concepts.
+    fifth of these (RESULTS.md, section 2). The cells of half a row are drawn apart: six colours
+    name few groups, two cells of them 36.
     """
     generator = torch.Generator().manual_seed(seed)
     cells = len(groups_RK)
-    num_drawn = -(-cells // 2)  # the others mirror these
-    num_colours = len(_COLOURS)
-    num_digits = min(num_drawn, 7)  # more than anyone's concepts; further cells repeat the first
-    rows = []
-    for row in range(cells):
-        # A finer cut splits the groups of the coarser ones, so sorting by all rows so far numbers
-        # the groups of this one along the tree.
-        groups_RG, rank_K = torch.unique(groups_RK[: row + 1], dim=1, return_inverse=True)
-        number_K = _shuffled(groups_RG.shape[1], num_colours**num_digits, generator)[rank_K]
-        half = []
-        for cell in range(num_drawn):
-            # Latin squares: the first cell shows the last digit of the number in base 6, each
-            # other one another digit turned by it. So every colour is on as many groups.
-            turn_K = number_K // num_colours**cell if 0 < cell < num_digits else 0
-            colours = _COLOURS[torch.randperm(num_colours, generator=generator)]
-            half.append(colours[(number_K + turn_K) % num_colours])
-        rows.append(torch.stack(half))
-    columns = torch.stack(rows, dim=1)  # (half a row, rows, K, colours)
+
+    def cell(groups_K: Tensor) -> Tensor:
+        shuffled = torch.randperm(int(groups_K.max()) + 1, generator=generator)
+        return _COLOURS[shuffled[groups_K] % len(_COLOURS)]  # each colour on as many groups
+
+    half = [torch.stack([cell(row_K) for _ in range(-(-cells // 2))]) for row_K in groups_RK]
+    columns = torch.stack(half, dim=1)  # (half a row, rows, K, colours)
     mirrored = torch.cat([columns, columns[: cells // 2].flip(0)])
     return mirrored.permute(2, 3, 1, 0).contiguous()
-
-
-def _shuffled(count: int, block: int, generator: torch.Generator) -> Tensor:
-    """0..count-1 in an order drawn within each block."""
-    starts = range(0, count, block)
-    sizes = [min(block, count - start) for start in starts]
-    orders = [torch.randperm(size, generator=generator) for size in sizes]
-    return torch.cat([start + order for start, order in zip(starts, orders, strict=True)])
 
 
 def enlarge(signs_KCgg: Tensor) -> Tensor:

@@ -42,31 +42,6 @@ def test_images_of_one_concept_get_one_pattern_at_the_edge_of_the_budget():
     assert torch.equal(delta, codebook.patterns(assignment.expand(2, -1)))
 
 
-def test_no_groups_look_alike_before_all_combinations_of_colours_are_used():
-    """One cell of a row is drawn for a side of 1 or 2, two for 3 or 4; the others mirror them."""
-    for cells, num_patterns in ((1, 6), (2, 6), (3, 36), (4, 36)):
-        for row in draw_patterns(num_patterns, cells, seed=0).unbind(2):
-            assert len(row.unique(dim=0)) == num_patterns
-            assert all(len(cell.unique(dim=0)) == 6 for cell in row.unbind(2))
-    assert len(draw_patterns(1000, 16, seed=0).unique(dim=0)) == 1000
-
-
-def test_groups_split_from_one_group_differ_in_the_row_that_splits_them():
-    generator = torch.Generator().manual_seed(3)
-    points = F.normalize(torch.randn(300, 8, generator=generator), dim=1)
-    config = CodebookConfig(num_concepts=300, coarsest=5, cells=4)
-    codebook = name_codebook(points, config, seed=0)
-    for row in range(1, 4):
-        coarser, finer = codebook.groups_RK[row - 1 : row + 1]
-        colours = codebook.signs_KCgg[:, :, row].flatten(1)
-        for group in coarser.unique():
-            members = coarser == group
-            num_parts = len(finer[members].unique())
-            if num_parts <= 18:  # so that at most one border of 36 lies between them
-                assert len(colours[members].unique(dim=0)) >= num_parts - 1
-    assert len(codebook.signs_KCgg.unique(dim=0)) > 100
-
-
 @pytest.mark.parametrize("cells", [1, 3, 4])
 def test_patterns_look_the_same_in_a_mirror_and_have_no_gray_cell(cells):
     signs = draw_patterns(50, cells, seed=0)
