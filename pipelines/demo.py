@@ -115,7 +115,7 @@ def photos(source: str) -> Material:
         oracle=oracle,
         adversary=AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3),
         about=(
-            "The protected copy is read back from the store, with whatever its JPEG files lost; "
+            "The protected copy is read back from the store, where JPEG has added its own error; "
             "the others are made at 224 pixels. The adversary shrinks every copy to 64."
         ),
     )
@@ -214,9 +214,9 @@ def _evaluation_config(folder: Path, material: Material, target: str) -> Evaluat
         title="Does it protect?",
         note=(
             f"Adversary: ResNet18 of width {adversary.width}, from scratch, {adversary.epochs} "
-            f"epochs, augmentation {adversary.augmentation}, tested on clean images. Every copy "
-            "is within 8 levels of 255. The class-wise oracle uses the true labels and is no "
-            f"method: it shows that the bench can see protection. {material.about}"
+            f"epochs, augmentation {adversary.augmentation}, tested on clean images. No "
+            "perturbation exceeds 8 levels of 255. The class-wise oracle uses the true labels and "
+            f"is no method: it shows that the bench can see protection. {material.about}"
         ),
         data=(material.name,),
         methods=(
