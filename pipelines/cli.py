@@ -382,7 +382,7 @@ def demo(
     from pipelines import demo as parts
 
     material = parts.photos(photos) if photos else parts.drawings()
-    report = parts.demo(folder, say=print, material=material)
+    report = parts.demo(folder, material, say=print)
     print(f"report: {report}")
 
 

@@ -130,12 +130,12 @@ def held_out(images: Iterable[LabelledImage], split: Split) -> Iterator[Labelled
             yield image
 
 
-def demo(folder: Path, *, say: Say, material: Material | None = None) -> Path:
+def demo(folder: Path, material: Material, *, say: Say) -> Path:
     """Run everything and write ``report.html``.
 
     Args:
         folder: Emptied, then holds corpora, training run, protector and report.
-        material: What to protect; default `drawings`.
+        material: What to protect: `drawings`, or `photos`.
         say: Receives a line for each step.
 
     Returns:
@@ -145,7 +145,6 @@ def demo(folder: Path, *, say: Say, material: Material | None = None) -> Path:
         One4AllError: A step failed, or verification found a broken promise.
     """
     start = time.monotonic()
-    material = material or drawings()
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -194,8 +193,8 @@ def demo(folder: Path, *, say: Say, material: Material | None = None) -> Path:
 
     step("writing the report")
     report = folder / "report.html"
-    sections = _sections(folder, config, history, result, audit, table)
-    sections.insert(2, _looks(material.name, clean, protected))
+    looks = _looks(material.name, clean, protected)
+    sections = _sections(folder, config, history, result, audit, table, looks)
     summary = _summary(table)
     write_report(report, title="one4all demo", summary=summary, sections=sections)
     step(summary)
@@ -266,6 +265,7 @@ def _sections(
     result: ProtectResult,
     audit: Verification,
     table: Table,
+    looks: Section,
 ) -> list[Section]:
     first, last = history[0], history[-1]
     return [
@@ -288,6 +288,7 @@ def _sections(
                 ("SSIM, mean and worst", f"{audit.mean_ssim:.3f} / {audit.min_ssim:.3f}"),
             ],
         ),
+        looks,
         Section(
             "Training a generator",
             text=[
