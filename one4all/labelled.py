@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from one4all.corpora import LabelledImage
-from one4all.errors import ShardError, UsageError
+from one4all.errors import BadImageError, ShardError, UsageError
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode
 from one4all.ledger import list_shards
 from one4all.shards import is_protectable, read_samples
@@ -90,12 +90,12 @@ def read_corpus(
     images: Iterable[LabelledImage], name: str, *, size: int = 0, max_images: int = 0
 ) -> LabelledImages:
     """The same from `one4all.corpora.open_corpus`; ``name`` is for messages."""
-    triples = ((image.data, image.label, image.label_name) for image in images)
-    return _collect(triples, name, size, max_images)
+    samples = ((image.key, image.data, image.label, image.label_name) for image in images)
+    return _collect(samples, name, size, max_images)
 
 
-def _samples(uri: str) -> Iterator[tuple[bytes, int, str]]:
-    """Image file, class index and class name of each sample of a corpus of shards."""
+def _samples(uri: str) -> Iterator[tuple[str, bytes, int, str]]:
+    """Key, image file, class index and class name of each sample of a corpus of shards."""
     storage = open_storage(uri)
     for shard in list_shards(storage):
         with closing(storage.open(shard.name)) as reader:
@@ -112,15 +112,19 @@ def _samples(uri: str) -> Iterator[tuple[bytes, int, str]]:
                     raise ShardError(
                         f"{shard.name}: sample {sample.key!r}: its .cls is not a class index"
                     ) from error
-                yield pictures[0], label, members.get("txt", b"").decode("utf-8", "replace")
+                class_name = members.get("txt", b"").decode("utf-8", "replace")
+                yield sample.key, pictures[0], label, class_name
 
 
 def _collect(
-    samples: Iterable[tuple[bytes, int, str]], name: str, size: int, max_images: int
+    samples: Iterable[tuple[str, bytes, int, str]], name: str, size: int, max_images: int
 ) -> LabelledImages:
     images, labels, names = [], [], dict[int, str]()
-    for payload, label, class_name in islice(samples, max_images or None):
-        images.append(_square(payload, size))
+    for key, payload, label, class_name in islice(samples, max_images or None):
+        try:
+            images.append(_square(payload, size))
+        except BadImageError as error:
+            raise ShardError(f"{name}: sample {key!r}: {error}") from error
         labels.append(label)
         names.setdefault(label, class_name.strip())
     if not images:

@@ -159,6 +159,8 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
         for split in ("train", "test"):
             _pack(material.images(split), corpora / material.name / split)
         source = str(corpora / material.name / "train")
+        size = material.sizes.get("protect_size", 0)
+        clean = read_labelled(source, size=size)  # a photo that cannot be read ends it here
 
         config = _training_config(folder)
         step(
@@ -177,8 +179,6 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
         if not audit.ok:
             raise One4AllError(f"verification failed: {audit.problems[0]}")
 
-        size = material.sizes.get("protect_size", 0)
-        clean = read_labelled(source, size=size)
         protected = read_labelled(target, size=size)
         evaluation = _evaluation_config(folder, material, target)
         grid = evaluation.grids[0]

@@ -3,7 +3,8 @@
 import pytest
 from builders import make_image
 
-from one4all.errors import UsageError
+from one4all.errors import ShardError, UsageError
+from one4all.labelled import read_corpus
 from pipelines.demo import photos
 
 
@@ -27,3 +28,11 @@ def test_every_fifth_photo_of_a_class_is_held_out_for_the_test(tmp_path):
 def test_photos_of_one_class_are_refused_before_anything_starts(tmp_path, counts):
     with pytest.raises(UsageError, match="fewer than two classes of 5 photos or more"):
         photos(folder_of(tmp_path, counts))
+
+
+def test_photo_that_cannot_be_read_is_named(tmp_path):
+    folder = folder_of(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "dog" / "2.png").write_bytes(b"garbage")
+    images = photos(folder).images("train")
+    with pytest.raises(ShardError, match="mine: sample 'dog/2': not an image file"):
+        read_corpus(images, "mine", size=8)
