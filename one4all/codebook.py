@@ -1,30 +1,30 @@
 """A codebook: one fixed pattern for each concept, written on the images of that concept.
 
     p_k(x) ~ exp(-|E_I(x) - c_k|^2 / 2 T)    how much x is like each of K concepts
-    g_r(x) = argmax_g sum_{k in g} p_k(x)    the likeliest group of concepts, for each row r
-    delta  = epsilon * the rows of colours of g_1(x), g_2(x), ...
+    g_l(x) = argmax_g sum_{k in g} p_k(x)    the likeliest group of concepts, at each level l
+    delta  = +-epsilon * (-1, 1, -1)         green or magenta cells, some rows for each g_l(x)
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
-Like concepts have like patterns: a tree of the concepts is cut into ever finer groups, and each row
-of a pattern's cells is coloured by a group of one cut. So a class that spreads over several
-concepts still has most rows in common, and an image between two concepts of a group has its row.
+Like concepts have like patterns: a tree of the concepts is cut into few groups, which colour the
+upper rows of a pattern's cells, and into many, which colour the lower rows. So a class that spreads
+over several concepts still has rows in common, and an image between two concepts of a group has
+its rows.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute.
 What it protects, and what it does not, is measured in RESULTS.md.
 
-Shape suffixes: B batch, K concepts, D embedding width, C channels, g cells a side, R rows of cells,
-N items, h w grid.
+Shape suffixes: B batch, K concepts, D embedding width, C channels, L levels, r rows of cells of a
+level, q cells of a row, N items, h w grid.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from one4all.clustering import k_means, squared_distances, ward
@@ -33,35 +33,58 @@ from one4all.errors import UsageError
 
 # Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
 DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
-DEFAULT_CELLS = 4
 PIXELS_PER_CELL = 8
 
-# The corners of the colour cube without black and white.
-_COLOURS = torch.tensor(
-    [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)], dtype=torch.int8
-)
+# Of all colours within the budget, those from which photos differ least among themselves.
+GREEN = torch.tensor([-1.0, 1.0, -1.0])  # its opposite is magenta
+
+
+def _num_looks(num_rows: int, cells: int) -> int:
+    return 1 << min(62, num_rows * _half(cells))
+
+
+def _half(cells: int) -> int:
+    """Cells of a row that differ: left of the middle, and the middle."""
+    return -(-cells // 2)
 
 
 class CodebookConfig(BaseModel):
     """Size of a codebook.
 
     Attributes:
-        num_concepts: K. Several for each kind of thing in the corpus: more are purer.
-        coarsest: Groups by which the first row is coloured. They grow geometrically to half of
-            ``num_concepts`` in the last: two concepts in the same group there look the same. At
-            ``num_concepts`` or above, no concept is like another.
-        cells: Cells of a pattern a side. Few and large ones are learnt fastest and survive
-            resizing: 4 on Caltech-101 (docs/method.md).
-        temperature: T above, in squared distance of embeddings of unit length. Towards 0, each row
-            is that of the nearest concept.
+        num_concepts: K. Several for each kind of thing in the corpus: more are purer. A codebook of
+            names has one for each name, whatever this says.
+        groups: Groups of concepts at each level, the coarsest first; at most K count. The rows of
+            cells are shared out evenly among the levels. One level: no group is like another.
+        cells: Cells of a pattern a side; right mirrors left. Few and large ones are learnt fastest
+            and survive resizing: 4 on Caltech-101 (docs/method.md).
+        temperature: T above, in squared distance of embeddings of unit length. Towards 0, the
+            nearest concept decides.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_concepts: Annotated[int, Field(ge=2, le=100_000)]
-    coarsest: Annotated[int, Field(ge=2)] = 12
-    cells: Annotated[int, Field(ge=1, le=64)] = DEFAULT_CELLS
+    groups: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (16, 128)
+    cells: Annotated[int, Field(ge=1, le=32)] = 4
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
+
+    @model_validator(mode="after")
+    def _can_be_told(self) -> CodebookConfig:
+        if self.cells % len(self.groups):
+            raise ValueError(
+                f"{self.cells} rows of cells cannot be shared out evenly among {len(self.groups)} "
+                "levels of groups"
+            )
+        if list(self.groups) != sorted(self.groups):
+            raise ValueError(f"groups are {self.groups}; give the coarsest level first")
+        looks = _num_looks(self.cells // len(self.groups), self.cells)
+        if self.groups[0] > looks:
+            raise ValueError(
+                f"{self.groups[0]} groups in the first level, and its cells have {looks} looks; "
+                "ask for more cells, or fewer groups"
+            )
+        return self
 
 
 DEFAULT_CODEBOOK = CodebookConfig(num_concepts=400)
@@ -76,18 +99,18 @@ class Codebook(nn.Module):
     """
 
     centres_KD: Tensor
-    groups_RK: Tensor
-    signs_KCgg: Tensor
+    groups_LK: Tensor
+    signs_KLrq: Tensor
 
     def __init__(self, config: CodebookConfig, embedding_dim: int) -> None:
         super().__init__()
         self.config = config
-        num_concepts, cells = config.num_concepts, config.cells
+        num_concepts, num_levels = config.num_concepts, len(config.groups)
         self.register_buffer("centres_KD", torch.zeros(num_concepts, embedding_dim))
         # A group bears the number of its first concept.
-        self.register_buffer("groups_RK", torch.zeros(cells, num_concepts, dtype=torch.int64))
-        shape = (num_concepts, 3, cells, cells)
-        self.register_buffer("signs_KCgg", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("groups_LK", torch.zeros(num_levels, num_concepts, dtype=torch.int64))
+        shape = (num_concepts, num_levels, config.cells // num_levels, config.cells)
+        self.register_buffer("signs_KLrq", torch.zeros(shape, dtype=torch.int8))
 
     def forward(self, embedding_BD: Tensor, image_BCHW: Tensor) -> Tensor:
         """Perturbations on the scale of the budget.
@@ -102,7 +125,7 @@ class Codebook(nn.Module):
         return self.patterns(self.vote(embedding_BD)).to(embedding_BD)
 
     def vote(self, embedding_BD: Tensor) -> Tensor:
-        """The group of each image in each row, int64 (R, B), on the CPU.
+        """The group of each image at each level, int64 (L, B), on the CPU.
 
         Summed on the CPU: a sum in no fixed order, as on a GPU, would give images at a border
         another pattern from one run to the next.
@@ -113,15 +136,15 @@ class Codebook(nn.Module):
         return torch.stack(
             [
                 votes.zero_().index_add_(1, group_K, likeness_BK).argmax(dim=1)
-                for group_K in self.groups_RK.cpu()
+                for group_K in self.groups_LK.cpu()
             ]
         )
 
-    def patterns(self, groups_RN: Tensor) -> Tensor:
+    def patterns(self, groups_LN: Tensor) -> Tensor:
         """Patterns of `vote`'s groups, float32 (N, 3, h, w), see `forward`."""
-        signs_KCgg = self.signs_KCgg.cpu()
-        rows = [signs_KCgg[group_N, :, row] for row, group_N in enumerate(groups_RN)]
-        return enlarge(torch.stack(rows, dim=2))
+        signs_KLrq = self.signs_KLrq.cpu()
+        levels = [signs_KLrq[group_N, level] for level, group_N in enumerate(groups_LN)]
+        return paint(torch.cat(levels, dim=1))
 
     def concepts(self, embedding_BD: Tensor) -> Tensor:
         """The nearest concept of each image, int64 (B,)."""
@@ -148,9 +171,13 @@ def fit_codebook(
         The codebook, and the concept of each image, int64 (N,).
 
     Raises:
-        UsageError: Fewer images than concepts, or fewer different patterns.
+        UsageError: Fewer images than concepts.
     """
-    _check_possible(embeddings_ND, config)
+    if len(embeddings_ND) < config.num_concepts:
+        raise UsageError(
+            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} images; "
+            "give more images, or a smaller num_concepts"
+        )
     centres_KD, assignment_N = k_means(embeddings_ND, config.num_concepts, seed=seed)
     return _codebook(centres_KD, config, seed), assignment_N
 
@@ -162,45 +189,24 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
 
     Args:
         embeddings_ND: L2-normalised text embeddings of a vocabulary, float32 (N, D).
-        config: Patterns are those of ``num_concepts`` groups of names, at most N.
+        config: Groups and cells; there are as many concepts as names.
         seed: Of the patterns.
 
     Returns:
         A codebook of N concepts.
-
-    Raises:
-        UsageError: Fewer names than groups asked for, or fewer different patterns.
     """
-    _check_possible(embeddings_ND, config)
     return _codebook(embeddings_ND, config, seed)
 
 
-def _check_possible(embeddings_ND: Tensor, config: CodebookConfig) -> None:
-    if len(embeddings_ND) < config.num_concepts:
-        raise UsageError(
-            f"{config.num_concepts} concepts cannot be found in {len(embeddings_ND)} embeddings; "
-            "give more images or names, or a smaller num_concepts"
-        )
-    num_patterns = len(_COLOURS) ** (config.cells * -(-config.cells // 2))
-    if config.num_concepts > num_patterns:
-        raise UsageError(
-            f"there are {num_patterns} different patterns of {config.cells}x{config.cells} cells "
-            f"and not {config.num_concepts}; ask for more cells or a smaller num_concepts"
-        )
-
-
 def _codebook(centres_KD: Tensor, config: CodebookConfig, seed: int) -> Codebook:
-    first = min(config.coarsest, config.num_concepts)
-    last = max(first, config.num_concepts // 2)
-    sizes = np.geomspace(first, last, config.cells).round().astype(int)
-    groups_RK = ward(centres_KD, sizes.tolist())
     num_centres, embedding_dim = centres_KD.shape
+    groups_LK = ward(centres_KD, [min(size, num_centres) for size in config.groups])
     codebook = Codebook(config.model_copy(update={"num_concepts": num_centres}), embedding_dim)
     codebook.centres_KD.copy_(centres_KD)
-    codebook.groups_RK.copy_(
-        torch.stack([_first_of_each(group_K)[group_K] for group_K in groups_RK])
+    codebook.groups_LK.copy_(
+        torch.stack([_first_of_each(group_K)[group_K] for group_K in groups_LK])
     )
-    codebook.signs_KCgg.copy_(_colour(groups_RK, seed))
+    codebook.signs_KLrq.copy_(_colour(groups_LK, config.cells, seed))
     return codebook
 
 
@@ -213,42 +219,59 @@ def _first_of_each(group_K: Tensor) -> Tensor:
 # --- patterns --------------------------------------------------------------------------------
 
 
-def draw_patterns(num_patterns: int, cells: int, *, seed: int) -> Tensor:
+def draw_patterns(num_patterns: int, *, seed: int) -> Tensor:
     """Patterns of concepts of which none is like another.
 
     Args:
-        num_patterns: K.
-        cells: A side.
+        num_patterns: K. There are 256; more come again, each as often as any other.
         seed: Same seed, same patterns.
 
     Returns:
-        int8 (K, 3, cells, cells), -1 or 1.
+        float32 (K, 3, h, w), see `Codebook.forward`.
     """
-    return _colour(torch.arange(num_patterns).expand(cells, -1), seed)
+    signs_KLrq = _colour(torch.arange(num_patterns)[None], DEFAULT_CODEBOOK.cells, seed)
+    return paint(signs_KLrq.squeeze(1))
 
 
-def _colour(groups_RK: Tensor, seed: int) -> Tensor:
-    """Colour row r of each concept's cells by its group there: what a network reads soon.
+def _colour(groups_LK: Tensor, cells: int, seed: int) -> Tensor:
+    """Colour the rows of each level by each concept's group there, at random.
 
-    Left mirrors right, so an adversary that flips its images still sees one pattern and not two.
-    No cell is gray: photos vary most in brightness, which would drown it. With neither, a network
-    that sees each pattern on random photos has learnt nothing in the time in which it learns a
-    fifth of these (RESULTS.md, section 2). The cells of half a row are drawn apart: six colours
-    name few groups, two cells of them 36.
+    Groups of one group of the level above look different, as long as there are looks. Left mirrors
+    right, so an adversary that flips its images still sees one pattern and not two.
+
+    Args:
+        groups_LK: Groups at each level, numbered from 0, int64; each level splits the one before.
+        cells: A side, a multiple of L.
+        seed: Same seed, same colours.
+
+    Returns:
+        int8 (K, L, r, q): 1 green, -1 magenta.
     """
     generator = torch.Generator().manual_seed(seed)
-    cells = len(groups_RK)
+    num_levels, num_concepts = groups_LK.shape
+    num_rows, half = cells // num_levels, _half(cells)
+    parents_K = torch.zeros(num_concepts, dtype=torch.int64)
+    levels = []
+    for group_K in groups_LK:
+        look_K = torch.zeros_like(group_K)
+        for parent in torch.unique(parents_K):
+            inside = parents_K == parent
+            children, child_K = torch.unique(group_K[inside], return_inverse=True)
+            looks = torch.randperm(_num_looks(num_rows, cells), generator=generator)
+            look_K[inside] = looks[torch.arange(len(children)) % len(looks)][child_K]
+        bits = look_K[:, None] >> torch.arange(num_rows * half) & 1
+        left_Krq = (2 * bits - 1).view(num_concepts, num_rows, half)
+        levels.append(torch.cat([left_Krq, left_Krq[:, :, : cells // 2].flip(2)], dim=2))
+        parents_K = group_K
+    return torch.stack(levels, dim=1).to(torch.int8)
 
-    def cell(groups_K: Tensor) -> Tensor:
-        shuffled = torch.randperm(int(groups_K.max()) + 1, generator=generator)
-        return _COLOURS[shuffled[groups_K] % len(_COLOURS)]  # each colour on as many groups
 
-    half = [torch.stack([cell(row_K) for _ in range(-(-cells // 2))]) for row_K in groups_RK]
-    columns = torch.stack(half, dim=1)  # (half a row, rows, K, colours)
-    mirrored = torch.cat([columns, columns[: cells // 2].flip(0)])
-    return mirrored.permute(2, 3, 1, 0).contiguous()
+def paint(signs_Kgg: Tensor) -> Tensor:
+    """Green and magenta cells of 8x8 values, float32 (K, 3, 8 g, 8 g), -1 or 1.
 
-
-def enlarge(signs_KCgg: Tensor) -> Tensor:
-    """Cells of 8x8 values, float32 (K, 3, 8 g, 8 g), from one value for each."""
-    return F.interpolate(signs_KCgg.float(), scale_factor=PIXELS_PER_CELL, mode="nearest")
+    Photos vary most in brightness, less between yellow and blue, and least between green and
+    magenta. There a cell of eight levels stands out most, and a network finds it in fewer steps
+    than any other colours (RESULTS.md, section 2).
+    """
+    colours_KCgg = signs_Kgg[:, None] * GREEN[:, None, None]
+    return F.interpolate(colours_KCgg, scale_factor=PIXELS_PER_CELL, mode="nearest")

@@ -37,6 +37,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # pixels; what JPEG can state
 JPEG_QUALITY = 95
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for "L"
 
 # A member with one of these extensions is an image even when we cannot read it: then it is a bad
 # image and the policy decides, instead of being copied as if it were a sidecar.

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from one4all.encoders import load_efficientnet_lite
-from one4all.images import Pixels, colour
-from one4all.perturbation import LUMA
+from one4all.images import LUMA, Pixels, colour
 
 IDENTICAL_PSNR_DB = 99.0
 _BAND_PIXELS = 1 << 20

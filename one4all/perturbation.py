@@ -24,16 +24,17 @@ DEFAULT_EPSILON_LEVELS = 8
 
 Levels: TypeAlias = npt.NDArray[np.float32]
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for "L"
 _BAND_PIXELS = 1 << 20
+_LONGEST = 4  # middle squares
 
 
 def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int) -> Pixels:
     """Add a perturbation to one image, at the image's own size, within the budget.
 
-    The perturbation is resized, never the image. A gray image gets the luma of the perturbation
-    and stays gray; alpha is copied. Large images are processed in bands of rows, so that the
-    memory beside ``clean`` and the result does not grow with the image's height.
+    The perturbation is resized, never the image. A gray image gets the green channel of the
+    perturbation and stays gray: its luma would be a fraction of the budget. Alpha is copied. Large
+    images are processed in bands of rows, so that the memory beside ``clean`` and the result does
+    not grow with the image's height.
 
     Args:
         clean: (H, W, C) uint8, C in 1..4.
@@ -54,7 +55,7 @@ def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int)
     height, width, channels = clean.shape
     num_colours = 1 if channels < 3 else 3
     if num_colours == 1:
-        delta_hwC = (delta_hwC @ LUMA)[:, :, None]
+        delta_hwC = delta_hwC[:, :, 1:2]
     protected = clean.copy()
     rows = max(1, _BAND_PIXELS // width)
     resize = _BandResizer(delta_hwC, height, width)
@@ -67,6 +68,28 @@ def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int)
         band += delta.astype(np.int16)
         protected[top:bottom, :, :num_colours] = np.clip(band, 0, 255)
     return protected
+
+
+def around_middle(delta_hwC: Levels, height: int, width: int) -> Levels:
+    """Widen a perturbation of the middle square of an image to one of the image.
+
+    Who trains on photos takes their middle squares, or squashes the whole. So the pattern lies on
+    the middle square, and its edges reach to the edges of the image.
+
+    Args:
+        delta_hwC: (h, w, C) float32.
+        height, width: Of the image. In one of more than 4:1, the pattern is stretched to a quarter
+            of the longer side.
+
+    Returns:
+        (h', w', C) float32, with h' : h = height : width of the middle, to the nearest value.
+    """
+    side = min(height, width)
+    beyond = [
+        round(size * (min(total / side, _LONGEST) - 1) / 2)
+        for size, total in zip(delta_hwC.shape, (height, width), strict=False)
+    ]
+    return np.pad(delta_hwC, [(beyond[0],) * 2, (beyond[1],) * 2, (0, 0)], mode="edge")
 
 
 def resize_perturbation(delta_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

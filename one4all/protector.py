@@ -28,7 +28,12 @@ from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.errors import NotFoundError, ProtectorError
 from one4all.generator import Generator, GeneratorConfig
 from one4all.images import Pixels, working_copy
-from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, apply_perturbation
+from one4all.perturbation import (
+    DEFAULT_EPSILON_LEVELS,
+    Levels,
+    apply_perturbation,
+    around_middle,
+)
 from one4all.storage import Storage, open_storage
 
 CARD = "card.json"
@@ -110,7 +115,7 @@ class Protector:
 
         Returns:
             (B, h, w, 3) float32 in levels, within +-``card.epsilon_levels``, on the generator's
-            grid; `apply_perturbation` takes it to an image's own size.
+            grid; `apply` takes it to an image's own size.
         """
         # Channels stay last in memory: (B, H, W, C) permuted is what channels_last means.
         image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
@@ -135,10 +140,19 @@ class Protector:
             working = [working_copy(pixels, self.card.working_size) for pixels in batch]
             deltas = self.perturb(fill_batch(working, batch_size))
             protected += [
-                apply_perturbation(pixels, delta, epsilon_levels=self.card.epsilon_levels)
-                for pixels, delta in zip(batch, deltas, strict=False)
+                self.apply(pixels, delta) for pixels, delta in zip(batch, deltas, strict=False)
             ]
         return protected
+
+    def apply(self, clean: Pixels, delta_hwC: Levels) -> Pixels:
+        """Add what `perturb` gave for an image to it; see `apply_perturbation`.
+
+        A codebook's pattern lies on the middle square of the image (`around_middle`). A network's
+        perturbation belongs to what it saw, the whole image, squashed.
+        """
+        if isinstance(self.generator, Codebook):
+            delta_hwC = around_middle(delta_hwC, *clean.shape[:2])
+        return apply_perturbation(clean, delta_hwC, epsilon_levels=self.card.epsilon_levels)
 
     def save(self, folder: Path) -> ProtectorCard:
         """Write the artefact; returns the card with the digest of the weights filled in."""
@@ -209,7 +223,13 @@ def load_card(protector: str) -> ProtectorCard:
     try:
         return ProtectorCard.model_validate_json(_read(protector, CARD))
     except ValidationError as error:
-        raise ProtectorError(f"{CARD} of protector {protector!r} is damaged: {error}") from error
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ProtectorError(
+            f"{CARD} of protector {protector!r} is damaged, or of another version of one4all "
+            f"({place}: {first['msg']}); copy the folder again, or make the protector again, by "
+            "the command in its card"
+        ) from error
 
 
 def locate(protector: str) -> str:

@@ -31,7 +31,6 @@ from PIL import Image
 from one4all.images import decode, encode, extension_for, working_copy
 from one4all.ledger import Ledger, take_census, to_shard
 from one4all.metrics import max_difference, psnr_db
-from one4all.perturbation import apply_perturbation
 from one4all.protector import DEFAULT_PROTECTOR, Protector
 from one4all.shards import ShardWriter, is_protectable, read_samples, write_shard
 from one4all.storage import INTERNAL, ObjectInfo, Storage, open_storage
@@ -281,7 +280,7 @@ def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> tuple[floa
     """One process, one thing after the other: what a careful script would do."""
     torch.set_num_threads(num_threads)
     protector = Protector.load(DEFAULT_PROTECTOR)
-    epsilon, size = protector.card.epsilon_levels, protector.card.working_size
+    size = protector.card.working_size
     source, target = open_storage(source_uri), open_storage(target_uri)
     num_images, start = 0, 0.0
     for number, info in enumerate(list(source.list())):
@@ -298,7 +297,7 @@ def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> tuple[floa
                     np.stack([working_copy(image.pixels, size) for image in clean])
                 )
                 for member, image, delta in zip(batch, clean, deltas, strict=True):
-                    pixels = apply_perturbation(image.pixels, delta, epsilon_levels=epsilon)
+                    pixels = protector.apply(image.pixels, delta)
                     payload = encode(replace(image, pixels=pixels), "match")
                     seen = decode(payload).pixels
                     max_difference(image.pixels, pixels)

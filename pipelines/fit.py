@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from one4all.codebook import Codebook, fit_codebook, name_codebook
+from one4all.codebook import Codebook, fit_codebook, name_codebook, paint
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, load_encoder
 from one4all.errors import BadImageError, One4AllError, ShardError, UsageError
@@ -106,7 +106,7 @@ def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
     encoder = load_encoder(config.encoder)
     bank = ConceptBank.build(config.source.removeprefix(VOCABULARY), encoder)
     codebook = name_codebook(bank.embeddings, config.codebook, seed=config.seed)
-    patterns = codebook.signs_KCgg.flatten(1).numpy()
+    patterns = codebook.signs_KLrq.flatten(1).numpy()
     _, sizes = np.unique(patterns, axis=0, return_counts=True)
     facts = {"num_names": len(bank.concepts), "command": command}
     card = _publish(codebook, encoder, config, output, facts, bank)
@@ -133,7 +133,7 @@ def _publish(
         epsilon_levels=config.epsilon_levels,
         training={
             "source": config.source,
-            "num_concepts": config.codebook.num_concepts,
+            "num_concepts": codebook.config.num_concepts,
             "seed": config.seed,
             **facts,
         },
@@ -264,7 +264,8 @@ def _picture(found: list[dict[str, Any]], concepts_N: Tensor, codebook: Codebook
         start += len(row["embeddings"])
     largest = sorted(examples, key=lambda concept: -len(examples[concept]))[:_COLUMNS]
     num_rows = min(_ROWS, min(len(examples[concept]) for concept in largest))
-    patterns = (codebook.signs_KCgg.permute(0, 2, 3, 1).numpy() > 0).astype(np.uint8) * 255
+    colours_KCgg = paint(codebook.signs_KLrq.flatten(1, 2))
+    patterns = (colours_KCgg.permute(0, 2, 3, 1).numpy() > 0).astype(np.uint8) * 255
     return to_png(
         sample_grid(
             [

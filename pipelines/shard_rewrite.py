@@ -33,7 +33,7 @@ from one4all.images import (
 )
 from one4all.ledger import BadImage, Distances, Manifest, SourceShard
 from one4all.metrics import max_difference, psnr_db
-from one4all.perturbation import Levels, apply_perturbation
+from one4all.perturbation import Levels
 from one4all.protector import Protector, fill_batch
 from one4all.shards import (
     Member,
@@ -259,7 +259,7 @@ class _ShardRewrite:
     def _encode(self, name: str, clean: DecodedImage, delta: Levels) -> _Protected:
         """Add the perturbation, encode, and measure what a reader will decode."""
         epsilon = self._protector.card.epsilon_levels
-        pixels = apply_perturbation(clean.pixels, delta, epsilon_levels=epsilon)
+        pixels = self._protector.apply(clean.pixels, delta)
         payload = encode(replace(clean, pixels=pixels), self._config.output_format)
         seen = decode(payload, max_pixels=self._config.max_image_pixels).pixels
         if seen.shape != clean.pixels.shape:

@@ -27,7 +27,7 @@ from one4all.protector import DEFAULT_PROTECTOR, load_card
 from pipelines.config import JobConfig, RayConfig
 
 # Raise this when the same trial would give another result than before.
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 
 PROTECTOR = "protector"
 CORPUS = "corpus"

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from one4all.images import Pixels
-from one4all.perturbation import LUMA
+from one4all.images import LUMA, Pixels
 
 Augmentation = Literal["none", "flip_crop", "strong"]
 

@@ -73,46 +73,46 @@ class CodebookWise(EncoderWise):
     Args:
         card: Description; its config is a `CodebookMethodConfig`.
         codebook: The patterns, and who gets which.
-        own_RN: `Codebook.vote` of the images of the fit, so that they are not encoded again.
+        own_LN: `Codebook.vote` of the images of the fit, so that they are not encoded again.
         encoder: The one of the fit; loaded when first needed unless given.
     """
 
     def __init__(
-        self, card: FittedCard, codebook: Codebook, own_RN: Tensor, encoder: Encoder | None = None
+        self, card: FittedCard, codebook: Codebook, own_LN: Tensor, encoder: Encoder | None = None
     ) -> None:
         super().__init__(card, encoder)
         self.codebook = codebook
-        self.own_RN = own_RN
+        self.own_LN = own_LN
 
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
         """See the base class; ``seed`` does not matter."""
         if own:
             self.check_own(images)
-        groups_RN = self.own_RN if own else self.vote(images)
-        return (self._pattern(group_R[:, None]) for group_R in groups_RN.unbind(1))
+        groups_LN = self.own_LN if own else self.vote(images)
+        return (self._pattern(group_L[:, None]) for group_L in groups_LN.unbind(1))
 
     def vote(self, images: LabelledImages) -> Tensor:
         """`Codebook.vote` of any images."""
         return self.codebook.vote(encode_corpus(self.encoder, images, torch.device("cpu")))
 
-    def _pattern(self, groups_R1: Tensor) -> Levels:
-        levels = self.card.epsilon_levels * self.codebook.patterns(groups_R1)[0]
+    def _pattern(self, groups_L1: Tensor) -> Levels:
+        levels = self.card.epsilon_levels * self.codebook.patterns(groups_L1)[0]
         result: Levels = levels.permute(1, 2, 0).numpy()
         return result
 
     def arrays(self) -> Arrays:
-        tensors = self.codebook.state_dict() | {"own": self.own_RN}
+        tensors = self.codebook.state_dict() | {"own": self.own_LN}
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
     @classmethod
     def from_arrays(cls, card: FittedCard, arrays: Arrays) -> Self:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        own_RN = tensors.pop("own")
+        own_LN = tensors.pop("own")
         num_concepts, embedding_dim = tensors["centres_KD"].shape
         config = CodebookMethodConfig.model_validate(card.config).codebook
         codebook = Codebook(config.model_copy(update={"num_concepts": num_concepts}), embedding_dim)
         codebook.load_state_dict(tensors)
-        return cls(card, codebook, own_RN)
+        return cls(card, codebook, own_LN)
 
 
 def fit(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from one4all.adversaries.networks import NarrowResNet18
 from one4all.baselines.surrogate import normalise
-from one4all.perturbation import LUMA
+from one4all.images import LUMA
 
 CROP_AREA = (0.2, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from one4all.baselines.base import Arrays, FittedCard, FittedMethod, make_card
 from one4all.baselines.surrogate import check_classes
 from one4all.baselines.transfer import ClassWise
-from one4all.codebook import DEFAULT_CELLS, draw_patterns, enlarge
+from one4all.codebook import draw_patterns
 from one4all.labelled import LabelledImages, Labels
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
 
@@ -264,8 +264,8 @@ def _patterns(
     num: int, images: LabelledImages, config: PatternConfig, epsilon: int, seed: int
 ) -> Levels:
     if config.kind == "codebook":
-        patterns = enlarge(draw_patterns(num, DEFAULT_CELLS, seed=seed))
-        return epsilon * patterns.permute(0, 2, 3, 1).numpy()
+        patterns_KChw = draw_patterns(num, seed=seed)
+        return epsilon * patterns_KChw.permute(0, 2, 3, 1).numpy()
     return class_patterns(
         num, images.size, epsilon_levels=epsilon, seed=seed, block=min(config.block, images.size)
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import TINY_ENCODER, make_pixels
+from pydantic import ValidationError
 
 from one4all.codebook import (
     Codebook,
@@ -17,7 +18,7 @@ from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.protector import Protector, ProtectorCard, golden_embedding
 
-CONFIG = CodebookConfig(num_concepts=3, cells=2)
+CONFIG = CodebookConfig(num_concepts=3, groups=(2, 3), cells=2)
 
 
 def clouds(*, spread: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,11 +44,23 @@ def test_images_of_one_concept_get_one_pattern_at_the_edge_of_the_budget():
 
 
 @pytest.mark.parametrize("cells", [1, 3, 4])
-def test_patterns_look_the_same_in_a_mirror_and_have_no_gray_cell(cells):
-    signs = draw_patterns(50, cells, seed=0)
-    assert signs.shape == (50, 3, cells, cells)
-    assert torch.equal(signs, signs.flip(3))
-    assert set(signs.int().sum(1).unique().tolist()) == {-1, 1}
+def test_patterns_look_the_same_in_a_mirror_and_are_green_or_magenta(cells):
+    config = CodebookConfig(num_concepts=2, groups=(2,), cells=cells)
+    codebook, _ = fit_codebook(clouds()[0], config, seed=0)
+    assert codebook.signs_KLrq.shape == (2, 1, cells, cells)
+    pattern = codebook.patterns(torch.tensor([[0, 1]]))
+    assert torch.equal(pattern, pattern.flip(3))
+    red, green, blue = pattern.unbind(1)
+    assert torch.equal(red, -green)
+    assert torch.equal(red, blue)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_up_to_256_classes_have_patterns_of_which_none_comes_twice(seed):
+    patterns = draw_patterns(257, seed=seed)
+    assert patterns.shape == (257, 3, 32, 32)
+    assert len(patterns[:256].unique(dim=0)) == 256
+    assert torch.equal(patterns[256], patterns[0])
 
 
 def test_new_images_go_to_the_concept_of_their_kind_whatever_they_show_beside():
@@ -64,31 +77,31 @@ def test_same_seed_gives_the_same_codebook_and_another_one_other_patterns():
     first, again, other = (fit_codebook(embeddings, CONFIG, seed=s)[0] for s in (0, 0, 1))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
-    assert not torch.equal(first.signs_KCgg, other.signs_KCgg)
+    assert not torch.equal(first.signs_KLrq, other.signs_KLrq)
 
 
 def test_like_names_share_a_pattern_and_an_image_gets_that_of_the_nearest_name():
     names, concept = clouds()
     codebook = name_codebook(names, CONFIG, seed=0)
-    assert len(codebook.signs_KCgg.flatten(1).unique(dim=0)) == 3
+    assert len(codebook.signs_KLrq.flatten(1).unique(dim=0)) == 3
     delta = codebook(names, torch.zeros(60, 3, 4, 4))
     for number in range(3):
         assert len(delta[concept == number].flatten(1).unique(dim=0)) == 1
     assert codebook.config.num_concepts == 60
 
 
-def test_like_concepts_share_the_rows_of_their_groups():
-    """Two groups of six concepts each: one row tells the group, the other the concept."""
+def test_like_concepts_share_the_rows_of_their_groups_and_differ_in_the_others():
+    """Two groups of six concepts each: upper rows tell the group, lower ones the concept."""
     generator = torch.Generator().manual_seed(3)
     points = torch.eye(2, 8).repeat_interleave(6, 0) + 0.1 * torch.randn(12, 8, generator=generator)
-    config = CodebookConfig(num_concepts=12, coarsest=2, cells=2)
-    group_row, own_row = name_codebook(points, config, seed=0).signs_KCgg[:, :, :, 0].unbind(2)
-    assert len(group_row.unique(dim=0)) == 2
-    assert all(len(half.unique(dim=0)) == 1 for half in group_row.split(6))
-    assert all(len(half.unique(dim=0)) >= 2 for half in own_row.split(6))
-    apart = config.model_copy(update={"coarsest": 12})
-    for row in name_codebook(points, apart, seed=0).signs_KCgg[:, :, :, 0].unbind(2):
-        assert len(row.unique(dim=0)) == 6  # all colours
+    config = CodebookConfig(num_concepts=12, groups=(2, 12), cells=4)
+    for seed in range(5):
+        upper, lower = name_codebook(points, config, seed=seed).signs_KLrq.unbind(1)
+        assert len(upper.unique(dim=0)) == 2
+        assert all(len(half.unique(dim=0)) == 1 for half in upper.split(6))
+        assert all(len(half.unique(dim=0)) == 6 for half in lower.split(6))
+    apart = config.model_copy(update={"groups": (12,)})
+    assert len(name_codebook(points, apart, seed=0).signs_KLrq.unique(dim=0)) == 12
 
 
 def test_concepts_of_a_group_vote_together_unless_the_temperature_is_low():
@@ -96,22 +109,29 @@ def test_concepts_of_a_group_vote_together_unless_the_temperature_is_low():
     for temperature, expected in ((0.04, [0, 2]), (0.0001, [2, 2])):
         book = Codebook(CONFIG.model_copy(update={"temperature": temperature}), embedding_dim=3)
         book.centres_KD.copy_(torch.eye(3))
-        book.groups_RK.copy_(torch.tensor([[0, 0, 2], [0, 1, 2]]))
-        book.signs_KCgg.copy_(torch.arange(3)[:, None, None, None])
+        book.groups_LK.copy_(torch.tensor([[0, 0, 2], [0, 1, 2]]))
+        book.signs_KLrq.copy_(torch.arange(3)[:, None, None, None])
         image = F.normalize(torch.tensor([[0.57, 0.57, 0.59]]), dim=1)
         assert book.concepts(image).tolist() == [2]
         assert book.vote(image).flatten().tolist() == expected
-        assert book.patterns(book.vote(image))[0, 0, ::8, 0].tolist() == expected
+        assert book.patterns(book.vote(image))[0, 1, ::8, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("fit", [fit_codebook, name_codebook])
-def test_more_concepts_than_different_patterns_are_refused(fit):
-    with pytest.raises(UsageError, match="6 different patterns of 1x1 cells and not 7"):
-        fit(clouds()[0], CodebookConfig(num_concepts=7, cells=1), seed=0)
+@pytest.mark.parametrize(
+    ("groups", "cells", "message"),
+    [
+        ((3,), 1, "3 groups in the first level, and its cells have 2 looks"),
+        ((16, 128), 3, "3 rows of cells cannot be shared out evenly among 2 levels"),
+        ((128, 16), 4, "give the coarsest level first"),
+    ],
+)
+def test_groups_that_cells_cannot_tell_are_refused(groups, cells, message):
+    with pytest.raises(ValidationError, match=message):
+        CodebookConfig(num_concepts=200, groups=groups, cells=cells)
 
 
 def test_more_concepts_than_images_are_refused():
-    with pytest.raises(UsageError, match="61 concepts cannot be found in 60 embeddings"):
+    with pytest.raises(UsageError, match="61 concepts cannot be found in 60 images"):
         fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
 
 
@@ -120,7 +140,7 @@ def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout
     images = [make_pixels(40 + i, 50, channels, seed=i) for i, channels in enumerate((1, 2, 3, 4))]
     codebook = Codebook(CONFIG, encoder.embedding_dim)
     codebook.centres_KD.copy_(torch.eye(*codebook.centres_KD.shape))
-    codebook.signs_KCgg.copy_(torch.ones(codebook.signs_KCgg.shape))
+    codebook.signs_KLrq.copy_(torch.ones(codebook.signs_KLrq.shape))
     card = ProtectorCard(
         name="book",
         encoder=TINY_ENCODER,
@@ -139,6 +159,8 @@ def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout
     ):
         np.testing.assert_array_equal(protected, again)
         difference = protected.astype(int) - clean
-        colours = difference[..., :1] if clean.shape[2] < 3 else difference[..., :3]
-        assert colours.max() == 5
-        assert difference.min() >= 0
+        colours = [5] if clean.shape[2] < 3 else [-5, 5, -5]
+        alpha = [0] * (clean.shape[2] - len(colours))
+        in_range = (clean >= 5) & (clean <= 250)
+        expected = np.broadcast_to(colours + alpha, clean.shape)
+        np.testing.assert_array_equal(difference[in_range], expected[in_range])

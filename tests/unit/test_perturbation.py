@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from one4all import perturbation
-from one4all.perturbation import apply_perturbation, resize_perturbation
+from one4all.perturbation import apply_perturbation, around_middle, resize_perturbation
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,9 +51,30 @@ def test_values_are_rounded_not_cut():
     assert protected[0, 0].tolist() == [101, 99, 108]
 
 
-def test_gray_image_gets_the_luma_of_the_perturbation():
-    delta = np.zeros((4, 4, 3), np.float32)
+def test_gray_image_gets_the_green_channel_of_the_perturbation():
+    delta = np.full((4, 4, 3), -8, np.float32)
     delta[:, :, 1] = 8
     protected = apply_perturbation(make_pixels(4, 4, 1), delta, epsilon_levels=8)
     assert protected.shape == (4, 4, 1)
-    assert (protected.astype(int) - make_pixels(4, 4, 1)).max() == 5  # 0.587 * 8
+    assert (protected.astype(int) - make_pixels(4, 4, 1)).max() == 8
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (40, 40)])
+def test_a_pattern_lies_on_the_middle_square_and_reaches_to_the_edges(height, width):
+    delta = np.zeros((8, 8, 3), np.float32)
+    delta[:, :4], delta[:, 4:], delta[:4, 3:5] = -8, 8, 0
+    clean = np.full((height, width, 3), 100, np.uint8)
+    whole = around_middle(delta, height, width)
+    protected = apply_perturbation(clean, whole, epsilon_levels=8)
+    top, left = (height - 40) // 2, (width - 40) // 2
+    middle = protected[top : top + 40, left : left + 40]
+    square = apply_perturbation(clean[:40, :40], delta, epsilon_levels=8)
+    np.testing.assert_array_equal(middle[2:-2, 2:-2], square[2:-2, 2:-2])
+    assert (protected[:, 0] == 92).all()
+    assert (protected[:, -1] == 108).all()
+
+
+def test_a_pattern_of_a_panorama_is_stretched_and_does_not_grow_without_limit():
+    delta = np.zeros((8, 8, 3), np.float32)
+    assert around_middle(delta, 1, 50_000).shape == (8, 32, 3)
+    assert around_middle(delta, 50_000, 1).shape == (32, 8, 3)

@@ -62,12 +62,13 @@ def test_shipped_protectors_load_and_change_pictures(name, verb):
 
 def test_what_ships_is_what_its_command_makes():
     protector = Protector.load("default")
-    config = CodebookConfig(num_concepts=protector.card.training["num_concepts"])
+    config = protector.card.generator
+    assert isinstance(config, CodebookConfig)
     bank = ConceptBank.build(protector.card.vocabulary, protector.encoder)
     again = name_codebook(bank.embeddings, config, seed=protector.card.training["seed"])
     shipped = protector.generator.state_dict()
     torch.testing.assert_close(shipped["centres_KD"], again.centres_KD)
-    for name in ("groups_RK", "signs_KCgg"):
+    for name in ("groups_LK", "signs_KLrq"):
         assert torch.equal(shipped[name], getattr(again, name))
 
 
