@@ -223,11 +223,11 @@ def load_card(protector: str) -> ProtectorCard:
     try:
         return ProtectorCard.model_validate_json(_read(protector, CARD))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        last = error.errors()[-1]  # the first may be of the other kind of generator
+        what = ": ".join([*map(str, last["loc"][-1:]), last["msg"]])
         raise ProtectorError(
             f"{CARD} of protector {protector!r} is damaged, or of another version of one4all "
-            f"({place}: {first['msg']}); copy the folder again, or make the protector again, by "
+            f"({what}); copy the folder again, or make the protector again, by "
             "the command in its card"
         ) from error
 

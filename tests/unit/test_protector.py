@@ -102,12 +102,21 @@ def test_weights_of_another_version_are_refused(protector_folder, tmp_path, look
         look(str(folder))
 
 
-def test_damaged_card_is_refused(protector_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epsilon_levels": 900}, "epsilon_levels: Input should be less"),
+        ({"generator": {"num_concepts": 9, "coarsest": 12}}, "coarsest: Extra inputs"),
+    ],
+)
+def test_a_card_that_is_damaged_or_of_another_version_is_refused(
+    protector_folder, tmp_path, change, reason
+):
     folder = shutil.copytree(protector_folder, tmp_path / "copy")
     card = json.loads((folder / CARD).read_text())
-    (folder / CARD).write_text(json.dumps(card | {"epsilon_levels": 900}))
-    with pytest.raises(ProtectorError, match="is damaged"):
-        Protector.load(str(folder))
+    (folder / CARD).write_text(json.dumps(card | change))
+    with pytest.raises(ProtectorError, match=f"another version of one4all .{reason}"):
+        check_protector(str(folder))
 
 
 def test_another_encoder_is_refused(protector_folder):
