@@ -64,7 +64,7 @@ class CodebookConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_concepts: Annotated[int, Field(ge=2, le=100_000)]
+    num_concepts: Annotated[int, Field(ge=2, le=100_000)] = 400
     groups: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (16, 128)
     cells: Annotated[int, Field(ge=1, le=32)] = 4
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
@@ -87,7 +87,7 @@ class CodebookConfig(BaseModel):
         return self
 
 
-DEFAULT_CODEBOOK = CodebookConfig(num_concepts=400)
+DEFAULT_CODEBOOK = CodebookConfig()
 
 
 class Codebook(nn.Module):

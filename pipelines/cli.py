@@ -247,11 +247,16 @@ def fit(
 ) -> None:
     """Fit a codebook to a corpus or a vocabulary: one look, no labels, no training."""
     from pipelines.config import FitConfig, load_config
-    from pipelines.fit import describe
+    from pipelines.fit import VOCABULARY, describe
     from pipelines.fit import fit as run
 
     overrides = [*(set_ or []), *([f"codebook.num_concepts={concepts}"] if concepts else [])]
     settings = load_config(FitConfig, config, overrides, source=source, output=output)
+    if concepts and settings.source.startswith(VOCABULARY):
+        raise UsageError(
+            "--concepts is for a corpus; a codebook of names has a concept for each name, and "
+            "--set codebook.groups='[16, 128]' says how many groups have patterns of their own"
+        )
     progress = Progress("shard")
     with progress:
         result = run(

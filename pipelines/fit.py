@@ -280,10 +280,12 @@ def _picture(found: list[dict[str, Any]], concepts_N: Tensor, codebook: Codebook
 def describe(result: Fit, config: FitConfig) -> str:
     """What was fitted and how to use it, in lines."""
     bad = f", {result.num_bad} could not be read" if result.num_bad else ""
-    kind = f"{result.num_images} images{bad}" if result.num_images else "names"
+    kind = f"concepts of {result.num_images} images{bad}"
+    if not result.num_images:
+        kind = "patterns of names"
     look = f"; {PICTURE} there shows its concepts" if result.num_images else ""
     return (
-        f"{len(result.sizes_K)} concepts of {kind}; the smallest has {min(result.sizes_K)}, "
+        f"{len(result.sizes_K)} {kind}; the smallest has {min(result.sizes_K)}, "
         f"the largest {max(result.sizes_K)}\n"
         + "".join(f"  left out: {name}: {why}\n" for name, why in result.bad_shards.items())
         + f"protector {result.card.content_hash[:12]} written to {config.output}{look}\n"

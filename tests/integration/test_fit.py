@@ -75,8 +75,8 @@ def test_labels_and_repetition_do_not_matter(tmp_path):
 def test_codebook_of_names_sees_no_image_and_protects_any(tmp_path):
     config = config_for("vocabulary:broad", tmp_path / "names")
     result = fit(config)
-    assert (result.num_images, len(result.sizes_K)) == (0, 3)
-    assert "3 concepts of names" in describe(result, config)
+    assert (result.num_images, len(result.sizes_K)) == (0, 30)
+    assert "30 patterns of names" in describe(result, config)
     protector = Protector.load(config.output)
     assert protector.card.vocabulary == "broad"
     clean = make_pixels(50, 60)
@@ -103,7 +103,7 @@ def test_sample_is_drawn_evenly_from_every_shard(tmp_path):
 
 def test_too_few_images_and_no_shards_are_refused_and_leave_nothing(tmp_path):
     corpus = write_corpus(tmp_path / "in", num_shards=1, num_samples=2)
-    with pytest.raises(UsageError, match="3 concepts cannot be found in 2 embeddings"):
+    with pytest.raises(UsageError, match="3 concepts cannot be found in 2 images"):
         fit(config_for(corpus, tmp_path / "book"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \.tar shard"):
