@@ -34,13 +34,14 @@ from one4all.errors import UsageError
 # Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
 DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
 PIXELS_PER_CELL = 8
+_MOST_LOOKS = 1 << 20  # of the rows of a level: they are shuffled in memory
 
 # Of all colours within the budget, those from which photos differ least among themselves.
 GREEN = torch.tensor([-1.0, 1.0, -1.0])  # its opposite is magenta
 
 
 def _num_looks(num_rows: int, cells: int) -> int:
-    return 1 << min(62, num_rows * _half(cells))
+    return 1 << num_rows * _half(cells)
 
 
 def _half(cells: int) -> int:
@@ -79,6 +80,11 @@ class CodebookConfig(BaseModel):
         if list(self.groups) != sorted(self.groups):
             raise ValueError(f"groups are {self.groups}; give the coarsest level first")
         looks = _num_looks(self.cells // len(self.groups), self.cells)
+        if looks > _MOST_LOOKS:
+            raise ValueError(
+                f"{self.cells}x{self.cells} cells for {len(self.groups)} levels of groups have more "
+                f"than {_MOST_LOOKS} looks a level; ask for fewer cells, or more levels"
+            )
         if self.groups[0] > looks:
             raise ValueError(
                 f"{self.groups[0]} groups in the first level, and its cells have {looks} looks; "

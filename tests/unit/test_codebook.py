@@ -123,6 +123,7 @@ def test_concepts_of_a_group_vote_together_unless_the_temperature_is_low():
         ((3,), 1, "3 groups in the first level, and its cells have 2 looks"),
         ((16, 128), 3, "3 rows of cells cannot be shared out evenly among 2 levels"),
         ((128, 16), 4, "give the coarsest level first"),
+        ((16, 128), 12, "12x12 cells for 2 levels of groups have more than 1048576 looks"),
     ],
 )
 def test_groups_that_cells_cannot_tell_are_refused(groups, cells, message):
