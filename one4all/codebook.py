@@ -82,8 +82,8 @@ class CodebookConfig(BaseModel):
         looks = _num_looks(self.cells // len(self.groups), self.cells)
         if looks > _MOST_LOOKS:
             raise ValueError(
-                f"{self.cells}x{self.cells} cells for {len(self.groups)} levels of groups have more "
-                f"than {_MOST_LOOKS} looks a level; ask for fewer cells, or more levels"
+                f"{self.cells}x{self.cells} cells for {len(self.groups)} levels of groups have "
+                f"more than {_MOST_LOOKS} looks a level; ask for fewer cells, or more levels"
             )
         if self.groups[0] > looks:
             raise ValueError(
