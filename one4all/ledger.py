@@ -50,7 +50,10 @@ class _Record(BaseModel):
 
 
 class Binding(_Record):
-    """What a destination prefix is bound to: all that determines the bytes written to it."""
+    """What a destination prefix is bound to: all that determines the bytes written to it.
+
+    ``transform_version`` stands for the code: another one writes other bytes.
+    """
 
     format: Literal[1] = 1
     source_uri: str
@@ -157,7 +160,7 @@ class Ledger:
             changes = [f"{key} {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
             raise BindingError(
                 f"destination {self._storage.uri} is bound to another configuration "
-                f"({'; '.join(changes)}); use the same configuration or another prefix"
+                f"({'; '.join(changes)}); use the same configuration and version, or another prefix"
             )
         return True
 

@@ -108,8 +108,7 @@ def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
     codebook = name_codebook(bank.embeddings, config.codebook, seed=config.seed)
     patterns = codebook.signs_KLrq.flatten(1).numpy()
     _, sizes = np.unique(patterns, axis=0, return_counts=True)
-    facts = {"num_names": len(bank.concepts), "command": command}
-    card = _publish(codebook, encoder, config, output, facts, bank)
+    card = _publish(codebook, encoder, config, output, {"command": command}, bank)
     return Fit(card, 0, 0, tuple(sizes.tolist()))
 
 
@@ -131,12 +130,7 @@ def _publish(
         generator=codebook.config,
         working_size=encoder.input_size,
         epsilon_levels=config.epsilon_levels,
-        training={
-            "source": config.source,
-            "num_concepts": codebook.config.num_concepts,
-            "seed": config.seed,
-            **facts,
-        },
+        training={"source": config.source, "seed": config.seed, **facts},
     )
     return Protector(card, encoder, codebook).publish(output)
 

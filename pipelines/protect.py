@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2  # gray images get green; patterns of codebooks lie on the middle square
 
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 

@@ -75,6 +75,7 @@ def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Pa
         (["preview", "no-such.jpg"], "no such file"),
         (["status", "nowhere"], "no such folder"),
         (["train"], "train needs a source"),
+        (["fit", "vocabulary:broad", "x", "--concepts", "9"], "--concepts is for a corpus"),
         (["verify", "in", "in"], "no such folder"),
     ],
 )
