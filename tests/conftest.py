@@ -110,11 +110,12 @@ def two_nodes(cluster: RayCluster) -> list[Node]:
 
 
 @pytest.fixture
-def cluster_uri(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> str:
+def cluster_uri(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty prefix on the cluster's S3 server, to which the environment points for one test."""
     for name, value in cluster.variables.items():
         monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    cluster.end_clients()
 
 
 @pytest.fixture(params=["local", "s3", pytest.param("ceph", marks=pytest.mark.ceph)])

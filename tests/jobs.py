@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ def start(cluster: RayCluster, *arguments: str, **environment: str) -> subproces
     command = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
     command += ["--program", PROGRAM, *arguments]
     wrong = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the option has to win
-    return _start(command, cluster.variables | wrong | environment)
+    return cluster.open(command, **wrong, **environment)
 
 
 def start_with_ray(
@@ -24,17 +23,7 @@ def start_with_ray(
     """The same by Ray's own command, which uploads a folder and knows nothing of ours."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     command += ["--address", cluster.address, "--working-dir", str(working_dir), "--"]
-    return _start([*command, *PROGRAM.split(), *arguments], cluster.variables)
-
-
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return cluster.open([*command, *PROGRAM.split(), *arguments])
 
 
 def finish(run: subprocess.Popen[str], *, timeout: float = 240) -> tuple[int, str]:

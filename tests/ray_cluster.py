@@ -58,6 +58,7 @@ class RayCluster:
         self.address = f"http://127.0.0.1:{self._dashboard_port}"
         self.nodes: list[Node] = []
         self.variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+        self._clients: list[subprocess.Popen[str]] = []
 
     def start_head(self, *, num_cpus: int = 0) -> Node:
         head = self._start(
@@ -134,6 +135,26 @@ class RayCluster:
         token = {"Authorization": f"Bearer {self.variables['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(self.address + path, headers=token)
         return urllib.request.urlopen(request, timeout=10)
+
+    def open(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+        """Start a client of the cluster; output and errors are one stream of lines."""
+        client = subprocess.Popen(
+            command,
+            env=os.environ | self.variables | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._clients.append(client)
+        return client
+
+    def end_clients(self) -> None:
+        """End the clients that a test has left, so that its failure stays its own."""
+        for client in self._clients:
+            with client:  # closes its pipe, waits for it
+                if client.poll() is None:
+                    kill_tree(psutil.Process(client.pid))
+        self._clients.clear()
 
     def stop(self) -> None:
         """End all that was started here; nothing of it is left."""

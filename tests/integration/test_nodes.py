@@ -66,8 +66,9 @@ def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tm
     small = ["--protector", protector, "--set", "batch_size=4"]
     job = start_with_ray(cluster, tmp_path, "protect", source, destination, *small)
     wait_until(lambda: len(ledger.done()) >= 2, job)
+    # Counted before: until the cluster knows of its loss, the other node may do all the rest.
+    assert len(ledger.done()) < 10, "the shards are too small to lose a node among them"
     cluster.lose(two_nodes[0])
-    assert len(ledger.done()) < 10, "the node was lost too late"
     code, printed = finish(job)
     assert code == 0, printed
     assert "10 of 10 shards protected" in printed
@@ -95,13 +96,8 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
         submit = [sys.executable, "-m", "pipelines", "submit", "--address", cluster.address]
         submit += ["--program", PROGRAM, "--submission-id", f"protect-2026-11-01T{hour:02}"]
         protect = ["protect", source, destination, "--protector", protector]
-        return subprocess.Popen(
-            [*container["command"], *submit, *protect, "--set", "lease_seconds=8", *large],
-            env=os.environ | cluster.variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        settings = ["--set", "lease_seconds=8", *large]
+        return cluster.open([*container["command"], *submit, *protect, *settings])
 
     def holder() -> str:
         try:
