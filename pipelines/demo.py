@@ -1,17 +1,19 @@
-"""All of it, small: pack, train, protect onto S3, verify, preview, attack; one HTML report.
+"""All of it, small: pack, train, fit, protect onto S3, verify, preview, attack; one HTML report.
 
 Everything runs on two CPU cores in minutes, from what ships in the package. That is drawings; given
-photos of your own, it shows what happens to these. The report says what protected and what did not,
+photos of your own, it shows what happens to these. They are protected twice: by the protector that
+ships, and by a codebook that was fitted to them. The report says what protected and what did not,
 by comparison with the controls, whatever the outcome.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from one4all.adversaries import AdversaryConfig
+from one4all.codebook import CodebookConfig
 from one4all.corpora import LabelledImage, Split, open_corpus, pack
 from one4all.errors import One4AllError, UsageError
 from one4all.images import decode
@@ -26,46 +29,74 @@ from one4all.labelled import LabelledImages, read_labelled
 from one4all.protector import DEFAULT_PROTECTOR, Protector
 from one4all.report import Section, contact_sheet, to_png, write_report
 from one4all.storage import open_storage
-from pipelines.config import ProtectConfig, RayConfig, TrainConfig, VerifyConfig, load_config
-from pipelines.evaluate import evaluate
+from pipelines.config import (
+    FitConfig,
+    ProtectConfig,
+    RayConfig,
+    TrainConfig,
+    VerifyConfig,
+    load_config,
+)
+from pipelines.evaluate import Record, evaluate
 from pipelines.evaluation_report import Table, fill_table, table_section, verdicts
+from pipelines.fit import PICTURE, fit
 from pipelines.local_s3 import local_s3
 from pipelines.progress import CURVES_FILE
-from pipelines.protect import ProtectResult, protect
+from pipelines.protect import protect
 from pipelines.ray_session import ray_session
 from pipelines.train import train
-from pipelines.trials import DataConfig, EvaluateConfig, GridConfig, MethodConfig, all_trials
+from pipelines.trials import (
+    DataConfig,
+    EvaluateConfig,
+    GridConfig,
+    MethodConfig,
+    Trial,
+    all_trials,
+)
 from pipelines.verify import Verification, verify
 
 DRAWINGS = "emoji-nature"
 TRAINING_CORPUS = "emoji-things"
 BUCKET = "one4all-demo"
-PROTECTED = "protected"
+SHIPPED = "shipped protector"
+FITTED = "codebook of the corpus"
 _DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "train" / "demo.yaml"
 _HELD_OUT = 5  # of a folder of photos, every fifth of a class is for the test
+_IMAGES_PER_CONCEPT, _MOST_CONCEPTS = 2, 2000  # RESULTS.md, section 4
+
+# Of every copy: that of RESULTS.md, with fewer seeds to wait for.
+_ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
+_ORACLE = MethodConfig(
+    method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
+)
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What is protected, and the adversary that is trained on it.
+    """What is protected, and adversaries are trained on.
 
     Attributes:
         name: Of the corpus, in folders and tables.
         images: Its images by split.
         sizes: Keys of `DataConfig`: at which they are protected and trained on.
-        oracle: Positive control.
-        adversary: Of every copy.
         about: What they are to the protector.
     """
 
     name: str
     images: Callable[[Split], Iterable[LabelledImage]]
     sizes: dict[str, int]
-    oracle: MethodConfig
-    adversary: AdversaryConfig
     about: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A protected copy of the material, in the store, and what its verification found."""
+
+    uri: str
+    num_shards: int
+    audit: Verification
 
 
 def drawings() -> Material:
@@ -74,8 +105,6 @@ def drawings() -> Material:
         name=DRAWINGS,
         images=lambda split: open_corpus(DRAWINGS, split=split),
         sizes={},
-        oracle=MethodConfig(method="class_oracle", title="class-wise oracle"),
-        adversary=AdversaryConfig(epochs=8),
         about=(
             "These are drawings, of which the encoder knows little: the hard case. Photographs: "
             "RESULTS.md, or yours, by one4all demo --photos."
@@ -105,18 +134,13 @@ def photos(source: str) -> Material:
             f"{source} has fewer than two classes of {_HELD_OUT} photos or more; give a folder "
             "with a sub-folder for each class, better of a hundred photos each"
         )
-    oracle = MethodConfig(
-        method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
-    )
     return Material(
         name="photos",
         images=images,
         sizes={"size": 64, "protect_size": 224},
-        oracle=oracle,
-        adversary=AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3),
         about=(
-            "The protected copy is read back from the store, where JPEG has added its own error; "
-            "the others are made at 224 pixels. The adversary shrinks every copy to 64."
+            "The protected copies are read back from the store, where JPEG has added its own "
+            "error; the others are made at 224 pixels. The adversary shrinks every copy to 64."
         ),
     )
 
@@ -170,31 +194,39 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
         history: list[dict[str, float]] = []
         train(config, command="one4all demo", on_metrics=history.append)
 
-        target = f"s3://{BUCKET}/protected"
-        step(f"protecting {material.name} with the shipped protector: {target} at {endpoint}")
-        result = protect(source, target, ProtectConfig())
-        step("verifying every shard, sidecar and image against the source")
-        audit = verify(source, target, VerifyConfig())
-        (folder / "verification.json").write_text(json.dumps(audit.to_json(), indent=1))
-        if not audit.ok:
-            raise One4AllError(f"verification failed: {audit.problems[0]}")
+        step(f"fitting a codebook to {material.name}: no labels, no training")
+        codebook = _fit(source, folder / "codebook", num_images=len(clean))
+        copies = {}
+        for title, protector in {SHIPPED: DEFAULT_PROTECTOR, FITTED: codebook}.items():
+            target = f"s3://{BUCKET}/{title.replace(' ', '-')}"
+            step(f"protecting {material.name}, and verifying: {title}, {target} at {endpoint}")
+            copies[title] = _protect(source, target, protector)
+        audits = {title: copy.audit.to_json() for title, copy in copies.items()}
+        (folder / "verification.json").write_text(json.dumps(audits, indent=1))
 
-        protected = read_labelled(target, size=size)
-        evaluation = _evaluation_config(folder, material, target)
+        protected = read_labelled(copies[SHIPPED].uri, size=size)
+        evaluation = _evaluation_config(folder, material, copies)
         grid = evaluation.grids[0]
+        num_trials = len(all_trials(evaluation))
         step(
-            f"training {len(all_trials(evaluation))} adversaries: {len(grid.methods)} copies of "
-            f"the corpus, {len(grid.seeds)} seeds"
+            f"training {num_trials} adversaries: {len(grid.methods)} copies of the corpus, "
+            f"{len(grid.seeds)} seeds"
         )
-        results = evaluate(evaluation, command="one4all demo")
+        trained = itertools.count(1)
+
+        def on_trial(_trial: Trial, _record: Record) -> None:
+            if (done := next(trained)) % len(grid.seeds) == 0:
+                step(f"{done} of {num_trials} adversaries")
+
+        results = evaluate(evaluation, command="one4all demo", on_trial=on_trial)
         if results.failed:
             raise One4AllError(f"an adversary failed: {results.failed}")
         table = fill_table(grid, evaluation, results.records)
 
     step("writing the report")
     report = folder / "report.html"
-    looks = _looks(material.name, clean, protected)
-    sections = _sections(folder, config, history, result, audit, table, looks)
+    looks = _looks(material.name, clean, protected, (folder / "codebook" / PICTURE).read_bytes())
+    sections = [table_section(table), _verified(copies), looks, _trained(folder, config, history)]
     summary = _summary(table)
     write_report(report, title="one4all demo", summary=summary, sections=sections)
     step(summary)
@@ -205,9 +237,29 @@ def _pack(images: Iterable[LabelledImage], folder: Path) -> None:
     pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=500)
 
 
-def _evaluation_config(folder: Path, material: Material, target: str) -> EvaluateConfig:
+def _fit(source: str, output: Path, *, num_images: int) -> str:
+    """Fit a codebook to all of a corpus; small ones get fewer concepts."""
+    num_concepts = min(max(2, num_images // _IMAGES_PER_CONCEPT), _MOST_CONCEPTS)
+    codebook = CodebookConfig(num_concepts=num_concepts)
+    config = FitConfig(source=source, output=str(output), codebook=codebook)
+    fit(config, command="one4all demo")
+    return str(output)
+
+
+def _protect(source: str, target: str, protector: str) -> Copy:
+    """Protect, then verify every shard, sidecar and image against the source."""
+    result = protect(source, target, ProtectConfig(protector=protector))
+    audit = verify(source, target, VerifyConfig())
+    if not audit.ok:
+        raise One4AllError(f"verification failed: {audit.problems[0]}")
+    return Copy(target, result.num_done, audit)
+
+
+def _evaluation_config(
+    folder: Path, material: Material, copies: Mapping[str, Copy]
+) -> EvaluateConfig:
     """One adversary on several copies; what was protected is read from where it is."""
-    adversary = material.adversary
+    adversary = _ADVERSARY
     corpus = folder / "corpora" / material.name
     grid = GridConfig(
         title="Does it protect?",
@@ -220,10 +272,13 @@ def _evaluation_config(folder: Path, material: Material, target: str) -> Evaluat
         data=(material.name,),
         methods=(
             MethodConfig(method="clean"),
-            MethodConfig(method="corpus", corpus=target, title=PROTECTED),
+            *(
+                MethodConfig(method="corpus", corpus=copy.uri, title=title)
+                for title, copy in copies.items()
+            ),
             MethodConfig(method="uniform_noise", title="random noise"),
             MethodConfig(method="untrained_generator", title="untrained generator"),
-            material.oracle,
+            _ORACLE,
         ),
         adversaries={"resnet18": adversary},
     )
@@ -236,16 +291,20 @@ def _evaluation_config(folder: Path, material: Material, target: str) -> Evaluat
 def _summary(table: Table) -> str:
     """The verdict, in a sentence with its figures."""
     column = table.columns[0]
+    said = verdicts(table, column)
     claims = {
-        "protects": "The shipped protector protects this corpus against this adversary",
-        "weak effect": "A weak effect, not protection: below every control, but still learnt",
-        "no effect": "The shipped protector does NOT protect this corpus against this adversary",
-        "inconclusive": "Inconclusive: even the positive control does not protect here",
+        "protects": "protects this corpus",
+        "weak effect": "has a weak effect on this corpus, not protection",
+        "no effect": "has NO effect on this corpus",
     }
-    return (
-        f"{claims[verdicts(table, column)[PROTECTED]]}. Test accuracy in %: "
-        f"{', '.join(f'{row} {table.cell(row, column)}' for row in table.rows)}."
-    )
+    if said[SHIPPED] == "inconclusive":
+        verdict = "Inconclusive: even the positive control does not protect here"
+    else:
+        verdict = "Against this adversary, " + "; ".join(
+            f"the {title} {claims[said[title]]}" for title in (SHIPPED, FITTED)
+        )
+    figures = ", ".join(f"{row} {table.cell(row, column)}" for row in table.rows)
+    return f"{verdict}. Test accuracy in %: {figures}."
 
 
 def _training_config(folder: Path) -> TrainConfig:
@@ -258,63 +317,58 @@ def _training_config(folder: Path) -> TrainConfig:
     )
 
 
-def _sections(
-    folder: Path,
-    config: TrainConfig,
-    history: list[dict[str, float]],
-    result: ProtectResult,
-    audit: Verification,
-    table: Table,
-    looks: Section,
-) -> list[Section]:
+def _verified(copies: Mapping[str, Copy]) -> Section:
+    audits = [copy.audit for copy in copies.values()]
+    return Section(
+        "Protected and verified",
+        text=["Re-read from the object store and compared with the source, byte for byte."],
+        table=[
+            ("what", *copies),
+            ("shards", *(copy.num_shards for copy in copies.values())),
+            ("samples", *(a.num_samples for a in audits)),
+            ("images", *(a.num_images for a in audits)),
+            ("sidecars, all byte-identical", *(a.num_sidecars for a in audits)),
+            (
+                f"images within {audits[0].epsilon_levels} levels once decoded",
+                *(f"{a.num_within_budget} of {a.num_images}" for a in audits),
+            ),
+            ("largest difference, levels", *(a.max_levels for a in audits)),
+            (
+                "PSNR, mean and worst",
+                *(f"{a.mean_psnr_db:.1f} / {a.min_psnr_db:.1f} dB" for a in audits),
+            ),
+            ("SSIM, mean and worst", *(f"{a.mean_ssim:.3f} / {a.min_ssim:.3f}" for a in audits)),
+        ],
+    )
+
+
+def _trained(folder: Path, config: TrainConfig, history: list[dict[str, float]]) -> Section:
     first, last = history[0], history[-1]
-    return [
-        table_section(table),
-        Section(
-            "Protected and verified",
-            text=["Re-read from the object store and compared with the source, byte for byte."],
-            table=[
-                ("what", "figure"),
-                ("shards", f"{result.num_done} of {result.num_shards}"),
-                ("samples", audit.num_samples),
-                ("images", audit.num_images),
-                ("sidecars, all byte-identical", audit.num_sidecars),
-                (
-                    f"images within {audit.epsilon_levels} levels once decoded",
-                    f"{audit.num_within_budget} of {audit.num_images}",
-                ),
-                ("largest difference, levels", audit.max_levels),
-                ("PSNR, mean and worst", f"{audit.mean_psnr_db:.1f} / {audit.min_psnr_db:.1f} dB"),
-                ("SSIM, mean and worst", f"{audit.mean_ssim:.3f} / {audit.min_ssim:.3f}"),
-            ],
-        ),
-        looks,
-        Section(
-            "Training a generator",
-            text=[
-                f"{config.steps} steps of {config.num_workers} x {config.batch_size} images on "
-                f"{TRAINING_CORPUS}, with Ray Train. A short run, to show that it works: the "
-                "corpus above is protected with the shipped protector, which needs no training.",
-            ],
-            table=[
-                ("metric", "first step", "last step", "wanted"),
-                *(
-                    (label, f"{first[key]:.3f}", f"{last[key]:.3f}", wanted)
-                    for key, label, wanted in (
-                        ("l1", "l1, distance to the opposite concept", "falls"),
-                        ("l2", "l2, distance to similar concepts", "rises"),
-                        ("cosine_own", "cosine to the own concept", "falls"),
-                        ("cosine_opposite", "cosine to the opposite concept", "rises"),
-                        ("opposite_entropy", "entropy of chosen opposites", "stays near 1"),
-                    )
-                ),
-            ],
-            pictures=[("Loss curves", (folder / "train" / CURVES_FILE).read_bytes())],
-        ),
-    ]
+    return Section(
+        "Training a generator",
+        text=[
+            f"{config.steps} steps of {config.num_workers} x {config.batch_size} images on "
+            f"{TRAINING_CORPUS}, with Ray Train. A short run, to show that it works: nothing above "
+            "was protected with it.",
+        ],
+        table=[
+            ("metric", "first step", "last step", "wanted"),
+            *(
+                (label, f"{first[key]:.3f}", f"{last[key]:.3f}", wanted)
+                for key, label, wanted in (
+                    ("l1", "l1, distance to the opposite concept", "falls"),
+                    ("l2", "l2, distance to similar concepts", "rises"),
+                    ("cosine_own", "cosine to the own concept", "falls"),
+                    ("cosine_opposite", "cosine to the opposite concept", "rises"),
+                    ("opposite_entropy", "entropy of chosen opposites", "stays near 1"),
+                )
+            ),
+        ],
+        pictures=[("Loss curves", (folder / "train" / CURVES_FILE).read_bytes())],
+    )
 
 
-def _looks(name: str, clean: LabelledImages, protected: LabelledImages) -> Section:
+def _looks(name: str, clean: LabelledImages, protected: LabelledImages, concepts: bytes) -> Section:
     """Clean and protected, side by side: of the corpus, and the embedded photographs."""
     chosen = np.linspace(0, len(clean) - 1, 5).astype(int)
     rows = [(f"image {i}", clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
@@ -327,8 +381,9 @@ def _looks(name: str, clean: LabelledImages, protected: LabelledImages) -> Secti
     return Section(
         "What it looks like",
         pictures=[
-            (name, to_png(contact_sheet(rows, tile=192))),
-            ("Photographs, at their own size", to_png(contact_sheet(embedded_rows))),
+            (f"{name}, {SHIPPED}", to_png(contact_sheet(rows, tile=192))),
+            (f"Photographs at their own size, {SHIPPED}", to_png(contact_sheet(embedded_rows))),
+            (f"{name}, {FITTED}: its largest concepts and their patterns", concepts),
         ],
     )
 
