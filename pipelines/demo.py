@@ -293,9 +293,9 @@ def _summary(table: Table) -> str:
     column = table.columns[0]
     said = verdicts(table, column)
     claims = {
-        "protects": "protects this corpus",
-        "weak effect": "has a weak effect on this corpus, not protection",
-        "no effect": "has NO effect on this corpus",
+        "protects": "protects",
+        "weak effect": "has a weak effect, which is no protection",
+        "no effect": "has NO effect",
     }
     if said[SHIPPED] == "inconclusive":
         verdict = "Inconclusive: even the positive control does not protect here"

@@ -1,5 +1,6 @@
 """The verbs as a user calls them, in processes of their own: quiet, and true to their help."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 from builders import make_image
 from PIL import Image
 
+from pipelines.demo import FITTED, SHIPPED
+
 
 def one4all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -18,7 +21,7 @@ def one4all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=500,
     )
 
 
@@ -86,3 +89,29 @@ def test_mistakes_are_one_sentence_and_exit_code_two(tmp_path, arguments, messag
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(600)
+def test_demo_protects_twice_and_judges_by_controls(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, label in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(6):
+            image = make_image(seed=10 * number + index)
+            (tmp_path / "photos" / label / f"{index}.jpg").write_bytes(image)
+    done = one4all("demo", "out", "--photos", "photos")
+    assert (done.returncode, done.stderr) == (0, "")
+    *steps, summary, last = done.stdout.splitlines()
+    assert all(line.startswith("[") for line in steps), done.stdout
+    assert last == "report: out/report.html"
+    controls = ("random noise", "untrained generator", "class-wise oracle")
+    for copy in ("clean", SHIPPED, FITTED, *controls):
+        assert f"{copy} " in summary
+    out = tmp_path / "out"
+    audits = json.loads((out / "verification.json").read_text())
+    assert [audits[title]["num_images"] for title in (SHIPPED, FITTED)] == [10, 10]
+    fitted = json.loads((out / "codebook" / "card.json").read_text())
+    assert fitted["training"]["num_images"] == 10, "photos held out for the test were seen"
+    report = (out / "report.html").read_text()
+    assert "Protected and verified" in report
+    assert summary.partition("] ")[2].partition(" ±")[0] in report
