@@ -62,9 +62,9 @@ SHIPPED = "shipped protector"
 FITTED = "codebook of the corpus"
 _DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "train" / "demo.yaml"
 _HELD_OUT = 5  # of a folder of photos, every fifth of a class is for the test
-_IMAGES_PER_CONCEPT, _MOST_CONCEPTS = 2, 2000  # RESULTS.md, section 4
+_IMAGES_PER_CONCEPT, _MOST_CONCEPTS = 2, 2000  # RESULTS.md, section 6
 
-# Of every copy: that of RESULTS.md, with fewer seeds to wait for.
+# Of every copy: the one of RESULTS.md with a coarse stem, which is the default.
 _ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
 _ORACLE = MethodConfig(
     method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
@@ -158,7 +158,7 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
     """Run everything and write ``report.html``.
 
     Args:
-        folder: Emptied, then holds corpora, training run, protector and report.
+        folder: Emptied, then holds corpora, training run, codebook, evaluation and report.
         material: What to protect: `drawings`, or `photos`.
         say: Receives a line for each step.
 
