@@ -42,7 +42,7 @@ from pipelines.evaluation_report import Table, fill_table, table_section, verdic
 from pipelines.fit import PICTURE, fit
 from pipelines.local_s3 import local_s3
 from pipelines.progress import CURVES_FILE
-from pipelines.protect import protect
+from pipelines.protect import ProtectResult, protect
 from pipelines.ray_session import ray_session
 from pipelines.train import train
 from pipelines.trials import (
@@ -92,10 +92,10 @@ class Material:
 
 @dataclass(frozen=True)
 class Copy:
-    """A protected copy of the material, in the store, and what its verification found."""
+    """A protected copy of the material, in the store: how it was made, what verification found."""
 
     uri: str
-    num_shards: int
+    result: ProtectResult
     audit: Verification
 
 
@@ -195,14 +195,19 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
         train(config, command="one4all demo", on_metrics=history.append)
 
         step(f"fitting a codebook to {material.name}: no labels, no training")
-        codebook = _fit(source, folder / "codebook", num_images=len(clean))
+        codebook = folder / "codebook"
+        _fit(source, codebook, num_images=len(clean))
         copies = {}
-        for title, protector in {SHIPPED: DEFAULT_PROTECTOR, FITTED: codebook}.items():
+        for title, protector in {SHIPPED: DEFAULT_PROTECTOR, FITTED: str(codebook)}.items():
             target = f"s3://{BUCKET}/{title.replace(' ', '-')}"
             step(f"protecting {material.name}, and verifying: {title}, {target} at {endpoint}")
-            copies[title] = _protect(source, target, protector)
+            result = protect(source, target, ProtectConfig(protector=protector))
+            copies[title] = Copy(target, result, verify(source, target, VerifyConfig()))
         audits = {title: copy.audit.to_json() for title, copy in copies.items()}
         (folder / "verification.json").write_text(json.dumps(audits, indent=1))
+        for title, copy in copies.items():
+            if not copy.audit.ok:
+                raise One4AllError(f"verification failed: {title}: {copy.audit.problems[0]}")
 
         protected = read_labelled(copies[SHIPPED].uri, size=size)
         evaluation = _evaluation_config(folder, material, copies)
@@ -225,7 +230,7 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
 
     step("writing the report")
     report = folder / "report.html"
-    looks = _looks(material.name, clean, protected, (folder / "codebook" / PICTURE).read_bytes())
+    looks = _looks(material.name, clean, protected, (codebook / PICTURE).read_bytes())
     sections = [table_section(table), _verified(copies), looks, _trained(folder, config, history)]
     summary = _summary(table)
     write_report(report, title="one4all demo", summary=summary, sections=sections)
@@ -237,35 +242,24 @@ def _pack(images: Iterable[LabelledImage], folder: Path) -> None:
     pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=500)
 
 
-def _fit(source: str, output: Path, *, num_images: int) -> str:
+def _fit(source: str, output: Path, *, num_images: int) -> None:
     """Fit a codebook to all of a corpus; small ones get fewer concepts."""
     num_concepts = min(max(2, num_images // _IMAGES_PER_CONCEPT), _MOST_CONCEPTS)
     codebook = CodebookConfig(num_concepts=num_concepts)
     config = FitConfig(source=source, output=str(output), codebook=codebook)
     fit(config, command="one4all demo")
-    return str(output)
-
-
-def _protect(source: str, target: str, protector: str) -> Copy:
-    """Protect, then verify every shard, sidecar and image against the source."""
-    result = protect(source, target, ProtectConfig(protector=protector))
-    audit = verify(source, target, VerifyConfig())
-    if not audit.ok:
-        raise One4AllError(f"verification failed: {audit.problems[0]}")
-    return Copy(target, result.num_done, audit)
 
 
 def _evaluation_config(
     folder: Path, material: Material, copies: Mapping[str, Copy]
 ) -> EvaluateConfig:
     """One adversary on several copies; what was protected is read from where it is."""
-    adversary = _ADVERSARY
     corpus = folder / "corpora" / material.name
     grid = GridConfig(
         title="Does it protect?",
         note=(
-            f"Adversary: ResNet18 of width {adversary.width}, from scratch, {adversary.epochs} "
-            f"epochs, augmentation {adversary.augmentation}, tested on clean images. No "
+            f"Adversary: ResNet18 of width {_ADVERSARY.width}, from scratch, {_ADVERSARY.epochs} "
+            f"epochs, augmentation {_ADVERSARY.augmentation}, tested on clean images. No "
             "perturbation exceeds 8 levels of 255. The class-wise oracle uses the true labels and "
             f"is no method: it shows that the bench can see protection. {material.about}"
         ),
@@ -280,7 +274,7 @@ def _evaluation_config(
             MethodConfig(method="untrained_generator", title="untrained generator"),
             _ORACLE,
         ),
-        adversaries={"resnet18": adversary},
+        adversaries={"resnet18": _ADVERSARY},
     )
     data = DataConfig(train=str(corpus / "train"), test=str(corpus / "test"), **material.sizes)
     return EvaluateConfig(
@@ -318,13 +312,14 @@ def _training_config(folder: Path) -> TrainConfig:
 
 
 def _verified(copies: Mapping[str, Copy]) -> Section:
+    results = [copy.result for copy in copies.values()]
     audits = [copy.audit for copy in copies.values()]
     return Section(
         "Protected and verified",
         text=["Re-read from the object store and compared with the source, byte for byte."],
         table=[
             ("what", *copies),
-            ("shards", *(copy.num_shards for copy in copies.values())),
+            ("shards", *(f"{r.num_done} of {r.num_shards}" for r in results)),
             ("samples", *(a.num_samples for a in audits)),
             ("images", *(a.num_images for a in audits)),
             ("sidecars, all byte-identical", *(a.num_sidecars for a in audits)),

@@ -14,14 +14,16 @@ from PIL import Image
 from pipelines.demo import FITTED, SHIPPED
 
 
-def one4all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def one4all(
+    *arguments: str, timeout: float = 200, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipelines", *arguments],
         env=os.environ | {"RAY_ADDRESS": ""} | environment,
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=timeout,
     )
 
 
@@ -99,7 +101,7 @@ def test_demo_protects_twice_and_judges_by_controls(tmp_path: Path, monkeypatch)
         for index in range(6):
             image = make_image(seed=10 * number + index)
             (tmp_path / "photos" / label / f"{index}.jpg").write_bytes(image)
-    done = one4all("demo", "out", "--photos", "photos")
+    done = one4all("demo", "out", "--photos", "photos", timeout=500)
     assert (done.returncode, done.stderr) == (0, "")
     *steps, summary, last = done.stdout.splitlines()
     assert all(line.startswith("[") for line in steps), done.stdout
