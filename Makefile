@@ -12,7 +12,7 @@ test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest
 
 test-ceph: .venv/ready  ## storage tests on a real S3 server; installs Debian's Ceph packages if it may
-	sh tests/install_ceph.sh
+	sh tests/support/install_ceph.sh
 	$(BIN)/python -m pytest -m ceph
 
 test-cluster: .venv/cluster  ## a Ray cluster on loopback addresses, and jobs submitted to it

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from one4all.concepts import ConceptBank
+    from one4all.corpus.tar import ShardWriter, read_members, read_samples
     from one4all.encoders import Encoder, EncoderConfig, load_encoder
     from one4all.errors import One4AllError, UsageError
-    from one4all.generator import Generator, GeneratorConfig
     from one4all.images import decode, encode
-    from one4all.ledger import Ledger, Manifest
-    from one4all.objective import ObjectiveConfig, concept_objective
+    from one4all.ledger.ledger import Ledger
+    from one4all.ledger.records import Manifest
     from one4all.perturbation import apply_perturbation
-    from one4all.protector import Protector, ProtectorCard
-    from one4all.shards import ShardWriter, read_members, read_samples
+    from one4all.protectors.card import ProtectorCard
+    from one4all.protectors.generator import Generator, GeneratorConfig
+    from one4all.protectors.protector import Protector
     from one4all.storage import Storage, open_storage
+    from one4all.training.objectives.concept import ObjectiveConfig, concept_objective
 
 __all__ = [
     "ConceptBank",
@@ -59,20 +61,20 @@ _HOMES = {
     "load_encoder": "encoders",
     "One4AllError": "errors",
     "UsageError": "errors",
-    "Generator": "generator",
-    "GeneratorConfig": "generator",
+    "Generator": "protectors.generator",
+    "GeneratorConfig": "protectors.generator",
     "decode": "images",
     "encode": "images",
-    "Ledger": "ledger",
-    "Manifest": "ledger",
-    "ObjectiveConfig": "objective",
-    "concept_objective": "objective",
+    "Ledger": "ledger.ledger",
+    "Manifest": "ledger.records",
+    "ObjectiveConfig": "training.objectives.concept",
+    "concept_objective": "training.objectives.concept",
     "apply_perturbation": "perturbation",
-    "Protector": "protector",
-    "ProtectorCard": "protector",
-    "ShardWriter": "shards",
-    "read_members": "shards",
-    "read_samples": "shards",
+    "Protector": "protectors.protector",
+    "ProtectorCard": "protectors.card",
+    "ShardWriter": "corpus.tar",
+    "read_members": "corpus.tar",
+    "read_samples": "corpus.tar",
     "Storage": "storage",
     "open_storage": "storage",
 }

@@ -12,11 +12,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+from one4all.corpus.tar import Member, Sample, is_protectable, printable, read_samples
+from one4all.corpus.units import SourceShard
+from one4all.distances import max_difference, psnr_db, ssim
 from one4all.errors import BadImageError, One4AllError
 from one4all.images import decode, extension_for
-from one4all.ledger import Binding, Manifest, SourceShard
-from one4all.metrics import max_difference, psnr_db, ssim
-from one4all.shards import Member, Sample, is_protectable, printable, read_samples
+from one4all.ledger.records import Binding, Manifest
 from one4all.storage import Reader, Storage
 
 _MAX_PROBLEMS = 20  # a shard, in the report; the count is always complete

@@ -14,7 +14,7 @@ from types import FrameType
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    from pipelines.cli import main as command_line
+    from pipelines.cli.app import main as command_line
 
     command_line()
 

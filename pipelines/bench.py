@@ -28,15 +28,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from one4all.corpus.tar import ShardWriter, is_protectable, read_samples, write_shard
+from one4all.corpus.units import to_shard
+from one4all.distances import max_difference, psnr_db
 from one4all.images import decode, encode, extension_for, working_copy
-from one4all.ledger import Ledger, take_census, to_shard
-from one4all.metrics import max_difference, psnr_db
-from one4all.protector import DEFAULT_PROTECTOR, Protector
-from one4all.shards import ShardWriter, is_protectable, read_samples, write_shard
+from one4all.ledger.census import take_census
+from one4all.ledger.ledger import Ledger
+from one4all.protectors.card import DEFAULT_PROTECTOR
+from one4all.protectors.protector import Protector
 from one4all.storage import INTERNAL, ObjectInfo, Storage, open_storage
-from pipelines.config import ProtectConfig, RayConfig
-from pipelines.protect import protect
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.job import protect
 from pipelines.ray_session import ray_session
+from pipelines.settings import RayConfig
 
 ROUNDS = 3
 BATCH_SIZE = ProtectConfig().batch_size

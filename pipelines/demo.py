@@ -20,32 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
-from one4all.adversaries import AdversaryConfig
-from one4all.codebook import CodebookConfig
-from one4all.corpora import LabelledImage, Split, open_corpus, pack
+from one4all.corpus.packing import LabelledImage, Split, open_corpus, pack
 from one4all.errors import One4AllError, UsageError
+from one4all.evaluation.adversaries import AdversaryConfig
+from one4all.evaluation.labelled import LabelledImages, read_labelled
 from one4all.images import decode
-from one4all.labelled import LabelledImages, read_labelled
-from one4all.protector import DEFAULT_PROTECTOR, Protector
+from one4all.protectors.card import DEFAULT_PROTECTOR
+from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.protector import Protector
 from one4all.report import Section, contact_sheet, to_png, write_report
 from one4all.storage import open_storage
-from pipelines.config import (
-    FitConfig,
-    ProtectConfig,
-    RayConfig,
-    TrainConfig,
-    VerifyConfig,
-    load_config,
-)
-from pipelines.evaluate import Record, evaluate
-from pipelines.evaluation_report import Table, fill_table, table_section, verdicts
-from pipelines.fit import PICTURE, fit
-from pipelines.local_s3 import local_s3
-from pipelines.progress import CURVES_FILE
-from pipelines.protect import ProtectResult, protect
-from pipelines.ray_session import ray_session
-from pipelines.train import train
-from pipelines.trials import (
+from pipelines.evaluation.job import Record, evaluate
+from pipelines.evaluation.report import Table, fill_table, table_section, verdicts
+from pipelines.evaluation.trials import (
     DataConfig,
     EvaluateConfig,
     GridConfig,
@@ -53,7 +40,16 @@ from pipelines.trials import (
     Trial,
     all_trials,
 )
-from pipelines.verify import Verification, verify
+from pipelines.fit import PICTURE, FitConfig, fit
+from pipelines.local_s3 import local_s3
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.job import ProtectResult, protect
+from pipelines.ray_session import ray_session
+from pipelines.settings import RayConfig, load_config
+from pipelines.train.config import TrainConfig
+from pipelines.train.job import train
+from pipelines.train.progress import CURVES_FILE
+from pipelines.verify import Verification, VerifyConfig, verify
 
 DRAWINGS = "emoji-nature"
 TRAINING_CORPUS = "emoji-things"

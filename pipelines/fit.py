@@ -11,24 +11,35 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from one4all.codebook import Codebook, fit_codebook, name_codebook, paint
 from one4all.concepts import ConceptBank
-from one4all.encoders import Encoder, load_encoder
+from one4all.corpus.tar import is_protectable, read_samples
+from one4all.corpus.units import list_shards
+from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.errors import BadImageError, One4AllError, ShardError, UsageError
-from one4all.images import Pixels, decode, working_copy
-from one4all.ledger import list_shards
-from one4all.protector import Protector, ProtectorCard, golden_embedding
+from one4all.images import DEFAULT_MAX_PIXELS, Pixels, decode, working_copy
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.protectors.card import ProtectorCard
+from one4all.protectors.codebook import (
+    DEFAULT_CODEBOOK,
+    DEFAULT_ENCODER,
+    Codebook,
+    CodebookConfig,
+    fit_codebook,
+    name_codebook,
+    paint,
+)
+from one4all.protectors.protector import Protector, golden_embedding
 from one4all.report import sample_grid, to_png
-from one4all.shards import is_protectable, read_samples
 from one4all.storage import Storage, open_storage
-from pipelines.config import FitConfig, absolute_weights
 from pipelines.ray_session import ray_session, worker_layout
+from pipelines.settings import JobConfig, RayConfig, absolute_weights
 
 PICTURE = "concepts.png"
 VOCABULARY = "vocabulary:"
@@ -37,6 +48,39 @@ _THUMBNAIL = 64  # pixels
 _THUMBNAILS = 3000  # of all shards; a picture of concepts needs no more
 _COLUMNS, _ROWS = 16, 8
 _FEWEST_PER_SHARD = 64
+
+
+class FitConfig(JobConfig):
+    """`one4all fit`.
+
+    Attributes:
+        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas; or
+            ``vocabulary:NAME``, for a codebook that sees no image.
+        output: Protector folder or s3:// prefix to write.
+        encoder: Whose embeddings are clustered; RESULTS.md was measured at 224 pixels.
+        codebook: Number of patterns, and their shape.
+        epsilon_levels: Budget.
+        num_images: About so many images are looked at, evenly over the shards.
+        images_per_shard: At most so many of one shard, drawn evenly from it; bounds memory.
+        max_image_pixels: Larger images are left out.
+        seed: Of the drawn images, the clusters and the patterns.
+        num_workers: Tasks at once; 0 means as many as CPUs or GPUs allow.
+        cpus_per_worker, gpus_per_worker: Of a task; below 0 GPUs means 1 if there is any.
+    """
+
+    source: str = ""
+    output: str = "protector"
+    encoder: EncoderConfig = DEFAULT_ENCODER
+    codebook: CodebookConfig = DEFAULT_CODEBOOK
+    epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
+    num_images: Annotated[int, Field(ge=2)] = 20_000
+    images_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    max_image_pixels: Annotated[int, Field(ge=1)] = DEFAULT_MAX_PIXELS
+    seed: int = 0
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: float = -1
+    ray: RayConfig = RayConfig()
 
 
 @dataclass(frozen=True)

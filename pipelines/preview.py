@@ -7,11 +7,11 @@ from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
+from one4all.corpus.tar import is_protectable, read_samples
 from one4all.errors import BadImageError, NotFoundError, UsageError
 from one4all.images import IMAGE_EXTENSIONS, decode
-from one4all.protector import Protector
+from one4all.protectors.protector import Protector
 from one4all.report import contact_sheet
-from one4all.shards import is_protectable, read_samples
 from one4all.storage import open_storage
 
 

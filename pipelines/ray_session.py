@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from one4all.errors import One4AllError
 
 if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
-    from pipelines.config import RayConfig
+    from pipelines.settings import RayConfig
 
 # Must be set before Ray starts.
 _ENVIRONMENT = {

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from one4all.errors import NotFoundError, One4AllError, SourceChangedError
-from one4all.ledger import Ledger, Manifest, read_binding, take_census
+from one4all.ledger.census import take_census
+from one4all.ledger.ledger import Ledger, read_binding
+from one4all.ledger.records import Manifest
 from one4all.storage import Storage, open_storage
 
 MAX_TOTALS = 20_000  # manifests that are read without being asked to

@@ -5,14 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from one4all.audit import ShardAudit, audit_shard
+from one4all.corpus.units import SourceShard, list_shards
 from one4all.errors import One4AllError, UsageError
-from one4all.ledger import Binding, Ledger, SourceShard, list_shards, read_binding
+from one4all.ledger.ledger import Ledger, read_binding
+from one4all.ledger.records import Binding
 from one4all.storage import INTERNAL, open_storage
-from pipelines.config import VerifyConfig
 from pipelines.ray_session import ray_session, worker_layout
+from pipelines.settings import JobConfig, RayConfig
+
+
+class VerifyConfig(JobConfig):
+    """`one4all verify`.
+
+    Attributes:
+        num_workers: Tasks at once; 0 means as many as the CPUs allow.
+        wave_shards: Shards handed to Ray at once.
+    """
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    wave_shards: Annotated[int, Field(ge=1)] = 5000
+    ray: RayConfig = RayConfig()
 
 
 @dataclass

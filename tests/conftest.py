@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from builders import make_protector
-from ceph import local_ceph, missing_programs
-from guarded_s3 import guarded_s3
-from ray_cluster import Node, RayCluster, ray_cluster
+from support.builders import make_protector
+from support.ceph import local_ceph, missing_programs
+from support.guarded_s3 import guarded_s3
+from support.ray_cluster import Node, RayCluster, ray_cluster
 
-from one4all.protector import Protector
+from one4all.protectors.protector import Protector
 from one4all.storage import Storage, open_storage
-from pipelines.config import RayConfig
 from pipelines.local_s3 import local_s3
 from pipelines.ray_session import ray_session
+from pipelines.settings import RayConfig
 
 BUCKET = "one4all-tests"
 

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from fault_proxy import Fault, FaultProxy
+from support.fault_proxy import Fault, FaultProxy
 
-from one4all.ledger import Ledger
+from one4all.ledger.ledger import Ledger
 from one4all.storage import INTERNAL, open_storage
 from pipelines.bench import make_photo_corpus
 from pipelines.local_s3 import local_s3

@@ -9,16 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from builders import first_shard, make_samples, make_tar
+from support.builders import first_shard, make_samples, make_tar
 
 from one4all.audit import audit_shard
 from one4all.errors import AccessError, ConflictError, NotFoundError
-from one4all.ledger import Binding, Ledger
-from one4all.protector import load_card
+from one4all.ledger.ledger import Ledger
+from one4all.ledger.records import Binding
+from one4all.protectors.card import load_card
 from one4all.storage import open_storage
 from one4all.storage.s3 import PART_BYTES
-from pipelines.config import ProtectConfig
-from pipelines.shard_worker import ShardWorker
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.worker import ShardWorker
 
 pytestmark = pytest.mark.ceph
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_image
 from PIL import Image
+from support.builders import make_image
 
 from pipelines.demo import FITTED, SHIPPED
 

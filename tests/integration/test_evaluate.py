@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from builders import make_samples, make_tar
+from support.builders import make_samples, make_tar
 
-from pipelines.diagnose import diagnose_copies
-from pipelines.evaluate import evaluate, report
-from pipelines.trials import EvaluateConfig
+from pipelines.evaluation.diagnose import diagnose_copies
+from pipelines.evaluation.job import evaluate, report
+from pipelines.evaluation.trials import EvaluateConfig
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from builders import (
+from support.builders import (
     TINY_ENCODER,
     make_image,
     make_pixels,
@@ -13,13 +13,13 @@ from builders import (
     write_corpus,
 )
 
-from one4all.codebook import CodebookConfig
 from one4all.errors import UsageError
-from one4all.protector import Protector
-from pipelines.config import FitConfig, ProtectConfig, VerifyConfig
-from pipelines.fit import PICTURE, describe, fit
-from pipelines.protect import protect
-from pipelines.verify import verify
+from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.protector import Protector
+from pipelines.fit import PICTURE, FitConfig, describe, fit
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.job import protect
+from pipelines.verify import VerifyConfig, verify
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import make_image, make_tar, write_corpus
-from jobs import finish, read_until, start
+from support.builders import make_image, make_tar, write_corpus
+from support.jobs import finish, read_until, start
 
-from one4all.lease import Lease
+from one4all.ledger.lease import Lease
 from one4all.storage import open_storage
-from pipelines.metrics import METRICS
+from pipelines.telemetry import METRICS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -102,7 +102,7 @@ def test_interrupt_ends_following_and_only_a_second_one_the_job(cluster, corpus,
 
 
 def binding(source: str) -> bytes:
-    from one4all.ledger import Binding
+    from one4all.ledger.records import Binding
 
     return (
         Binding(

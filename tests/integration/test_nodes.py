@@ -13,17 +13,16 @@ from statistics import mean
 
 import pytest
 import yaml
-from builders import write_corpus
-from jobs import finish, start, start_with_ray
-from ray_cluster import PROGRAM, ROOT
+from support.builders import write_corpus
+from support.jobs import finish, start, start_with_ray
+from support.ray_cluster import PROGRAM, ROOT
 
 from one4all.errors import AccessError, NotFoundError
-from one4all.ledger import Ledger
-from one4all.protector import Protector
+from one4all.ledger.ledger import Ledger
+from one4all.protectors.protector import Protector
 from one4all.storage import open_storage
-from pipelines.config import VerifyConfig
-from pipelines.metrics import METRICS
-from pipelines.verify import verify
+from pipelines.telemetry import METRICS
+from pipelines.verify import VerifyConfig, verify
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 

@@ -11,18 +11,18 @@ import sys
 import time
 from pathlib import Path
 
-import faulty_workers
 import pytest
-from builders import make_samples, make_tar, write_corpus
-from fault_proxy import Fault, FaultProxy
+from support import faulty_workers
+from support.builders import make_samples, make_tar, write_corpus
+from support.fault_proxy import Fault, FaultProxy
 
-from one4all.ledger import Ledger
+from one4all.ledger.ledger import Ledger
 from one4all.storage import INTERNAL, open_storage
 from one4all.storage.s3 import PART_BYTES
-from pipelines import protect as protecting
-from pipelines.config import ProtectConfig, VerifyConfig
-from pipelines.protect import protect
-from pipelines.verify import verify
+from pipelines.protect import job as protecting
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.job import protect
+from pipelines.verify import VerifyConfig, verify
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 fault = pytest.mark.fault

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_image, make_samples, make_tar, write_corpus
+from support.builders import make_image, make_samples, make_tar, write_corpus
 
 from one4all.errors import ProtectorError, UsageError
-from one4all.protector import WEIGHTS
+from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
-from pipelines import cli
-from pipelines.config import ProtectConfig, VerifyConfig
-from pipelines.protect import protect
+from pipelines.cli.app import app as cli
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.job import protect
 from pipelines.status import read_status
-from pipelines.verify import verify
+from pipelines.verify import VerifyConfig, verify
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

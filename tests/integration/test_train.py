@@ -11,14 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
+from support.builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
 
 from one4all.errors import LeaseHeldError, UsageError
-from one4all.lease import Lease
-from one4all.protector import Protector
+from one4all.ledger.lease import Lease
+from one4all.protectors.protector import Protector
 from one4all.storage import open_storage
-from pipelines.config import TrainConfig
-from pipelines.train import train
+from pipelines.train.config import TrainConfig
+from pipelines.train.job import train
 
 
 @pytest.fixture(scope="module")

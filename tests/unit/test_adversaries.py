@@ -6,13 +6,19 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from one4all.adversaries import NETWORKS, PRESETS, AdversaryConfig, build_network, train_adversary
-from one4all.adversaries.augmentation import augment
-from one4all.adversaries.classifier import build_classifier
-from one4all.adversaries.networks import NarrowResNet18
-from one4all.adversaries.training import learning_rate_at
 from one4all.errors import ConfigError, UsageError
-from one4all.labelled import LabelledImages
+from one4all.evaluation.adversaries import (
+    NETWORKS,
+    PRESETS,
+    AdversaryConfig,
+    build_network,
+    train_adversary,
+)
+from one4all.evaluation.adversaries.augmentation import augment
+from one4all.evaluation.adversaries.classifier import build_classifier
+from one4all.evaluation.adversaries.networks import NarrowResNet18
+from one4all.evaluation.adversaries.training import learning_rate_at
+from one4all.evaluation.labelled import LabelledImages
 
 CPU = torch.device("cpu")
 QUICK = AdversaryConfig(width=8, epochs=4, batch_size=16)

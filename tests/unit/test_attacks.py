@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from one4all.adversaries import AdversaryConfig, train_adversary
-from one4all.attacks import ATTACKS, Purifier, TrainingAttack, find_attack
-from one4all.attacks.projection import find_directions, remove_directions
-from one4all.attacks.purification import gaussian_blur, gaussian_taps, reduce_bit_depth
-from one4all.attacks.training import (
+from one4all.distances import psnr_db
+from one4all.errors import ConfigError, UsageError
+from one4all.evaluation.adversaries import AdversaryConfig, train_adversary
+from one4all.evaluation.attacks import ATTACKS, Purifier, TrainingAttack, find_attack
+from one4all.evaluation.attacks.projection import find_directions, remove_directions
+from one4all.evaluation.attacks.purification import gaussian_blur, gaussian_taps, reduce_bit_depth
+from one4all.evaluation.attacks.training import (
     adversarial_loss,
     cutmix_loss,
     cutout_loss,
@@ -24,9 +26,7 @@ from one4all.attacks.training import (
     soft_labels,
     ueraser_loss,
 )
-from one4all.errors import ConfigError, UsageError
-from one4all.labelled import LabelledImages
-from one4all.metrics import psnr_db
+from one4all.evaluation.labelled import LabelledImages
 
 PURIFIERS = [a for a in ATTACKS.values() if isinstance(a, Purifier)]
 IN_TRAINING = [a for a in ATTACKS.values() if isinstance(a, TrainingAttack)]

@@ -7,25 +7,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import TINY_ENCODER, make_pixels
+from support.builders import TINY_ENCODER, make_pixels
 
-from one4all.baselines import find_method, protect_images
-from one4all.baselines.ar import Autoregressive, _run
-from one4all.baselines.clusters import encode_corpus
-from one4all.baselines.contrastive import Learner, LearnerConfig, info_nce, random_view
-from one4all.baselines.cp import _descend
-from one4all.baselines.emn import EmnClassConfig, EmnSampleConfig
-from one4all.baselines.surrogate import SurrogateConfig, flip_and_shift, to_levels, uniform_start
-from one4all.baselines.tap import TapConfig
-from one4all.baselines.tue import TueConfig, class_separability
-from one4all.baselines.unlearnable_clusters import UnlearnableClustersConfig
 from one4all.clustering import k_means, ward
-from one4all.codebook import CodebookConfig
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
-from one4all.generator import GeneratorConfig
+from one4all.evaluation.labelled import LabelledImages
+from one4all.evaluation.methods import find_method, protect_images
+from one4all.evaluation.methods.ar import Autoregressive, _run
+from one4all.evaluation.methods.clusters import encode_corpus
+from one4all.evaluation.methods.contrastive import Learner, LearnerConfig, info_nce, random_view
+from one4all.evaluation.methods.cp import _descend
+from one4all.evaluation.methods.emn import EmnClassConfig, EmnSampleConfig
+from one4all.evaluation.methods.surrogate import (
+    SurrogateConfig,
+    flip_and_shift,
+    to_levels,
+    uniform_start,
+)
+from one4all.evaluation.methods.tap import TapConfig
+from one4all.evaluation.methods.tue import TueConfig, class_separability
+from one4all.evaluation.methods.unlearnable_clusters import UnlearnableClustersConfig
 from one4all.images import decode, working_copy
-from one4all.labelled import LabelledImages
+from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.generator import GeneratorConfig
 
 NET = SurrogateConfig(width=8, batch_size=32)
 CPU = torch.device("cpu")

@@ -4,23 +4,23 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
-from builders import TINY_ENCODER, TINY_GENERATOR, make_pixels
+from support.builders import TINY_ENCODER, TINY_GENERATOR, make_pixels
 
-from one4all.baselines import METHODS, find_method, load_fitted, protect_images
-from one4all.baselines.ar import ArConfig
-from one4all.baselines.contrastive import LearnerConfig
-from one4all.baselines.controls import ConceptOracleConfig, PatternConfig
-from one4all.baselines.cp import CpClassConfig, CpSampleConfig
-from one4all.baselines.emn import EmnClassConfig, EmnSampleConfig
-from one4all.baselines.surrogate import SurrogateConfig
-from one4all.baselines.tap import TapConfig
-from one4all.baselines.transfer import transform_block
-from one4all.baselines.tue import TueConfig
-from one4all.codebook import CodebookConfig
+from one4all.distances import psnr_db
 from one4all.errors import ConfigError, UsageError
+from one4all.evaluation.labelled import LabelledImages
+from one4all.evaluation.methods import METHODS, find_method, load_fitted, protect_images
+from one4all.evaluation.methods.ar import ArConfig
+from one4all.evaluation.methods.contrastive import LearnerConfig
+from one4all.evaluation.methods.controls import ConceptOracleConfig, PatternConfig
+from one4all.evaluation.methods.cp import CpClassConfig, CpSampleConfig
+from one4all.evaluation.methods.emn import EmnClassConfig, EmnSampleConfig
+from one4all.evaluation.methods.surrogate import SurrogateConfig
+from one4all.evaluation.methods.tap import TapConfig
+from one4all.evaluation.methods.transfer import transform_block
+from one4all.evaluation.methods.tue import TueConfig
 from one4all.images import decode, working_copy
-from one4all.labelled import LabelledImages
-from one4all.metrics import psnr_db
+from one4all.protectors.codebook import CodebookConfig
 
 NET = SurrogateConfig(width=8, batch_size=16)
 LEARNER = LearnerConfig(width=8, projection_dim=16, batch_size=16)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipelines import cli_parts
-from pipelines.cli_parts import Progress, in_words, size_in_words
+from pipelines.cli import terminal as cli_parts
+from pipelines.cli.terminal import Progress, in_words, size_in_words
 
 
 def test_progress_in_a_log_file_is_plain_lines(monkeypatch, capsys):

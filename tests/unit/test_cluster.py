@@ -21,12 +21,14 @@ import jsonschema
 import pytest
 import typer
 import yaml
-from cluster_schemas import SCHEMAS
-from kustomization import load, load_patch, render, split_field_path
+from support.cluster_schemas import SCHEMAS
+from support.kustomization import load, load_patch, render, split_field_path
 
-from pipelines.cli import app
-from pipelines.config import ProtectConfig, TrainConfig, load_config
+from pipelines.cli.app import app
+from pipelines.protect.config import ProtectConfig
 from pipelines.ray_session import worker_layout
+from pipelines.settings import load_config
+from pipelines.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

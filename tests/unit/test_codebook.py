@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import TINY_ENCODER, make_pixels
 from pydantic import ValidationError
+from support.builders import TINY_ENCODER, make_pixels
 
-from one4all.codebook import (
+from one4all.encoders import load_encoder
+from one4all.errors import UsageError
+from one4all.protectors.card import ProtectorCard
+from one4all.protectors.codebook import (
     Codebook,
     CodebookConfig,
     draw_patterns,
     fit_codebook,
     name_codebook,
 )
-from one4all.encoders import load_encoder
-from one4all.errors import UsageError
-from one4all.protector import Protector, ProtectorCard, golden_embedding
+from one4all.protectors.protector import Protector, golden_embedding
 
 CONFIG = CodebookConfig(num_concepts=3, groups=(2, 3), cells=2)
 

@@ -6,13 +6,9 @@ import pytest
 
 from one4all.encoders import EncoderConfig
 from one4all.errors import ConfigError
-from pipelines.config import (
-    ProtectConfig,
-    TrainConfig,
-    absolute_weights,
-    load_config,
-    since_seconds,
-)
+from pipelines.protect.config import ProtectConfig
+from pipelines.settings import absolute_weights, load_config, since_seconds
+from pipelines.train.config import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from builders import make_image, read_members
 from PIL import Image
+from support.builders import make_image, read_members
 
-from one4all.corpora import embedded_corpora, open_corpus, pack
+from one4all.corpus.packing import embedded_corpora, open_corpus, pack
 from one4all.errors import ConfigError, UsageError
 from one4all.images import decode
 from one4all.storage import open_storage

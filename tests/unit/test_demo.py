@@ -1,10 +1,10 @@
 """The demo on photos of one's own: what it trains and tests on."""
 
 import pytest
-from builders import make_image
+from support.builders import make_image
 
 from one4all.errors import ShardError, UsageError
-from one4all.labelled import read_corpus
+from one4all.evaluation.labelled import read_corpus
 from pipelines.demo import photos
 
 

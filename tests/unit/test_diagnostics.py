@@ -6,13 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import TINY_ENCODER, make_pixels
 from PIL import Image
+from support.builders import TINY_ENCODER, make_pixels
 
-from one4all import diagnostics
 from one4all.clustering import k_means
 from one4all.concepts import ConceptBank
-from one4all.diagnostics import (
+from one4all.encoders import load_encoder
+from one4all.errors import UsageError
+from one4all.evaluation import diagnostics
+from one4all.evaluation.diagnostics import (
     codec_survival,
     concept_cosines,
     delta_distances,
@@ -22,9 +24,7 @@ from one4all.diagnostics import (
     encoder_purity,
     loss_by_k,
 )
-from one4all.encoders import load_encoder
-from one4all.errors import UsageError
-from one4all.labelled import LabelledImages
+from one4all.evaluation.labelled import LabelledImages
 
 SIDE, NUM_CLASSES = 32, 4
 

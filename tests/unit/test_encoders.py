@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from one4all.concepts import ConceptBank, load_vocabulary, shipped_vocabularies
+from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError, ProtectorError
 from one4all.images import decode, working_copy
+from one4all.vocabularies import load_vocabulary, shipped_vocabularies
 
 PHOTOS = Path(str(files("one4all") / "assets" / "photos"))
 
@@ -69,7 +70,7 @@ def test_gradient_reaches_the_image_and_no_weight(encoder):
 
 
 def test_folding_the_batch_norm_changes_nothing(encoder):
-    from one4all.encoders import load_efficientnet_lite
+    from one4all.encoders.embedded import load_efficientnet_lite
 
     model = load_efficientnet_lite()
     image = photo("astronaut").float() / 255 * 2 - 1

@@ -4,16 +4,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import make_pixels, make_samples, make_tar
+from support.builders import make_pixels, make_samples, make_tar
 
-from one4all.clustering import cluster_quality, k_means, merge_labels
+from one4all.clustering import k_means
 from one4all.errors import ConfigError, ShardError, UsageError
-from one4all.labelled import LabelledImages, read_labelled
-from one4all.verdict import judge
-from pipelines.config import load_config
-from pipelines.copies import export_copies, load_data, make_copy, mix
-from pipelines.evaluation_report import explain, fill_table, write_results
-from pipelines.trials import EvaluateConfig, MethodConfig, all_trials, describe, grid_trials
+from one4all.evaluation.label_clusters import cluster_quality, merge_labels
+from one4all.evaluation.labelled import LabelledImages, read_labelled
+from one4all.evaluation.verdict import judge
+from pipelines.evaluation.copies import export_copies, load_data, make_copy, mix
+from pipelines.evaluation.report import explain, fill_table, write_results
+from pipelines.evaluation.trials import (
+    EvaluateConfig,
+    MethodConfig,
+    all_trials,
+    describe,
+    grid_trials,
+)
+from pipelines.settings import load_config
 
 CLEAN, NOISE, ORACLE = [0.66, 0.67, 0.65], [0.66, 0.65, 0.66], [0.2, 0.2, 0.2]
 ROOT = Path(__file__).parent.parent.parent
@@ -233,7 +240,7 @@ def test_labelled_images_are_read_from_shards_and_embedded_corpora(tmp_path):
 
 
 def _two_sizes(folder: Path) -> str:
-    from one4all.corpora import open_corpus, pack
+    from one4all.corpus.packing import open_corpus, pack
     from one4all.storage import open_storage
 
     images = list(open_corpus("emoji-nature"))[:2]

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from builders import (
+from support.builders import (
     make_bomb_png,
     make_image,
     make_protector,
@@ -24,17 +24,18 @@ from builders import (
     read_members,
     write_corpus,
 )
-from fault_proxy import Fault, FaultProxy
+from support.fault_proxy import Fault, FaultProxy
 
 from one4all.errors import BindingError, StorageError
-from one4all.ledger import Ledger
-from one4all.protector import load_card
+from one4all.ledger.ledger import Ledger
+from one4all.protectors.card import load_card
 from one4all.storage import INTERNAL, open_storage
 from one4all.storage.s3 import PART_BYTES
-from pipelines import protect as protecting
 from pipelines import verify as verifying
-from pipelines.config import ProtectConfig, VerifyConfig
-from pipelines.shard_worker import ShardWorker
+from pipelines.protect import job as protecting
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.worker import ShardWorker
+from pipelines.verify import VerifyConfig
 
 fault = pytest.mark.fault
 SHARD = r"/in/shard-\d+\.tar"
@@ -43,7 +44,7 @@ OUTPUT = r"/out/shard-\d+\.tar"
 
 @pytest.fixture
 def protect(monkeypatch, protector_folder):
-    """`pipelines.protect.protect` with its workers in this process."""
+    """`pipelines.protect.job.protect` with its workers in this process."""
 
     def run_wave(wave, source, destination, config, run_id):
         worker = ShardWorker(

@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from builders import make_16_bit_png, make_bomb_png, make_image, make_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from support.builders import make_16_bit_png, make_bomb_png, make_image, make_pixels
 
 from one4all.errors import BadImageError
 from one4all.images import DecodedImage, decode, encode, extension_for, is_image, working_copy

@@ -8,7 +8,7 @@ import pytest
 import one4all
 
 
-@pytest.mark.parametrize("module", ["one4all", "pipelines.cli", "pipelines.submit"])
+@pytest.mark.parametrize("module", ["one4all", "pipelines.cli.app", "pipelines.submit"])
 def test_only_who_computes_waits_for_torch(module):
     loaded = "sorted({'numpy', 'pydantic', 'torch', 'ray'} & sys.modules.keys())"
     ask = f"import sys, {module}; print({loaded})"

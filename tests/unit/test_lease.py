@@ -6,7 +6,7 @@ import time
 import pytest
 
 from one4all.errors import AccessError, ConflictError, LeaseHeldError, StorageError
-from one4all.lease import Lease
+from one4all.ledger.lease import Lease
 from one4all.storage import LocalStorage, conditional_write_defects
 
 SECONDS = 1.2

@@ -4,19 +4,11 @@ import os
 
 import pytest
 
+from one4all.corpus.units import SourceShard, is_older, list_shards
 from one4all.errors import BindingError, NotFoundError
-from one4all.ledger import (
-    MAX_ATTEMPTS,
-    BadImage,
-    Binding,
-    Distances,
-    Ledger,
-    Manifest,
-    SourceShard,
-    is_older,
-    list_shards,
-    take_census,
-)
+from one4all.ledger.census import take_census
+from one4all.ledger.ledger import MAX_ATTEMPTS, Ledger
+from one4all.ledger.records import BadImage, Binding, Distances, Manifest
 from one4all.storage import ObjectInfo, open_storage
 
 BINDING = Binding(

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from one4all.errors import ConfigError
-from one4all.generator import PRESETS, Generator, GeneratorConfig, count_multiply_adds
-from one4all.objective import PRESETS as OBJECTIVES
-from one4all.objective import (
+from one4all.protectors.generator import PRESETS, Generator, GeneratorConfig, count_multiply_adds
+from one4all.training.objectives.concept import PRESETS as OBJECTIVES
+from one4all.training.objectives.concept import (
     ObjectiveConfig,
     concept_objective,
     normalised_entropy,

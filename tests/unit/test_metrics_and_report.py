@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from builders import make_pixels
 from PIL import Image
+from support.builders import make_pixels
 
-from one4all import metrics
+from one4all import distances as metrics
+from one4all.distances import luminance, max_difference, psnr_db, ssim
 from one4all.errors import UsageError
-from one4all.metrics import feature_distance, luminance, max_difference, psnr_db, ssim
+from one4all.evaluation.feature_distance import feature_distance
 from one4all.report import (
     Section,
     contact_sheet,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import metrics
-from pipelines.metrics import METRICS
-from pipelines.protect import _log_line
+from pipelines import telemetry as metrics
+from pipelines.protect.job import _log_line
+from pipelines.telemetry import METRICS
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_every_metric_is_set_somewhere_and_documented():
 
 def test_metrics_outside_ray_cost_nothing_and_do_not_import_it():
     code = (
-        "import sys; from pipelines import metrics; "
+        "import sys; from pipelines import telemetry as metrics; "
         "metrics.count('one4all_images', 3); metrics.show('one4all_pending_shards', 1); "
         "sys.exit('ray' in sys.modules)"
     )

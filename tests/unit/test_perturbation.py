@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from builders import make_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.builders import make_pixels
 
 from one4all import perturbation
 from one4all.perturbation import apply_perturbation, around_middle, resize_perturbation

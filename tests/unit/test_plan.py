@@ -1,16 +1,16 @@
 """What protecting would take: the arithmetic, and one real measurement."""
 
 import pytest
-from builders import make_samples, make_tar, write_corpus
+from support.builders import make_samples, make_tar, write_corpus
 
+from one4all.corpus.units import SourceShard, list_shards
 from one4all.errors import UsageError
-from one4all.ledger import SourceShard, list_shards
 from one4all.storage import open_storage
-from pipelines import plan as planning
-from pipelines.config import ProtectConfig
-from pipelines.plan import Plan, Sampled, choose, extrapolate
-from pipelines.plan import plan as make_plan
-from pipelines.shard_worker import ShardWorker
+from pipelines.protect import plan as planning
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.plan import Plan, Sampled, choose, extrapolate
+from pipelines.protect.plan import plan as make_plan
+from pipelines.protect.worker import ShardWorker
 
 
 def sampled(*, num_bytes=1_000_000, num_images=10, seconds=1.0, read_seconds=0.0, measured=5):
@@ -83,7 +83,7 @@ def test_plan_measures_the_real_worker_and_leaves_what_is_done(
 
 
 def protect_one(corpus, out, shard: SourceShard, config) -> None:
-    from one4all.protector import load_card
+    from one4all.protectors.card import load_card
 
     digest = load_card(config.protector).content_hash
     worker = ShardWorker(

@@ -7,14 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from builders import make_pixels, make_protector
 from safetensors.torch import load_file, save_file
+from support.builders import make_pixels, make_protector
 
-from one4all.codebook import CodebookConfig, name_codebook
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
-from one4all.protector import CARD, WEIGHTS, Protector, check_protector, load_card
+from one4all.protectors.card import CARD, WEIGHTS, load_card
+from one4all.protectors.codebook import CodebookConfig, name_codebook
+from one4all.protectors.protector import Protector, check_protector
 
 
 def test_saved_protector_protects_alike(protector_folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from builders import (
+from support.builders import (
     first_shard,
     make_16_bit_png,
     make_bomb_png,
@@ -22,12 +22,14 @@ from builders import (
 from one4all.audit import audit_shard
 from one4all.errors import PerturbationError, ProtectorError, ShardError
 from one4all.images import decode
-from one4all.ledger import Binding, Ledger
-from one4all.protector import Protector, load_card
+from one4all.ledger.ledger import Ledger
+from one4all.ledger.records import Binding
+from one4all.protectors.card import load_card
+from one4all.protectors.protector import Protector
+from one4all.rewrite import protect_shard
 from one4all.storage import open_storage
-from pipelines.config import ProtectConfig
-from pipelines.shard_rewrite import protect_shard
-from pipelines.shard_worker import ShardWorker
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.worker import ShardWorker
 
 SMALL = {"batch_size": 4}
 

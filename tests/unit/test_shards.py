@@ -4,11 +4,11 @@ import io
 import tarfile
 
 import pytest
-from builders import make_samples, make_tar, read_members
+from support.builders import make_samples, make_tar, read_members
 
-from one4all import shards
+from one4all.corpus import tar as shards
+from one4all.corpus.tar import ShardWriter, read_samples, write_shard
 from one4all.errors import ShardError
-from one4all.shards import ShardWriter, read_samples, write_shard
 
 LONG = "folder/" + "x" * 300 + ".jpg"
 

@@ -3,10 +3,11 @@
 import pytest
 from test_ledger import BINDING, manifest_of
 
-from one4all.ledger import Ledger, SourceShard, list_shards
+from one4all.corpus.units import SourceShard, list_shards
+from one4all.ledger.ledger import Ledger
 from one4all.storage import open_storage
-from pipelines import cli_operate
 from pipelines import status as looking
+from pipelines.cli import operate as cli_operate
 from pipelines.status import Rate, read_status, watch
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
+from support.builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
 
 from one4all.errors import ConfigError, UsageError
 from one4all.storage import LocalStorage
-from one4all.trainer import GeneratorTrainer, TrainerConfig
-from one4all.training_cost import cost_of_an_image
-from pipelines.config import TrainConfig, load_config
-from pipelines.train_plan import plan_training
+from one4all.training.cost import cost_of_an_image
+from one4all.training.trainer import GeneratorTrainer, TrainerConfig
+from pipelines.settings import load_config
+from pipelines.train.config import TrainConfig
+from pipelines.train.plan import plan_training
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train"
 

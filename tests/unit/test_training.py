@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import TINY_ENCODER, TINY_GENERATOR, make_tar, write_corpus
+from support.builders import TINY_ENCODER, TINY_GENERATOR, make_tar, write_corpus
 
-from one4all.baselines.controls import class_patterns, uniform_noise
 from one4all.errors import UsageError
-from one4all.loader import ImageStream, Share, Shares, deal
+from one4all.evaluation.methods.controls import class_patterns, uniform_noise
 from one4all.perturbation import apply_perturbation
-from one4all.trainer import GeneratorTrainer, TrainerConfig
+from one4all.training.loader import ImageStream, Share, Shares, deal
+from one4all.training.trainer import GeneratorTrainer, TrainerConfig
 
 ALONE = (Share(0, 0, 1),)
 

@@ -1,0 +1,1 @@
+"""What a corpus is made of, and how it is read and written."""

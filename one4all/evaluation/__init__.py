@@ -1,0 +1,1 @@
+"""What protects: adversaries, attacks, compared methods, verdicts. The product never imports it."""

@@ -1,0 +1,1 @@
+"""Protectors: the artefact that protects images, and its kinds."""

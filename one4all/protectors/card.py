@@ -1,0 +1,100 @@
+"""The card of a protector: what it is and where it comes from, as JSON that people can read.
+
+No network is loaded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from one4all.encoders import EncoderConfig
+from one4all.errors import NotFoundError, ProtectorError
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.generator import GeneratorConfig
+from one4all.storage import open_storage
+
+CARD = "card.json"
+WEIGHTS = "generator.safetensors"
+SHIPPED = files("one4all") / "assets" / "protectors"
+DEFAULT_PROTECTOR = "default"
+
+
+class ProtectorCard(BaseModel):
+    """What a protector is, and where it comes from.
+
+    Attributes:
+        encoder: The frozen encoder it was trained against and must be used with.
+        encoder_hash: `Encoder.content_hash` at training.
+        golden_embedding: Digest of the embedding of a fixed test image. Catches what a hash of
+            weights cannot: another activation, another library version.
+        vocabulary, concept_bank_hash: Concepts of the training objective or of a codebook of names,
+            and the identity of their text embeddings; empty for a codebook fitted to images.
+        generator: Of a trained network, or of a codebook.
+        working_size: Side in pixels of the copy that encoder and generator see.
+        epsilon_levels: Budget in 8-bit levels.
+        training: Free record: data, steps, seeds, objective, commit, command, final figures.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    name: str
+    encoder: EncoderConfig
+    encoder_hash: str
+    golden_embedding: tuple[float, ...]
+    vocabulary: str = ""
+    concept_bank_hash: str = ""
+    generator: GeneratorConfig | CodebookConfig
+    working_size: Annotated[int, Field(ge=16, le=2048)]
+    epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
+    weights_sha256: str = ""
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of the protector: all that determines its output, nothing that does not."""
+        content = self.model_dump(exclude={"name", "training", "golden_embedding"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_card(protector: str) -> ProtectorCard:
+    """The card of a protector, without loading a network. Raises: ProtectorError."""
+    try:
+        return ProtectorCard.model_validate_json(read_part(protector, CARD))
+    except ValidationError as error:
+        last = error.errors()[-1]  # the first may be of the other kind of generator
+        what = ": ".join([*map(str, last["loc"][-1:]), last["msg"]])
+        raise ProtectorError(
+            f"{CARD} of protector {protector!r} is damaged, or of another version of one4all "
+            f"({what}); copy the folder again, or make the protector again, by "
+            "the command in its card"
+        ) from error
+
+
+def locate(protector: str) -> str:
+    """The name of a shipped protector as it is, or else the absolute URI of the folder."""
+    return protector if is_shipped(protector) else open_storage(protector).uri
+
+
+def is_shipped(protector: str) -> bool:
+    return "/" not in protector and (SHIPPED / protector / CARD).is_file()
+
+
+def read_part(protector: str, name: str) -> bytes:
+    """One file of a protector, wherever it lives."""
+    if is_shipped(protector):
+        return (SHIPPED / protector / name).read_bytes()
+    try:
+        return open_storage(protector).read_bytes(name)
+    except NotFoundError as error:
+        known = sorted(entry.name for entry in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+        raise ProtectorError(
+            f"no protector at {protector!r} ({name} is missing); give a folder, an s3:// URI, or "
+            f"one of {', '.join(known)}"
+        ) from error

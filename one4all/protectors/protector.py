@@ -1,0 +1,231 @@
+"""The protector: the artefact that protects images.
+
+A folder with ``card.json`` (what it is, readable) and ``generator.safetensors`` (weights; nothing
+that unpickles). Frozen encoder, generator and budget together map images to perturbations:
+
+    e = E_I(x);  delta = epsilon * tanh(G(e, x));  protected = clip(round(x + delta), x +- epsilon)
+
+Source: paper Eq. 1 and 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors.torch import load, save_file
+
+from one4all.encoders import Encoder, load_encoder
+from one4all.errors import ProtectorError
+from one4all.images import Pixels, working_copy
+from one4all.perturbation import (
+    Levels,
+    apply_perturbation,
+    around_middle,
+)
+from one4all.protectors.card import CARD, WEIGHTS, ProtectorCard, load_card, read_part
+from one4all.protectors.codebook import Codebook, CodebookConfig
+from one4all.protectors.generator import Generator, GeneratorConfig
+from one4all.storage import Storage
+
+_GOLDEN_TOLERANCE = 1e-3
+
+
+class Protector:
+    """Images in, perturbations or protected images out.
+
+    Args:
+        card: Description; its encoder must be the one given.
+        encoder: Frozen encoder.
+        generator: Trained network or fitted codebook.
+    """
+
+    def __init__(
+        self, card: ProtectorCard, encoder: Encoder, generator: Generator | Codebook
+    ) -> None:
+        self.card = card
+        self.encoder = encoder
+        self.generator = generator.eval().requires_grad_(False)
+        self._device = torch.device("cpu")
+        self.to("cpu")
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move to a device. On a GPU, inference runs in bfloat16 autocast."""
+        self._device = torch.device(device)
+        self.encoder.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    @torch.inference_mode()
+    def perturb(self, working_BHWC: Pixels) -> Levels:
+        """Perturbations of working copies.
+
+        Args:
+            working_BHWC: (B, S, S, 3) uint8 with S = ``card.working_size``.
+
+        Returns:
+            (B, h, w, 3) float32 in levels, within +-``card.epsilon_levels``, on the generator's
+            grid; `apply` takes it to an image's own size.
+        """
+        # Channels stay last in memory: (B, H, W, C) permuted is what channels_last means.
+        image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
+        image = image.permute(0, 3, 1, 2).float() / 255
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            delta = self.generator(self.encoder.encode_image(image), image)
+        levels = delta.float() * self.card.epsilon_levels
+        result: Levels = levels.permute(0, 2, 3, 1).cpu().numpy()
+        return result
+
+    def protect(self, images: Sequence[Pixels], *, batch_size: int = 8) -> list[Pixels]:
+        """Protect images of any size and layout; see `apply_perturbation` for the promise.
+
+        Args:
+            images: (H, W, C) uint8 each, C in 1..4.
+            batch_size: Images a forward pass. The last batch is filled up, so that every pass has
+                the same shape and an image's result does not depend on its neighbours.
+        """
+        protected: list[Pixels] = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            working = [working_copy(pixels, self.card.working_size) for pixels in batch]
+            deltas = self.perturb(fill_batch(working, batch_size))
+            protected += [
+                self.apply(pixels, delta) for pixels, delta in zip(batch, deltas, strict=False)
+            ]
+        return protected
+
+    def apply(self, clean: Pixels, delta_hwC: Levels) -> Pixels:
+        """Add what `perturb` gave for an image to it; see `apply_perturbation`.
+
+        A codebook's pattern lies on the middle square of the image (`around_middle`). A network's
+        perturbation belongs to what it saw, the whole image, squashed.
+        """
+        if isinstance(self.generator, Codebook):
+            delta_hwC = around_middle(delta_hwC, *clean.shape[:2])
+        return apply_perturbation(clean, delta_hwC, epsilon_levels=self.card.epsilon_levels)
+
+    def save(self, folder: Path) -> ProtectorCard:
+        """Write the artefact; returns the card with the digest of the weights filled in."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.cpu().contiguous() for name, t in self.generator.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        self.card = self.card.model_copy(update={"weights_sha256": digest})
+        (folder / CARD).write_text(self.card.model_dump_json(indent=2) + "\n", "utf-8")
+        return self.card
+
+    def publish(self, storage: Storage) -> ProtectorCard:
+        """`save`, to a folder or s3:// prefix. The card goes last: a folder with a card is whole.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            card = self.save(Path(folder))
+            for name in (WEIGHTS, CARD):
+                storage.write_bytes(name, (Path(folder) / name).read_bytes())
+        return card
+
+    @classmethod
+    def load(cls, protector: str, *, encoder: Encoder | None = None) -> Protector:
+        """Load a protector by name, path or URI.
+
+        Args:
+            protector: Name of a shipped one (``default``, ``14a``), a folder, or
+                ``s3://bucket/prefix``.
+            encoder: Use this one instead of loading the card's; it must have the same content.
+
+        Raises:
+            ProtectorError: Missing, damaged, or of another version; or the encoder found here is
+                not the one it was trained with.
+        """
+        card = load_card(protector)
+        weights = _load_weights(protector, card)
+        encoder = encoder or load_encoder(card.encoder)
+        _check_encoder(card, encoder)
+        generator = _build_generator(card.generator, encoder.embedding_dim)
+        try:
+            generator.load_state_dict(weights)
+        except RuntimeError as error:
+            raise _other_tensors(protector) from error
+        return cls(card, encoder, generator)
+
+
+def check_protector(protector: str) -> ProtectorCard:
+    """The card of a protector whose weights are those it describes; no encoder is loaded.
+
+    For whoever starts workers that will load it: what can be known before is known before.
+
+    Raises:
+        ProtectorError: Missing, damaged, or of another version.
+    """
+    card = load_card(protector)
+    weights = _load_weights(protector, card)
+    with torch.device("meta"):  # names of tensors do not depend on the encoder's width
+        wanted = _build_generator(card.generator, embedding_dim=1).state_dict()
+    if weights.keys() != wanted.keys():
+        raise _other_tensors(protector)
+    return card
+
+
+def golden_embedding(encoder: Encoder) -> tuple[float, ...]:
+    """Sums over 8 sections of the embedding of a fixed test image."""
+    ramp = torch.linspace(0, 1, encoder.input_size)
+    image = torch.stack(
+        [ramp[:, None] * ramp, ramp[:, None].expand(-1, len(ramp)), ramp.flip(0) * ramp[:, None]]
+    )
+    with torch.inference_mode():
+        sections = encoder.encode_image(image[None])[0].tensor_split(8)
+    return tuple(round(float(section.sum()), 6) for section in sections)
+
+
+def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:
+    """Stack (S, S, 3) copies to (batch_size, S, S, 3), filling up with zeros."""
+    batch = np.zeros((batch_size, *working[0].shape), np.uint8)
+    batch[: len(working)] = working
+    return batch
+
+
+def _load_weights(protector: str, card: ProtectorCard) -> dict[str, torch.Tensor]:
+    weights = read_part(protector, WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
+        raise ProtectorError(
+            f"{WEIGHTS} of protector {protector!r} is not the file its card describes; copy the "
+            "folder again"
+        )
+    return load(weights)
+
+
+def _other_tensors(protector: str) -> ProtectorError:
+    return ProtectorError(
+        f"{WEIGHTS} of protector {protector!r} holds other tensors than this version of one4all "
+        "needs; make the protector again, by the command in its card, or use the version that made "
+        "it"
+    )
+
+
+def _build_generator(
+    config: GeneratorConfig | CodebookConfig, embedding_dim: int
+) -> Generator | Codebook:
+    if isinstance(config, CodebookConfig):
+        return Codebook(config, embedding_dim)
+    return Generator(config, embedding_dim)
+
+
+def _check_encoder(card: ProtectorCard, encoder: Encoder) -> None:
+    if encoder.content_hash() != card.encoder_hash:
+        raise ProtectorError(
+            f"encoder mismatch: protector {card.name!r} was trained with encoder content "
+            f"{card.encoder_hash[:12]}, the one found here is {encoder.content_hash()[:12]}"
+        )
+    difference = np.abs(np.subtract(golden_embedding(encoder), card.golden_embedding)).max()
+    if difference > _GOLDEN_TOLERANCE:
+        raise ProtectorError(
+            f"encoder mismatch: the weights are those of protector {card.name!r}, but they embed "
+            f"its test image differently (by {difference:.2g}); check open_clip and timm versions"
+        )

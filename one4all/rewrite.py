@@ -1,0 +1,387 @@
+"""One shard, rewritten: read, decode, perturb, encode, write, commit.
+
+    source -> strict tar reader -> decode -> device -> encode -> ordered tar writer -> sink
+
+Batches of samples move through the stages in order, at most three at a time, each bounded in
+images and in pixels, so memory does not grow with the shard. What a batch holds depends on the
+shard alone, never on timing: the same shard makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from one4all.corpus.tar import (
+    Member,
+    Sample,
+    ShardWriter,
+    is_protectable,
+    printable,
+    read_samples,
+)
+from one4all.corpus.units import SourceShard
+from one4all.distances import max_difference, psnr_db
+from one4all.errors import (
+    BadImageError,
+    ShardError,
+)
+from one4all.images import (
+    DEFAULT_MAX_PIXELS,
+    DecodedImage,
+    OutputFormat,
+    Pixels,
+    decode,
+    encode,
+    extension_for,
+    peek_num_pixels,
+    working_copy,
+)
+from one4all.ledger.records import BadImage, Distances, Manifest
+from one4all.perturbation import Levels
+from one4all.protectors.protector import Protector, fill_batch
+from one4all.storage import Storage
+
+STAGES = ("read", "decode", "device", "encode", "write")
+_LOOKAHEAD = 1  # batches waiting between two stages
+
+OnBatch = Callable[[float], None]
+"""Receives the seconds of one batch on the device."""
+
+
+class RewriteConfig(BaseModel):
+    """What decides the bytes of a rewritten shard, and the memory that the rewrite takes.
+
+    Attributes:
+        output_format: "match" keeps file formats (a JPEG is encoded again, so what a reader decodes
+            is not within the budget bit for bit); "lossless" turns JPEG into PNG.
+        on_bad_image: For an image that cannot be protected: "drop" its sample, "passthrough" it
+            unprotected, or "fail" the shard. Always recorded.
+        sidecar_patterns: Members copied although they are images, such as ``*.seg.png``; matched
+            against the last component of the name.
+        max_image_pixels: Larger images are bad images; refused before they are decoded.
+        max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory.
+        batch_size: Images in one forward pass. Another size may round a pixel here
+            and there to its other neighbour.
+        batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output_format: OutputFormat = "match"
+    on_bad_image: Literal["drop", "fail", "passthrough"] = "drop"
+    sidecar_patterns: tuple[str, ...] = ()
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = DEFAULT_MAX_PIXELS
+    max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
+
+
+class BadImagePolicyError(ShardError):
+    """A bad image under the policy "fail"; trying again cannot help."""
+
+
+@dataclass(frozen=True)
+class _Protected:
+    """One image, ready to be written."""
+
+    name: str
+    payload: bytes
+    converted: str
+    max_before_encoding: int
+    max_decoded: int
+    psnr_db: float
+
+
+@dataclass
+class _Batch:
+    """Samples on their way through the stages; futures are keyed by member name."""
+
+    samples: list[Sample]
+    decoded: dict[str, Future[tuple[DecodedImage, Pixels]]] = field(default_factory=dict)
+    protected: dict[str, Future[_Protected]] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+def protect_shard(
+    shard: SourceShard,
+    source: Storage,
+    destination: Storage,
+    protector: Protector,
+    config: RewriteConfig,
+    *,
+    pool: ThreadPoolExecutor,
+    run_id: str = "",
+    on_batch: OnBatch = lambda seconds: None,
+) -> Manifest:
+    """Write the protected copy of one shard and return its manifest, not yet recorded.
+
+    Nothing is visible at the destination until the whole shard is written.
+
+    Raises:
+        ShardError: The shard is damaged or changed, or a bad image meets the policy "fail".
+        StorageError: A store failed in spite of retries.
+    """
+    rewrite = _ShardRewrite(protector, config, pool, on_batch)
+    reader = source.open(shard.name, etag=shard.etag)
+    with closing(reader), destination.writer(shard.name) as sink:
+        output = ShardWriter(sink)
+        rewrite.run(read_samples(reader, max_sample_bytes=config.max_sample_bytes), output)
+        output.close()
+        with rewrite.timer("write"):
+            output_etag = sink.commit()
+    return rewrite.manifest(
+        shard,
+        output_etag=output_etag,
+        output_size=sink.num_bytes,
+        output_sha256=sink.sha256.hexdigest(),
+        run_id=run_id,
+    )
+
+
+class _ShardRewrite:
+    """The stages of one shard, and the tally that its manifest is made of."""
+
+    def __init__(
+        self,
+        protector: Protector,
+        config: RewriteConfig,
+        pool: ThreadPoolExecutor,
+        on_batch: OnBatch,
+    ) -> None:
+        self._protector = protector
+        self._config = config
+        self._pool = pool
+        self._on_batch = on_batch
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
+        self._converted: Counter[str] = Counter()
+        self._bad: list[BadImage] = []
+        self._max_before_encoding = 0
+        self._max_decoded = 0
+        self._psnr_sum = 0.0
+
+    def run(self, samples: Iterator[Sample], output: ShardWriter) -> None:
+        """Move all samples through the stages, in order."""
+        decoding: deque[_Batch] = deque()
+        encoding: deque[_Batch] = deque()
+        for batch in self._ahead(self._batches(samples)):
+            self._start_decoding(batch)
+            decoding.append(batch)
+            if len(decoding) > _LOOKAHEAD:
+                encoding.append(self._perturb(decoding.popleft()))
+            if len(encoding) > _LOOKAHEAD:
+                self._write(encoding.popleft(), output)
+        while decoding:
+            encoding.append(self._perturb(decoding.popleft()))
+        while encoding:
+            self._write(encoding.popleft(), output)
+
+    def manifest(
+        self,
+        shard: SourceShard,
+        *,
+        output_etag: str,
+        output_size: int,
+        output_sha256: str,
+        run_id: str,
+    ) -> Manifest:
+        num_protected = self._counts["protected"]
+        return Manifest(
+            source=shard,
+            output_etag=output_etag,
+            output_size=output_size,
+            output_sha256=output_sha256,
+            num_samples=self._counts["samples"],
+            num_images=self._counts["images"],
+            num_protected=num_protected,
+            num_members=self._counts["members"],
+            bad_images=tuple(self._bad),
+            converted=dict(sorted(self._converted.items())),
+            distances=Distances(
+                max_before_encoding=self._max_before_encoding,
+                max_decoded=self._max_decoded,
+                mean_psnr_db=round(self._psnr_sum / num_protected, 3) if num_protected else 0.0,
+            ),
+            seconds={stage: round(value, 3) for stage, value in sorted(self._seconds.items())},
+            run_id=run_id,
+        )
+
+    @contextmanager
+    def timer(self, stage: str) -> Iterator[None]:
+        """Add the time of the block, in seconds, to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.perf_counter() - start
+
+    def _batches(self, samples: Iterator[Sample]) -> Iterator[_Batch]:
+        """Group whole samples until the next one would be too many images or pixels."""
+        group: list[Sample] = []
+        images = pixels = num_bytes = 0
+        for sample in samples:
+            payloads = [
+                m.payload
+                for m in sample.members
+                if is_protectable(m, self._config.sidecar_patterns)
+            ]
+            more = sum(peek_num_pixels(payload) for payload in payloads)
+            if group and (
+                images + len(payloads) > self._config.batch_size
+                or pixels + more > self._config.batch_pixels
+                or num_bytes + sample.num_bytes > 4 * self._config.batch_pixels
+            ):
+                yield _Batch(group)
+                group, images, pixels, num_bytes = [], 0, 0, 0
+            group.append(sample)
+            images, pixels = images + len(payloads), pixels + more
+            num_bytes += sample.num_bytes
+        if group:
+            yield _Batch(group)
+
+    def _ahead(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """Read the next batch in a thread of its own while this one is worked on."""
+        with ThreadPoolExecutor(1, "reader") as reader:
+            upcoming: Future[_Batch | None] = reader.submit(next, batches, None)
+            while True:
+                with self.timer("read"):
+                    batch = upcoming.result()
+                if batch is None:
+                    return
+                upcoming = reader.submit(next, batches, None)
+                yield batch
+
+    def _start_decoding(self, batch: _Batch) -> None:
+        for sample in batch.samples:
+            for member in sample.members:
+                if is_protectable(member, self._config.sidecar_patterns):
+                    batch.decoded[member.name] = self._pool.submit(self._decode, member)
+
+    def _decode(self, member: Member) -> tuple[DecodedImage, Pixels]:
+        image = decode(member.payload, max_pixels=self._config.max_image_pixels)
+        return image, working_copy(image.pixels, self._protector.card.working_size)
+
+    def _perturb(self, batch: _Batch) -> _Batch:
+        """Wait for the pixels, run the device, start encoding."""
+        images: dict[str, tuple[DecodedImage, Pixels]] = {}
+        with self.timer("decode"):
+            for name, future in batch.decoded.items():
+                try:
+                    images[name] = future.result()
+                except BadImageError as error:
+                    batch.bad[name] = str(error)
+        batch.decoded.clear()
+        names = list(images)
+        size = self._config.batch_size
+        for start in range(0, len(names), size):
+            chosen = names[start : start + size]
+            before = self._seconds["device"]
+            with self.timer("device"):
+                # Always a full batch: one shape, and results that do not depend on neighbours.
+                working = fill_batch([images[name][1] for name in chosen], size)
+                deltas = self._protector.perturb(working)
+            self._on_batch(self._seconds["device"] - before)
+            for name, delta in zip(chosen, deltas, strict=False):
+                batch.protected[name] = self._pool.submit(
+                    self._encode, name, images[name][0], delta
+                )
+        return batch
+
+    def _encode(self, name: str, clean: DecodedImage, delta: Levels) -> _Protected:
+        """Add the perturbation, encode, and measure what a reader will decode."""
+        epsilon = self._protector.card.epsilon_levels
+        pixels = self._protector.apply(clean.pixels, delta)
+        payload = encode(replace(clean, pixels=pixels), self._config.output_format)
+        seen = decode(payload, max_pixels=self._config.max_image_pixels).pixels
+        if seen.shape != clean.pixels.shape:
+            raise BadImageError(f"cannot be written back: {clean.pixels.shape} became {seen.shape}")
+        if np.array_equal(clean.pixels, pixels):
+            raise BadImageError("the perturbation changes no pixel of it")
+        result = _Protected(
+            name=extension_for(name, clean, self._config.output_format),
+            payload=payload,
+            converted=clean.converted,
+            max_before_encoding=max_difference(clean.pixels, pixels),
+            max_decoded=max_difference(clean.pixels, seen),
+            psnr_db=psnr_db(clean.pixels, seen),
+        )
+        lossless = self._config.output_format == "lossless" or clean.format != "JPEG"
+        if result.max_before_encoding > epsilon or (lossless and result.max_decoded > epsilon):
+            raise ShardError(
+                f"{name}: differs by {result.max_decoded} levels after decoding, over the budget "
+                f"of {epsilon}; this is a defect of the program, the shard is not published"
+            )
+        return result
+
+    def _write(self, batch: _Batch, output: ShardWriter) -> None:
+        """Wait for the encoded images and write the samples, in the order of the source."""
+        protected: dict[str, _Protected] = {}
+        with self.timer("encode"):
+            for name, future in batch.protected.items():
+                try:
+                    protected[name] = future.result()
+                except BadImageError as error:
+                    batch.bad[name] = str(error)
+        with self.timer("write"):
+            for sample in batch.samples:
+                self._write_sample(sample, protected, batch.bad, output)
+
+    def _write_sample(
+        self,
+        sample: Sample,
+        protected: dict[str, _Protected],
+        bad: dict[str, str],
+        output: ShardWriter,
+    ) -> None:
+        self._counts["samples"] += any(member.is_file for member in sample.members)
+        # A link may share its name with a file: only files are ever replaced.
+        files = [member.name for member in sample.members if member.is_file]
+        self._counts["images"] += sum(name in protected or name in bad for name in files)
+        if not self._accept(sample.key, [name for name in files if name in bad], bad):
+            return
+        written = [protected[name].name if name in protected else name for name in files]
+        if len(set(written)) < len(written):
+            raise ShardError(
+                f"sample {sample.key!r} would hold two members of one name once JPEG becomes PNG; "
+                "use output_format match"
+            )
+        for member in sample.members:
+            if member.is_file and (image := protected.get(member.name)):
+                output.replace(member, name=image.name, payload=image.payload)
+                self._count(image)
+            else:
+                output.copy(member)
+        self._counts["members"] += len(sample.members)
+
+    def _accept(self, key: str, bad_names: Sequence[str], reasons: dict[str, str]) -> bool:
+        """Apply the bad-image policy to a sample; whether it is written at all."""
+        policy = self._config.on_bad_image
+        for name in bad_names:
+            if policy == "fail":
+                raise BadImagePolicyError(f"{name}: {reasons[name]} (on_bad_image is fail)")
+            self._bad.append(
+                BadImage(
+                    key=printable(key),
+                    member=printable(name),
+                    reason=printable(reasons[name]),
+                    action="dropped" if policy == "drop" else "passed through",
+                )
+            )
+        return not bad_names or policy == "passthrough"
+
+    def _count(self, image: _Protected) -> None:
+        self._counts["protected"] += 1
+        self._max_before_encoding = max(self._max_before_encoding, image.max_before_encoding)
+        self._max_decoded = max(self._max_decoded, image.max_decoded)
+        self._psnr_sum += image.psnr_db
+        if image.converted:
+            self._converted[image.converted] += 1

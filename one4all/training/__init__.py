@@ -1,0 +1,1 @@
+"""Training a generator: objective, images, one rank's state."""

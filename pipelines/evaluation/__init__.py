@@ -1,0 +1,1 @@
+"""Evaluate methods: grids of trials, on Ray."""

@@ -1,0 +1,354 @@
+"""Evaluate methods: train adversaries on copies of data sets, as Ray tasks, resumable.
+
+Every finished trial is one small JSON record below ``trials/`` of the output, so the same command
+does the rest after an interruption, and a grid that is added later reuses what is there.
+Adversaries are always tested on clean images, with the labels that they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from one4all.distances import max_difference, psnr_db
+from one4all.errors import One4AllError
+from one4all.evaluation.adversaries import train_adversary
+from one4all.evaluation.attacks import find_attack
+from one4all.evaluation.label_clusters import ClusterQuality, cluster_quality, merge_labels
+from one4all.evaluation.labelled import LabelledImages, Labels
+from one4all.report import Section
+from one4all.storage import Storage, open_storage
+from pipelines.evaluation.copies import embed_class_names, fitted_folder, load_data, make_copy, mix
+from pipelines.evaluation.report import write_results
+from pipelines.evaluation.trials import (
+    NO_ATTACK,
+    Copy,
+    EvaluateConfig,
+    MethodConfig,
+    Trial,
+    all_trials,
+    num_clusters,
+)
+from pipelines.ray_session import ray_session
+
+_log = logging.getLogger(__name__)
+_TRIALS, _COPIES = "trials/", "copies/"
+_PSNR_IMAGES = 256  # of a copy, for its distortion
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Evaluation:
+    """Outcome of a run.
+
+    Attributes:
+        records: By trial key; all that exist for the configuration, whichever run made them.
+        copies: By copy key: largest |difference| in levels, mean PSNR, seconds.
+        num_new: Trials of this run.
+        failed: Title of a trial or copy that failed, with its reason.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    copies: dict[str, Record] = field(default_factory=dict)
+    num_new: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    command: str,
+    on_plan: Callable[[int, int], None] = lambda num_todo, num_trials: None,
+    on_trial: Callable[[Trial, Record], None] = lambda trial, record: None,
+) -> Evaluation:
+    """Run every trial that has no record yet.
+
+    Args:
+        config: See there.
+        command: For the records.
+        on_plan: Called once with the trials to do and all trials.
+        on_trial: Called with each trial as it ends.
+
+    Raises:
+        UsageError: A data set, protector or output cannot be used.
+    """
+    trials = all_trials(config)
+    storage = open_storage(config.output)
+    storage.check(writable=True)
+    result = Evaluation(
+        records=_read_records(storage, _TRIALS, {trial.key for trial in trials}),
+        copies=_read_records(storage, _COPIES, {trial.copy.key for trial in trials}),
+    )
+    todo = [trial for trial in trials if trial.key not in result.records]
+    on_plan(len(todo), len(trials))
+    if todo:
+        environment = _environment(command)
+        for trial, outcome in _run(todo, config, result, storage):
+            if isinstance(outcome, str):
+                result.failed[trial.title] = outcome
+                continue
+            record = {"trial": trial.identity, "title": trial.title} | outcome | environment
+            storage.write_bytes(f"{_TRIALS}{trial.key}.json", json.dumps(record).encode())
+            result.records[trial.key] = record
+            result.num_new += 1
+            on_trial(trial, record)
+    return result
+
+
+def report(config: EvaluateConfig, result: Evaluation, *, diagnoses: Sequence[Section] = ()) -> str:
+    """Write tables, plots and pictures to the output; returns the tables and where the rest is.
+
+    A remote output gets the records; the report is then written below runs/evaluate here.
+    """
+    remote = "://" in config.output
+    folder = Path("runs/evaluate") if remote else Path(config.output)
+    qualities = {
+        name: _label_qualities(name, config)
+        for name in dict.fromkeys(
+            data
+            for grid in config.grids
+            for data in grid.data
+            if any(num_clusters(labels) for labels in grid.labels)
+        )
+    }
+    path = write_results(
+        folder,
+        config,
+        result.records,
+        result.copies,
+        qualities=qualities,
+        diagnoses=diagnoses,
+    )
+    return (folder / "results.md").read_text("utf-8") + f"report: {path}"
+
+
+def _label_qualities(data: str, config: EvaluateConfig) -> list[ClusterQuality]:
+    """The curves of the paper's Figure 5 for the class names of a data set."""
+    names = load_data(config.data[data], "train").class_names
+    embeddings = embed_class_names(data, names, config.encoder)
+    chosen = [k for k in (2, 3, 5, 8, 10, 15, 20, 25, 30, 40, 50, 75) if k < len(names)]
+    return [cluster_quality(embeddings, k) for k in chosen]
+
+
+def run_trial(
+    copy: LabelledImages, clean: LabelledImages, test: LabelledImages, trial: Trial, merged: Labels
+) -> Record:
+    """Train one adversary; accuracies in 0..1.
+
+    Args:
+        copy, clean: Training images, protected and clean, in the same order, at the size at which
+            they are protected; here they are resized to that of the adversary.
+        test: Clean test images, likewise.
+        trial: What to do.
+        merged: New label of each class; empty keeps the labels.
+    """
+    size = trial.copy.data_config.size or clean.size
+    train, test = mix(copy, clean, share=trial.share).resized(size), test.resized(size)
+    if len(merged):
+        train, test = (replace(s, labels_N=merged[s.labels_N]) for s in (train, test))
+    result = train_adversary(
+        train,
+        test,
+        trial.adversary,
+        attack=None if trial.attack == NO_ATTACK else find_attack(trial.attack),
+        seed=trial.seed,
+    )
+    counts = np.bincount(test.labels_N)
+    return {
+        "last": result.last,
+        "peak": result.peak,
+        "curve": list(result.curve),
+        "majority": float(counts.max() / counts.sum()),
+        "confusion": result.confusion(test.labels_N).tolist(),
+        "seconds": round(result.seconds, 2),
+    }
+
+
+def _run(
+    todo: list[Trial], config: EvaluateConfig, result: Evaluation, storage: Storage
+) -> Iterator[tuple[Trial, Record | str]]:
+    """Trials as they end; at most two copies are in memory beside those in use."""
+    import ray
+    from ray.exceptions import RayError
+
+    with ray_session(config.ray):
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = config.gpus_per_trial
+        if gpus < 0:
+            gpus = 1.0 if resources.get("GPU") else 0.0
+        num_slots = _num_slots(resources, config.cpus_per_trial, gpus)
+        remote: Any = ray.remote(num_cpus=config.cpus_per_trial, num_gpus=gpus)
+        copy_task, trial_task = remote(_copy_task), remote(_trial_task)
+        data = _Data(config)
+        waiting: dict[Any, Trial] = {}
+        copies: dict[Any, Copy] = {}
+
+        def finished(at_most: int) -> Iterator[tuple[Trial, Record | str]]:
+            while len(waiting) > at_most:
+                ready, _ = ray.wait([*copies, *waiting], num_returns=1)
+                try:
+                    outcome: Record | str = ray.get(ready[0])
+                except RayError as error:
+                    outcome = _reason(error)
+                if ready[0] in copies:
+                    copy = copies.pop(ready[0])
+                    if isinstance(outcome, dict):
+                        result.copies[copy.key] = outcome
+                        key = f"{_COPIES}{copy.key}.json"
+                        storage.write_bytes(key, json.dumps(outcome).encode())
+                else:
+                    yield waiting.pop(ready[0]), outcome
+
+        for copy_key, group in groupby(todo, key=lambda trial: trial.copy.key):
+            trials = list(group)
+            copy = trials[0].copy
+            clean, test = data.get(copy.data)
+            fit_on = data.get(copy.fitted_on)[0] if copy.fitted_on else None
+            cache = fitted_folder(copy, config)
+            protected, facts = copy_task.options(num_returns=2).remote(
+                clean, fit_on, copy.method, copy.epsilon_levels, config.cpus_per_trial, cache
+            )
+            if copy_key not in result.copies:
+                copies[facts] = copy
+            for trial in trials:
+                merged = data.merged(copy.data, trial.labels)
+                reference = trial_task.remote(
+                    protected, clean, test, trial, merged, config.cpus_per_trial
+                )
+                waiting[reference] = trial
+            del protected
+            yield from finished(at_most=2 * num_slots)
+        yield from finished(at_most=0)
+
+
+def _num_slots(resources: dict[str, float], cpus: int, gpus: float) -> int:
+    """Trials that run at once."""
+    by_cpu = int(resources.get("CPU", 1)) // cpus
+    return max(1, min(by_cpu, int(resources.get("GPU", 0) / gpus)) if gpus else by_cpu)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a task, in one line."""
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip().splitlines()[-1] if str(cause).strip() else ""
+    return text if isinstance(cause, One4AllError) else f"{type(cause).__name__}: {text}"
+
+
+def _read_records(storage: Storage, prefix: str, wanted: set[str]) -> dict[str, Record]:
+    """Records by key; one that cannot be read is made again."""
+    found = {}
+    for info in storage.list(prefix):
+        key = info.key.removeprefix(prefix).removesuffix(".json")
+        if key in wanted:
+            try:
+                found[key] = json.loads(storage.read_bytes(info.key))
+            except ValueError:
+                _log.warning("record %s cannot be read and is made again", info.key)
+    return found
+
+
+def _environment(command: str) -> Record:
+    """Where a result comes from: command, code and hardware."""
+    return {
+        "command": command,
+        "version": version("one4all"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+
+
+def _commit() -> str:
+    """Commit of the checkout that this runs from; empty if it is none."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+class _Data:
+    """Data sets in Ray's object store, read when first needed."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self._config = config
+        self._references: dict[str, tuple[Any, Any]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+
+    def get(self, name: str) -> tuple[Any, Any]:
+        """References of the training and the test split."""
+        import ray
+
+        if name not in self._references:
+            splits = [load_data(self._config.data[name], split) for split in ("train", "test")]
+            self._names[name] = splits[0].class_names
+            self._references[name] = (ray.put(splits[0]), ray.put(splits[1]))
+        return self._references[name]
+
+    def merged(self, name: str, labels: str) -> Labels:
+        """New label of each class, or nothing."""
+        if not (count := num_clusters(labels)):
+            return np.zeros(0, np.int64)
+        self.get(name)
+        embeddings = embed_class_names(name, self._names[name], self._config.encoder)
+        return merge_labels(embeddings, count)
+
+
+def _copy_task(
+    clean: LabelledImages,
+    fit_on: LabelledImages | None,
+    method: MethodConfig,
+    epsilon_levels: int,
+    num_threads: int,
+    cache: Path | None,
+) -> tuple[LabelledImages, Record]:
+    torch.set_num_threads(num_threads)
+    start = time.monotonic()
+    protected = make_copy(
+        clean,
+        fit_on,
+        method,
+        epsilon_levels=epsilon_levels,
+        cache=cache,
+    )
+    chosen = np.linspace(0, len(clean) - 1, min(_PSNR_IMAGES, len(clean))).astype(int)
+    pairs = [(clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
+    return protected, {
+        "max_levels": max_difference(clean.images_NHWC, protected.images_NHWC),
+        "psnr_db": float(np.mean([psnr_db(*pair) for pair in pairs])),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+def _trial_task(
+    copy: LabelledImages,
+    clean: LabelledImages,
+    test: LabelledImages,
+    trial: Trial,
+    merged: Labels,
+    num_threads: int,
+) -> Record:
+    torch.set_num_threads(num_threads)
+    return run_trial(copy, clean, test, trial, merged)

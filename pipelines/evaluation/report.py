@@ -1,0 +1,397 @@
+"""Results of an evaluation as tables (Markdown, CSV) and one HTML page with plots.
+
+A cell is the mean over seeds of the last epoch's test accuracy, with the spread between seeds.
+What a column is evidence of is said by `verdict`: a gap counts only beside its controls.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from one4all.evaluation.label_clusters import ClusterQuality
+from one4all.evaluation.verdict import MIN_SEEDS, PROTECTS_BELOW, Verdict, judge
+from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
+from pipelines.evaluation.trials import (
+    CLEAN,
+    NO_ATTACK,
+    Copy,
+    EvaluateConfig,
+    GridConfig,
+    Trial,
+    grid_trials,
+)
+
+_MAX_ROWS_IN_CONFUSION = 40
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a table: the seeds of one combination.
+
+    Attributes:
+        last, peak: Test accuracies, 0..1, one for each seed that has a record.
+        majority: Accuracy of always answering the most frequent test label.
+    """
+
+    last: tuple[float, ...] = ()
+    peak: tuple[float, ...] = ()
+    majority: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.last)) if self.last else float("nan")
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation between seeds; 0 for one seed."""
+        return float(np.std(self.last, ddof=1)) if len(self.last) > 1 else 0.0
+
+    def __str__(self) -> str:
+        if not self.last:
+            return "-"
+        if len(self.last) == 1:
+            return f"{100 * self.mean:.1f}"
+        return f"{100 * self.mean:.1f} ± {100 * self.spread:.1f}"
+
+
+@dataclass
+class Table:
+    """A grid filled with results; cells by (row, column)."""
+
+    grid: GridConfig
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    trials: dict[tuple[str, str], Trial] = field(default_factory=dict)
+
+    def cell(self, row: str, column: str) -> Cell:
+        return self.cells.get((row, column), Cell())
+
+    def text(self) -> list[list[str]]:
+        """Header and rows."""
+        body = [[row, *(str(self.cell(row, c)) for c in self.columns)] for row in self.rows]
+        majority = [f"{100 * self._majority(column):.1f}" for column in self.columns]
+        return [[self.grid.rows, *self.columns], *body, ["(most frequent class)", *majority]]
+
+    def markdown(self) -> str:
+        header, *body = self.text()
+        lines = [f"### {self.grid.title}", ""]
+        lines += [self.grid.note, ""] if self.grid.note else []
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body), ""])
+
+    def _majority(self, column: str) -> float:
+        return max((self.cell(row, column).majority for row in self.rows), default=0.0)
+
+
+def fill_table(grid: GridConfig, config: EvaluateConfig, records: Mapping[str, Record]) -> Table:
+    """Put the records of a grid where they belong; seeds without a record are left out."""
+    gathered: dict[tuple[str, str], list[Record]] = {}
+    table = Table(grid)
+    for trial in grid_trials(grid, config):
+        place = _place(trial, grid)
+        table.trials.setdefault(place, trial)
+        gathered.setdefault(place, [])
+        if trial.key in records:
+            gathered[place].append(records[trial.key])
+    table.rows = list(dict.fromkeys(row for row, _ in gathered))
+    table.columns = list(dict.fromkeys(column for _, column in gathered))
+    table.cells = {
+        place: Cell(
+            last=tuple(r["last"] for r in found),
+            peak=tuple(r["peak"] for r in found),
+            majority=max((r["majority"] for r in found), default=0.0),
+        )
+        for place, found in gathered.items()
+    }
+    return table
+
+
+def verdicts(table: Table, column: str) -> dict[str, Verdict]:
+    """The verdict on each method of a column; empty unless it has its controls."""
+    names = {method.method: method.name for method in table.grid.methods}
+    if table.grid.rows != "methods" or not {CLEAN, "class_oracle"} <= names.keys():
+        return {}
+    accuracies = {row: table.cell(row, column).last for row in table.rows}
+    return {
+        method.name: judge(
+            accuracies[method.name],
+            clean=accuracies[names[CLEAN]],
+            oracle=accuracies[names["class_oracle"]],
+            controls=[accuracies[names[name]] for name in NEGATIVE_CONTROLS if name in names],
+        )
+        for method in table.grid.methods
+        if method.method not in (*NEGATIVE_CONTROLS, *_OTHER_CONTROLS)
+    }
+
+
+def explain(table: Table) -> list[str]:
+    """What each column is evidence of, a sentence or two for each."""
+    sentences = []
+    for column in table.columns:
+        found = verdicts(table, column)
+        if not found:
+            continue
+        lead = f"{column}: " if len(table.columns) > 1 else ""
+        if set(found.values()) == {"inconclusive"}:
+            sentences.append(
+                f"{lead}Inconclusive: there are fewer than {MIN_SEEDS} seeds, or even the "
+                "class-wise oracle does not protect here."
+            )
+            continue
+        names = {v: [n for n in found if found[n] == v] for v in get_args(Verdict)}
+        sentences.append(
+            f"{lead}Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean and far below every "
+            f"control): {', '.join(names['protects']) or 'nothing'}. Weak effect: "
+            f"{', '.join(names['weak effect']) or 'nothing'}. No effect beyond the controls: "
+            f"{', '.join(names['no effect']) or 'nothing'}."
+        )
+    return sentences
+
+
+NEGATIVE_CONTROLS = (CLEAN, "uniform_noise", "sign_noise", "constant", "untrained_generator")
+_OTHER_CONTROLS = ("class_oracle", "concept_oracle", "released_l2", "released_preprocessing")
+
+
+def write_results(
+    folder: Path,
+    config: EvaluateConfig,
+    records: Mapping[str, Record],
+    copies: Mapping[str, Record],
+    *,
+    qualities: Mapping[str, Sequence[ClusterQuality]],
+    diagnoses: Sequence[Section] = (),
+) -> Path:
+    """Write results.md, results.csv and report.html.
+
+    Args:
+        folder: Where to.
+        config: Of the evaluation.
+        records, copies: By key.
+        qualities: By data set: how well numbers of label clusters fit (paper, Figure 5).
+        diagnoses: Sections about perturbations.
+
+    Returns:
+        Path of the report.
+    """
+    tables = [fill_table(grid, config, records) for grid in config.grids]
+    folder.mkdir(parents=True, exist_ok=True)
+    explained = [explain(table) for table in tables]
+    markdown = []
+    for table, sentences in zip(tables, explained, strict=True):
+        markdown += [table.markdown(), *(f"* {sentence}" for sentence in sentences), ""]
+        if table.grid.rows == "attacks":
+            markdown += [_recovered(table), ""]
+    (folder / "results.md").write_text("\n".join(markdown), "utf-8")
+    (folder / "results.csv").write_text(_csv(tables, records, copies), "utf-8")
+    sections = [table_section(table, records) for table in tables]
+    sections += diagnoses
+    if qualities:
+        sections.append(_quality_section(qualities))
+    sections.append(_copies_section(config, copies))
+    report = folder / "report.html"
+    summary = " ".join(sentence for sentences in explained for sentence in sentences[:1])
+    write_report(report, title="one4all evaluate", summary=summary, sections=sections)
+    return report
+
+
+def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
+    """Row and column of a trial; a column is named by what differs within the grid."""
+    parts = {
+        "methods": (trial.copy.method.name, len(grid.methods)),
+        "attacks": (trial.attack, len(grid.attacks)),
+        "shares": (f"{100 * trial.share:.0f} % protected", len(grid.shares)),
+        "budgets": (f"{trial.budget} levels", len(grid.budgets)),
+        "data": (trial.copy.data, len(grid.data)),
+        "labels": (trial.labels, len(grid.labels)),
+        "adversaries": (trial.adversary_name, len(grid.adversaries)),
+    }
+    row = parts.pop(grid.rows)[0]
+    column = " ".join(text for text, count in parts.values() if count > 1)
+    return row, column or trial.copy.data
+
+
+def table_section(table: Table, records: Mapping[str, Record] | None = None) -> Section:
+    """Table, verdicts and plots of one grid; confusion pictures if there are records."""
+    grid = table.grid
+    sentences = explain(table)
+    pictures = []
+    if grid.rows == "methods" and len(table.columns) == 1:
+        column = table.columns[0]
+        accuracies = {r: table.cell(r, column).last for r in table.rows}
+        pictures.append(
+            (
+                "Test accuracy of adversaries on clean images",
+                plot_accuracies(
+                    {row: values for row, values in accuracies.items() if values},
+                    chance=max(table.cell(r, column).majority for r in table.rows),
+                    title=grid.title,
+                ),
+            )
+        )
+        pictures += _confusions(table, column, records or {})
+    if grid.rows == "shares":
+        label = "protected, % of the training images"
+        pictures.append(_curve(table, lambda trial: 100 * trial.share, label))
+    if grid.rows == "budgets":
+        pictures.append(_curve(table, lambda trial: trial.budget, "budget, levels of 255"))
+    pictures += _purity_curve(table)
+    return Section(
+        grid.title,
+        text=[t for t in (grid.note, *sentences) if t],
+        table=table.text(),
+        pictures=pictures,
+    )
+
+
+def _confusions(
+    table: Table, column: str, records: Mapping[str, Record]
+) -> list[tuple[str, bytes]]:
+    """Confusion of the first seed, for clean and for each method that is no control."""
+    pictures = []
+    for method in table.grid.methods:
+        if method.method in NEGATIVE_CONTROLS[1:] or method.method in _OTHER_CONTROLS[1:]:
+            continue
+        record = records.get(table.trials[method.name, column].key)
+        if record and len(record["confusion"]) <= _MAX_ROWS_IN_CONFUSION:
+            confusion = np.array(record["confusion"], np.int64)
+            pictures.append((f"Confusion: {method.name}", plot_confusion(confusion, title="")))
+    return pictures
+
+
+def _curve(table: Table, value: Callable[[Trial], float], label: str) -> tuple[str, bytes]:
+    """Accuracy over what the rows stand for."""
+    series = {
+        column: [
+            (value(table.trials[row, column]), 100 * table.cell(row, column).mean)
+            for row in table.rows
+            if table.cell(row, column).last
+        ]
+        for column in table.columns
+    }
+    curve = plot_curves(series, xlabel=label, ylabel="test accuracy, %", title=table.grid.title)
+    return f"Test accuracy by {label}", curve
+
+
+def _purity_curve(table: Table) -> list[tuple[str, bytes]]:
+    """Accuracy over the purity of the concept-wise oracle, if a grid has several of them."""
+    oracles = [m for m in table.grid.methods if m.method == "concept_oracle"]
+    if len(oracles) < 2 or table.grid.rows != "methods":
+        return []
+    series = {
+        column: sorted(
+            (float(m.config.get("purity", 1.0)), 100 * table.cell(m.name, column).mean)
+            for m in oracles
+            if table.cell(m.name, column).last
+        )
+        for column in table.columns
+    }
+    curve = plot_curves(
+        series, xlabel="purity of the concepts", ylabel="test accuracy, %", title=table.grid.title
+    )
+    return [("Accuracy by the purity of the concepts that choose the pattern", curve)]
+
+
+def _recovered(table: Table) -> str:
+    """Recovered fraction: accuracy over that of the clean copy under the same attack."""
+    clean = next((m.name for m in table.grid.methods if m.method == CLEAN), None)
+    if clean is None:
+        return ""
+    lines = [f"Recovered fraction, {table.grid.title}", ""]
+    columns = [column for column in table.columns if column != clean]
+    lines += ["| attacks | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for row in table.rows:
+        base = table.cell(row, clean).mean if clean in table.columns else float("nan")
+        shares = [table.cell(row, column).mean / base for column in columns]
+        lines.append(f"| {row} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+def _quality_section(qualities: Mapping[str, Sequence[ClusterQuality]]) -> Section:
+    curves = (
+        ("sse", "sum of squared distances"),
+        ("silhouette", "silhouette"),
+        ("calinski_harabasz", "Calinski-Harabasz"),
+    )
+    pictures = [
+        (
+            label,
+            plot_curves(
+                {
+                    data: [(q.num_clusters, getattr(q, name)) for q in found]
+                    for data, found in qualities.items()
+                },
+                xlabel="clusters of class names",
+                ylabel=label,
+                title="",
+            ),
+        )
+        for name, label in curves
+    ]
+    return Section("Clusters of class names (label-agnostic scenario)", pictures=pictures)
+
+
+def _copies_section(config: EvaluateConfig, copies: Mapping[str, Record]) -> Section:
+    seen: dict[str, Copy] = {}
+    for grid in config.grids:
+        for trial in grid_trials(grid, config):
+            seen.setdefault(trial.copy.key, trial.copy)
+    rows = [
+        (
+            copy.method.name,
+            copy.data,
+            copy.fitted_on or ("itself" if copy.method.method != "protector" else "-"),
+            copies[key]["max_levels"],
+            f"{copies[key]['psnr_db']:.1f}",
+            f"{copies[key]['seconds']:.0f}",
+        )
+        for key, copy in seen.items()
+        if key in copies
+    ]
+    header = ("method", "data", "fitted on", "largest |difference|", "PSNR, dB", "seconds to make")
+    return Section("Copies", table=[header, *rows])
+
+
+def _csv(
+    tables: Sequence[Table], records: Mapping[str, Record], copies: Mapping[str, Record]
+) -> str:
+    """One line for each place of each table."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(
+        "table method data fitted_on labels share budget attack adversary num_seeds "
+        "last_mean last_std peak_mean majority max_levels psnr_db".split()
+    )
+    for table in tables:
+        for place, trial in table.trials.items():
+            cell, facts = table.cells[place], copies.get(trial.copy.key, {})
+            writer.writerow(
+                (
+                    table.grid.title,
+                    trial.copy.method.name,
+                    trial.copy.data,
+                    trial.copy.fitted_on,
+                    trial.labels,
+                    trial.share,
+                    trial.budget,
+                    "" if trial.attack == NO_ATTACK else trial.attack,
+                    trial.adversary_name,
+                    len(cell.last),
+                    f"{cell.mean:.4f}",
+                    f"{cell.spread:.4f}",
+                    f"{np.mean(cell.peak):.4f}" if cell.peak else "nan",
+                    f"{cell.majority:.4f}",
+                    facts.get("max_levels", ""),
+                    facts.get("psnr_db", ""),
+                )
+            )
+    return out.getvalue()

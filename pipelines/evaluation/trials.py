@@ -1,0 +1,381 @@
+"""What to evaluate: grids of trials, each trial with a key that names its result.
+
+A *trial* is one adversary, trained with one seed on one copy of one data set. A *copy* is a data
+set protected by one method. A *grid* is every combination of a few lists, and becomes one table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from one4all.encoders import EncoderConfig
+from one4all.errors import One4AllError, UsageError
+from one4all.evaluation.adversaries import AdversaryConfig
+from one4all.evaluation.adversaries import find_preset as find_adversary
+from one4all.evaluation.attacks import find_attack
+from one4all.evaluation.methods.registry import find_method
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
+from pipelines.settings import JobConfig, RayConfig
+
+# Raise this when the same trial would give another result than before.
+EVALUATION_VERSION = 2
+
+PROTECTOR = "protector"
+CORPUS = "corpus"
+CLEAN = "clean"
+NO_ATTACK = "none"
+OWN_LABELS = "own"
+_CLUSTERS = "clusters-"
+
+Budget = Annotated[int, Field(ge=1, le=127)]
+
+
+class DataConfig(JobConfig):
+    """A labelled data set; either ``source`` or ``train`` and ``test``.
+
+    Attributes:
+        source: Embedded corpus, or ``torchvision:NAME``; its own splits are used.
+        root: Where torchvision keeps its files.
+        granularity: Of the labels of embedded corpora.
+        train, test: Corpora of shards, folders or s3:// prefixes.
+        size: Side in pixels of what adversaries are trained and tested on: the middle square of
+            each image, resized; 0 keeps the size.
+        protect_size: Side in pixels at which images are protected, before adversaries resize them
+            to ``size``: who publishes photos does not publish thumbnails. 0 protects at ``size``.
+        max_train: Take only the first so many training images; 0 takes all.
+        class_names: By class index, if the data does not hold them; label-agnostic grids need them.
+    """
+
+    source: str = ""
+    root: str = ""
+    granularity: Literal["coarse", "fine"] = "coarse"
+    train: str = ""
+    test: str = ""
+    size: Annotated[int, Field(ge=0, le=1024)] = 0
+    protect_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    max_train: Annotated[int, Field(ge=0)] = 0
+    class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataConfig:
+        if bool(self.source) == bool(self.train) or bool(self.train) != bool(self.test):
+            raise ValueError("give either source, or train and test")
+        if self.protect_size and not self.size:
+            raise ValueError("protect_size needs size, to which adversaries then resize")
+        return self
+
+
+class MethodConfig(JobConfig):
+    """A way to protect, or a control.
+
+    Attributes:
+        method: Name in `methods.registry.METHODS`; "protector"; or "corpus", for what was protected
+            already.
+        title: In tables; default: the method's name.
+        protector: Name, folder or URI, for "protector".
+        corpus: Shards of the protected training split, in the order of the clean ones, for
+            "corpus".
+        preset: Of the method's configuration.
+        config: Keys of the method's configuration that differ from the preset.
+        seed: Of the fit and of what is drawn at protection.
+    """
+
+    method: str
+    title: str = ""
+    protector: str = DEFAULT_PROTECTOR
+    corpus: str = ""
+    preset: str = "default"
+    config: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        if (self.method == CORPUS) != bool(self.corpus):
+            raise ValueError(f"method {CORPUS!r} and key 'corpus' go together")
+        if self.method not in (PROTECTOR, CORPUS):
+            try:
+                method = find_method(self.method)
+                if self.preset not in method.presets:
+                    raise ValueError(
+                        f"{self.method} has no preset {self.preset!r}; choose from "
+                        f"{', '.join(method.presets)}"
+                    )
+            except One4AllError as error:
+                raise ValueError(str(error)) from error
+            method.config_type.model_validate(self.full_config)
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.title or self.method
+
+    @property
+    def full_config(self) -> dict[str, Any]:
+        """The method's whole configuration: of the preset, and what differs from it."""
+        if self.method in (PROTECTOR, CORPUS):
+            return {}
+        preset = find_method(self.method).presets[self.preset]
+        return preset.model_dump(mode="json") | self.config
+
+
+def _method(value: object) -> object:
+    return {"method": value} if isinstance(value, str) else value
+
+
+def _adversary(value: object) -> object:
+    """An adversary by the name of its preset, or as a preset and what differs from it."""
+    try:
+        if isinstance(value, str):
+            return find_adversary(value)
+        if isinstance(value, dict) and "preset" in value:
+            value = dict(value)
+            return find_adversary(value.pop("preset")).model_dump() | value
+    except One4AllError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _attack(name: str) -> str:
+    if name != NO_ATTACK:
+        try:
+            find_attack(name)
+        except One4AllError as error:
+            raise ValueError(f"{error}; or {NO_ATTACK}") from error
+    return name
+
+
+def _labels(name: str) -> str:
+    number = name.removeprefix(_CLUSTERS)
+    if name != OWN_LABELS and not (name.startswith(_CLUSTERS) and number.isdigit()):
+        raise ValueError(f"labels are {OWN_LABELS!r} or {_CLUSTERS}K, such as {_CLUSTERS}20")
+    return name
+
+
+class GridConfig(JobConfig):
+    """One table: every combination of these lists.
+
+    Attributes:
+        title, note: For the report.
+        rows: Which list goes down the table; the others go across.
+        data: Names in `EvaluateConfig.data`.
+        fitted_on: Name of the data set on which methods that need a fit are fitted (cross-dataset);
+            "" fits each on the data set it protects.
+        methods: Ways to protect and controls; a string is a method's name.
+        labels: "own", or "clusters-K": class names clustered in text space, the label-agnostic
+            scenario. Protection always sees the original labels.
+        shares: Share of the training images that are protected; the rest stays clean.
+        budgets: In levels of 8 bits; () is the evaluation's.
+        attacks: "none", or names in `one4all.evaluation.attacks.ATTACKS`.
+        adversaries: By title; a preset's name, a configuration, or a preset and what differs.
+        seeds: Of the adversaries.
+    """
+
+    title: str
+    note: str = ""
+    rows: Literal["methods", "attacks", "shares", "budgets"] = "methods"
+    data: tuple[str, ...]
+    fitted_on: str = ""
+    methods: tuple[Annotated[MethodConfig, BeforeValidator(_method)], ...]
+    labels: tuple[Annotated[str, BeforeValidator(_labels)], ...] = (OWN_LABELS,)
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    budgets: tuple[Budget, ...] = ()
+    attacks: tuple[Annotated[str, BeforeValidator(_attack)], ...] = (NO_ATTACK,)
+    adversaries: dict[str, Annotated[AdversaryConfig, BeforeValidator(_adversary)]] = Field(
+        default_factory=lambda: {"resnet18": AdversaryConfig()}
+    )
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+class EvaluateConfig(JobConfig):
+    """`one4all evaluate`.
+
+    Attributes:
+        output: Folder or s3:// prefix of results; the same one resumes.
+        data: Data sets by name.
+        grids: Tables.
+        epsilon_levels: Budget of every method, in levels of 8 bits, where a grid names no other.
+        encoder: Whose text space clusters class names, and whose purity is measured.
+        diagnose: Titles of methods to diagnose on each data set of the first grid.
+        cpus_per_trial, gpus_per_trial: Resources of a trial; below 0 GPUs means 1 if there is any.
+        ray: The object store holds the data sets and the copies in use.
+    """
+
+    output: str = "runs/evaluate"
+    data: dict[str, DataConfig]
+    grids: tuple[GridConfig, ...]
+    epsilon_levels: Budget = DEFAULT_EPSILON_LEVELS
+    encoder: EncoderConfig = EncoderConfig()
+    diagnose: tuple[str, ...] = ()
+    cpus_per_trial: Annotated[int, Field(ge=1)] = 1
+    gpus_per_trial: float = -1
+    ray: RayConfig = RayConfig(object_store_bytes=2_000_000_000)
+
+    @model_validator(mode="after")
+    def _data_is_there(self) -> EvaluateConfig:
+        for grid in self.grids:
+            for name in (*grid.data, *([grid.fitted_on] if grid.fitted_on else [])):
+                if name not in self.data:
+                    raise ValueError(
+                        f"grid {grid.title!r} names data set {name!r}; there are "
+                        f"{', '.join(self.data)}"
+                    )
+            names = [method.name for method in grid.methods]
+            if len(set(names)) < len(names):
+                raise ValueError(f"grid {grid.title!r}: give methods of one name a title each")
+        return self
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A data set protected by one method.
+
+    Attributes:
+        data: Name of the data set.
+        data_config, method: What and how.
+        fitted_on, fitted_on_config: Where the method was fitted; "" and None for ``data`` itself.
+        protector_sha256: Content hash, for a protector.
+        epsilon_levels: Budget.
+    """
+
+    data: str
+    data_config: DataConfig
+    method: MethodConfig
+    fitted_on: str
+    fitted_on_config: DataConfig | None
+    protector_sha256: str
+    epsilon_levels: int
+
+    @cached_property
+    def key(self) -> str:
+        return _digest(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Whatever determines the copy; titles do not."""
+        return {
+            "version": EVALUATION_VERSION,
+            "data": self.data_config.model_dump(mode="json"),
+            "fitted_on": self.fitted_on_config and self.fitted_on_config.model_dump(mode="json"),
+            "method": self.method.model_dump(mode="json", include={"method", "corpus", "seed"}),
+            "method_config": self.method.full_config,
+            "protector_sha256": self.protector_sha256,
+            "epsilon_levels": self.epsilon_levels,
+        }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One adversary on one copy.
+
+    ``budget`` is that of its place in the grid: clean copies have one trial for all of them.
+    """
+
+    copy: Copy
+    labels: str
+    share: float
+    budget: int
+    attack: str
+    adversary_name: str
+    adversary: AdversaryConfig
+    seed: int
+
+    @cached_property
+    def key(self) -> str:
+        return _digest(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "copy": self.copy.identity,
+            "labels": self.labels,
+            "share": self.share,
+            "attack": self.attack,
+            "adversary": self.adversary.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+
+    @property
+    def title(self) -> str:
+        parts = [self.copy.method.name, f"on {self.copy.data}", self.adversary_name]
+        parts += [self.attack] if self.attack != NO_ATTACK else []
+        return ", ".join([*parts, f"seed {self.seed}"])
+
+
+def grid_trials(grid: GridConfig, config: EvaluateConfig) -> Iterator[Trial]:
+    """Every trial of a grid, those of one copy one after the other."""
+    budgets = grid.budgets or (config.epsilon_levels,)
+    for data, method, budget in itertools.product(grid.data, grid.methods, budgets):
+        # A control that needs no fit, and a protector, are the same wherever others are fitted.
+        fitted_on = grid.fitted_on if _is_fitted(method) and grid.fitted_on != data else ""
+        copy = Copy(
+            data=data,
+            data_config=config.data[data],
+            method=method,
+            fitted_on=fitted_on,
+            fitted_on_config=config.data[fitted_on] if fitted_on else None,
+            protector_sha256=_protector_hash(method),
+            # Clean images are the same whatever the budget, and need one trial.
+            epsilon_levels=config.epsilon_levels if method.method == CLEAN else budget,
+        )
+        for labels, share, attack, (name, adversary), seed in itertools.product(
+            grid.labels, grid.shares, grid.attacks, grid.adversaries.items(), grid.seeds
+        ):
+            yield Trial(copy, labels, share, budget, attack, name, adversary, seed)
+
+
+def all_trials(config: EvaluateConfig) -> list[Trial]:
+    """The trials of all grids, each once, ordered by copy."""
+    trials = {trial.key: trial for grid in config.grids for trial in grid_trials(grid, config)}
+    order = {key: index for index, key in enumerate({t.copy.key: None for t in trials.values()})}
+    return sorted(trials.values(), key=lambda trial: order[trial.copy.key])
+
+
+def describe(config: EvaluateConfig) -> str:
+    """What an evaluation will do, in lines."""
+    trials = all_trials(config)
+    lines = [
+        f"{grid.title}: {sum(1 for _ in grid_trials(grid, config))} trials, "
+        f"{len(grid.methods)} methods on {', '.join(grid.data)}"
+        for grid in config.grids
+    ]
+    num_copies = len({trial.copy.key for trial in trials})
+    epochs = sum(trial.adversary.epochs for trial in trials)
+    lines.append(
+        f"{len(trials)} trials in all, {epochs} epochs of adversaries, {num_copies} copies; "
+        f"results in {config.output}"
+    )
+    return "\n".join(lines)
+
+
+def num_clusters(labels: str) -> int:
+    """K of "clusters-K"; 0 for the data set's own labels."""
+    return 0 if labels == OWN_LABELS else int(labels.removeprefix(_CLUSTERS))
+
+
+def _is_fitted(method: MethodConfig) -> bool:
+    if method.method in (PROTECTOR, CORPUS):
+        return False
+    return find_method(method.method).kind == "method"
+
+
+def _protector_hash(method: MethodConfig) -> str:
+    if method.method != PROTECTOR:
+        return ""
+    try:
+        return load_card(method.protector).content_hash
+    except One4AllError as error:
+        raise UsageError(f"method {method.name!r}: {error}") from error
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -1,0 +1,1 @@
+"""Protect a corpus: job, worker, plan."""

@@ -1,0 +1,53 @@
+"""Settings of `one4all protect`."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from one4all.protectors.card import DEFAULT_PROTECTOR
+from one4all.rewrite import RewriteConfig
+from pipelines.settings import JobConfig, RayConfig, since_seconds
+
+
+def _since(value: object) -> object:
+    """Check at loading; a duration counts from the start of the run."""
+    if isinstance(value, date):  # YAML makes one of 2026-11-01, and of a time
+        value = value.isoformat()
+    if isinstance(value, str) and value:
+        since_seconds(value, now=0)
+    return value
+
+
+class ProtectConfig(RewriteConfig, JobConfig):
+    """`one4all protect`: what `RewriteConfig` says of the bytes, and how the job is run.
+
+    Attributes:
+        protector: Name, folder or URI.
+        since: Only shards written since then are planned: a time such as 2026-11-01T00:00Z, or a
+            duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
+            upload from when it was begun. Empty means all.
+        log_json: Log one JSON line for each shard and attempt to the logger ``one4all.corpus.tar``.
+        num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow.
+        cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
+            GPU, or the node's CPUs divided by its GPUs.
+        gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
+        wave_shards: Shards handed to Ray at once; a wave starts its own actors.
+        lease_seconds: Life of the lease that keeps a second run off the destination; renewed four
+            times in it. 0 takes none: two runs at once are wasteful, but harmless.
+        allow_unsafe_store: Write to a store that does not keep the promise of conditional writes.
+            Two runs at once may then both declare a shard done.
+    """
+
+    protector: str = DEFAULT_PROTECTOR
+    since: Annotated[str, BeforeValidator(_since)] = ""
+    log_json: bool = False
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    gpus_per_worker: float = -1
+    wave_shards: Annotated[int, Field(ge=1)] = 5000
+    lease_seconds: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    allow_unsafe_store: bool = False
+    ray: RayConfig = RayConfig()

@@ -1,0 +1,351 @@
+"""Protect a corpus: plan, hand shards to workers through Ray Data, account for every one.
+
+The shard is the unit of work: one row, one block, one actor call. Ray carries a plan row in and a
+status row out; pixels never leave the worker. Success is the ledger held against the source
+listing, never "Ray did not raise".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from one4all.corpus.units import SourceShard, list_shards
+from one4all.errors import AccessError, One4AllError, StorageError, UsageError
+from one4all.ledger.census import Census, take_census
+from one4all.ledger.lease import Lease
+from one4all.ledger.ledger import MAX_ATTEMPTS, Ledger
+from one4all.ledger.records import Binding
+from one4all.protectors.card import load_card, locate
+from one4all.protectors.protector import check_protector
+from one4all.rewrite import STAGES
+from one4all.storage import Storage, conditional_write_defects, open_storage
+from pipelines import telemetry
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.worker import ShardWorker
+from pipelines.ray_session import ray_session, worker_layout
+from pipelines.settings import since_seconds
+
+_log = logging.getLogger(__name__)
+_shards_log = logging.getLogger("one4all.corpus.tar")
+
+# Raise this when the same configuration would write other bytes than before.
+TRANSFORM_VERSION = 2  # gray images get green; patterns of codebooks lie on the middle square
+
+MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
+
+Row = dict[str, Any]
+OnProgress = Callable[[Row], None]
+OnPlan = Callable[[Sequence[SourceShard], int], None]
+
+
+@dataclass
+class ProtectResult:
+    """What a run did, and what stands at the destination when it ends.
+
+    Attributes:
+        num_shards: Shards of the source; only those written since ``config.since``.
+        num_done: Of these, protected: they have a manifest.
+        num_protected_now: Of these, in this run.
+        num_images: Of this run.
+        num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
+        failed: Shards without a manifest, with the reason.
+        quarantined: Shards given up after three failures, with the reason.
+        num_others: Objects of the source that are no shards, and were left alone.
+        other: The first of them.
+        num_older: Shards written before ``config.since``, left out of all of the above.
+        num_older_undone: Of these, not protected yet.
+    """
+
+    run_id: str
+    num_shards: int = 0
+    num_done: int = 0
+    num_protected_now: int = 0
+    num_images: int = 0
+    num_bad_images: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    num_others: int = 0
+    other: str = ""
+    num_older: int = 0
+    num_older_undone: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 everything protected; 3 finished but something was dropped or given up; 1 failure."""
+        if self.failed:
+            return 1
+        return 3 if self.quarantined or self.num_bad_images else 0
+
+
+def protect(
+    source_uri: str,
+    destination_uri: str,
+    config: ProtectConfig,
+    *,
+    on_plan: OnPlan = lambda todo, num_shards: None,
+    on_progress: OnProgress = lambda row: None,
+    on_wait: Callable[[str], None] = lambda sentence: None,
+) -> ProtectResult:
+    """Protect every shard of a corpus that is not protected yet.
+
+    Safe to kill, to run again, and to run twice at once: a shard is visible whole or not at all,
+    and done only when its manifest stands.
+
+    Args:
+        source_uri: Folder or s3:// prefix of ``.tar`` shards.
+        destination_uri: Folder or prefix; bound to this configuration by its first run.
+        config: See there.
+        on_plan: Called once with the shards to do and the number of all shards.
+        on_progress: Called with each status row of a worker.
+        on_wait: Called with a sentence before waiting for a run that may have died.
+
+    Raises:
+        UsageError: Nothing was written.
+        LeaseHeldError: Another run is at work on the destination, or took it over.
+        StorageError: A store failed in mid-run; what is done is done.
+    """
+    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    _refuse_overlap(source, destination)
+    since = start_of(config)
+    card = check_protector(config.protector)
+    # Workers run in another directory: no relative path reaches them.
+    config = config.model_copy(update={"protector": locate(config.protector)})
+    source.check(writable=False)
+    destination.check(writable=True)
+    if next(list_shards(source), None) is None:
+        raise UsageError(f"source {source.uri} holds no .tar shard")
+    ledger = Ledger(destination)
+    binding = Binding(
+        source_uri=source.uri,
+        protector=card.name,
+        protector_sha256=card.content_hash,
+        epsilon_levels=card.epsilon_levels,
+        output_format=config.output_format,
+        on_bad_image=config.on_bad_image,
+        max_image_pixels=config.max_image_pixels,
+        sidecar_patterns=config.sidecar_patterns,
+        transform_version=TRANSFORM_VERSION,
+    )
+    ledger.is_bound(binding)  # before the probe, which writes
+    _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
+    ledger.bind(binding)
+    run = _Run(source, destination, config, ledger, uuid.uuid4().hex[:12], since)
+    try:
+        with run.lease(on_wait):
+            run.sweep()
+            try:
+                return run.passes(on_plan, on_progress)
+            finally:
+                run.sweep()  # after an interrupt, which kills workers in mid-write
+    except AccessError as error:  # the request was fine when it was checked
+        raise StorageError(f"{error}; in mid-run: run the same command again") from error
+
+
+class _Run:
+    """One execution: its id, its two sides, its lease."""
+
+    def __init__(
+        self,
+        source: Storage,
+        destination: Storage,
+        config: ProtectConfig,
+        ledger: Ledger,
+        run_id: str,
+        since: float | None,
+    ) -> None:
+        self._since = since
+        self._source, self._destination = source, destination
+        self._config, self._ledger, self._run_id = config, ledger, run_id
+        self._lease: Lease | None = None
+
+    @contextmanager
+    def lease(self, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Hold the destination, unless the configuration says not to."""
+        if not self._config.lease_seconds:
+            yield
+            return
+        with Lease(
+            self._destination, self._run_id, seconds=self._config.lease_seconds, on_wait=on_wait
+        ) as self._lease:
+            yield
+
+    def passes(self, on_plan: OnPlan, on_progress: OnProgress) -> ProtectResult:
+        """Passes over the plan until nothing is left to do or to try again."""
+        result = ProtectResult(run_id=self._run_id)
+        errors: dict[str, str] = {}
+        refused: set[str] = set()
+        self._ledger.forget_starts()
+        census = take_census(self._source, self._ledger, since=self._since)
+        todo, barren_passes = census.pending, 0
+        on_plan(todo, census.num_shards)
+        while todo and barren_passes < MAX_ATTEMPTS:
+            with ray_session(self._config.ray):
+                num_pending = len(todo)
+                telemetry.show("one4all_pending_shards", num_pending)
+                for row in self._waves(todo):
+                    num_pending -= row["status"] == "done"
+                    telemetry.show("one4all_pending_shards", num_pending)
+                    if self._config.log_json:
+                        _shards_log.info(_log_line(row, self._run_id))
+                    on_progress(row)
+                    result.num_protected_now += row["status"] == "done"
+                    result.num_images += row["num_images"]
+                    errors[row["name"]] = row["error"]
+                    if row["status"] == "refused":
+                        refused.add(row["name"])
+            # A new census: a shard that changed while it was read is planned anew.
+            census = take_census(self._source, self._ledger, since=self._since)
+            before, todo = len(todo), [s for s in census.pending if s.name not in refused]
+            barren_passes = 0 if len(todo) < before else barren_passes + 1
+        return self._account(result, census, errors)
+
+    def _account(
+        self, result: ProtectResult, census: Census, errors: dict[str, str]
+    ) -> ProtectResult:
+        """Complete the result by what the ledger says, whatever the workers reported."""
+        result.num_shards, result.num_done = census.num_shards, census.num_done
+        result.num_others, result.other = census.num_others, census.other
+        result.num_older, result.num_older_undone = census.num_older, census.num_older_undone
+        bad = self._ledger.num_bad_images()
+        # Bad images of older shards are not this run's outcome.
+        result.num_bad_images = sum(bad[id_] for id_ in bad.keys() - census.older_done)
+        result.quarantined = census.quarantined
+        result.failed = {
+            shard.name: errors.get(shard.name) or "no worker reported on it"
+            for shard in census.pending
+        }
+        return result
+
+    def sweep(self) -> None:
+        """Remove what killed writers left; a store that forbids it must not stop the run."""
+        try:
+            # A run that was taken over must not touch the uploads of the one that took over.
+            exclusive = self._lease is not None and self._lease.confirm()
+            self._destination.sweep(exclusive=exclusive)
+        except One4AllError as error:
+            _log.warning("left-overs of killed runs could not be removed: %s", error)
+
+    def _waves(self, todo: Sequence[SourceShard]) -> Iterator[Row]:
+        size = self._config.wave_shards
+        for start in range(0, len(todo), size):
+            for row in _run_wave(
+                todo[start : start + size],
+                self._source,
+                self._destination,
+                self._config,
+                self._run_id,
+            ):
+                yield row
+                if self._lease is not None:
+                    self._lease.check()
+
+
+def _log_line(row: Row, run_id: str) -> str:
+    """One attempt at one shard, as JSON."""
+    line = {
+        "run": run_id,
+        "name": row["name"],
+        "status": row["status"],
+        "images": row["num_images"],
+        "bad_images": row["num_bad"],
+        "bytes": row["num_bytes"],
+        "bytes_written": row["num_bytes_written"],
+        "seconds": {stage: row[f"{stage}_seconds"] for stage in STAGES},
+        "error": row["error"],
+    }
+    return json.dumps(line)
+
+
+def start_of(config: ProtectConfig) -> float | None:
+    """``config.since`` as POSIX seconds, counted from now. Raises: UsageError if it is to come."""
+    if not config.since:
+        return None
+    now = time.time()
+    since = since_seconds(config.since, now=now)
+    if since > now:
+        raise UsageError(f"since {config.since} is in the future: nothing could be protected")
+    return since
+
+
+def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:
+    """Probe the destination's conditional writes."""
+    defects = conditional_write_defects(destination)
+    if not defects:
+        return
+    found = f"the store of {destination.uri} is not safe for concurrent runs: {'; '.join(defects)}"
+    if not allow:
+        raise UsageError(f"{found}; use another store, or --set allow_unsafe_store=true")
+    _log.warning("%s", found)
+
+
+def _run_wave(
+    wave: Sequence[SourceShard],
+    source: Storage,
+    destination: Storage,
+    config: ProtectConfig,
+    run_id: str,
+) -> Iterator[Row]:
+    """One Ray Data execution; yields a status row for each shard that came back."""
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+
+    num_workers, cpus, gpus = worker_layout(
+        config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+    )
+
+    source_uri, destination_uri = source.uri, destination.uri
+    protector_sha256 = load_card(config.protector).content_hash
+
+    class Worker(ShardWorker):
+        # Arguments are bound here because Ray prints a warning, in C++, about restartable actors
+        # whose constructor takes any.
+        def __init__(self) -> None:
+            super().__init__(
+                config,
+                source_uri,
+                destination_uri,
+                run_id,
+                protector_sha256=protector_sha256,
+                num_threads=cpus,
+                device="cuda" if gpus else "cpu",
+                max_starts=num_workers + MAX_DEAD_STARTS,
+            )
+
+    Worker.__name__ = Worker.__qualname__ = ShardWorker.__name__
+    # Ray restarts a dead actor and retries its shard without end, and offers no bound. Ours are
+    # durable: attempts at a shard, and starts of workers that never came to look at one.
+    rows = [asdict(shard) for shard in wave]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Worker,
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+        compute=ActorPoolStrategy(
+            size=min(num_workers, len(rows)), max_tasks_in_flight_per_actor=1
+        ),
+    )
+    try:
+        yield from dataset.iter_rows()
+    except RayError as error:  # what did not come back is planned again from the ledger
+        reason = str(error).splitlines()[-1].strip().partition(". ")[0]
+        _log.warning("Ray gave up on a part of this pass: %s", reason)
+
+
+def _refuse_overlap(source: Storage, destination: Storage) -> None:
+    """Source and destination must not contain one another."""
+    inner, outer = source.uri.rstrip("/") + "/", destination.uri.rstrip("/") + "/"
+    if inner == outer:
+        raise UsageError(f"source and destination are the same: {source.uri}")
+    if inner.startswith(outer) or outer.startswith(inner):
+        raise UsageError(
+            f"source {source.uri} and destination {destination.uri} contain one another; the "
+            "next run would take protected shards for new ones"
+        )

@@ -1,0 +1,320 @@
+"""What protecting a corpus would take: measured on a sample, before anything is paid for.
+
+A few images of a few shards go through the real worker, from and to a temporary folder. What the
+whole corpus takes is extrapolated by bytes, and the spread between the sampled shards is shown as
+the uncertainty; what was not measured is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from one4all.corpus.tar import BLOCK, Sample, ShardWriter, is_protectable, read_samples
+from one4all.corpus.units import SourceShard, is_older, is_shard, to_shard
+from one4all.errors import One4AllError, ShardError, UsageError
+from one4all.ledger.census import take_census
+from one4all.ledger.ledger import Ledger
+from one4all.protectors.card import load_card, locate
+from one4all.storage import Storage, open_storage
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.job import start_of
+from pipelines.protect.worker import ShardWorker
+from pipelines.ray_session import ray_session, worker_layout
+
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+
+NUM_SHARDS = 4  # sampled, evenly over the sizes
+IMAGES_PER_SHARD = 32
+MAX_BYTES = 64 << 20  # read of one shard
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What one shard of the sample told.
+
+    Attributes:
+        num_bytes: Read from its beginning, whole samples.
+        num_images: In these bytes.
+        read_seconds: That reading these bytes took.
+        num_measured: Images that went through the worker, evenly out of the former.
+        seconds: That these took.
+    """
+
+    name: str
+    num_bytes: int
+    num_images: int
+    read_seconds: float
+    num_measured: int
+    seconds: float = 0.0
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """Of one worker; it reads ahead in a thread, so the slower of both counts."""
+        work = self.seconds / self.num_measured * self.num_images
+        return max(work, self.read_seconds) / self.num_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and worker-hours with a number of workers."""
+
+    num_workers: int
+    seconds: float
+    worker_hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What protecting would take.
+
+    Attributes:
+        num_done: Shards that need nothing.
+        num_shards, num_bytes: What is to do.
+        num_images: Estimated.
+        device: "cpu" or "cuda"; one worker is ``cpus_per_worker`` CPUs and ``gpus_per_worker``.
+        images_per_second: Of one worker.
+        relative_low, relative_high: Seconds by the fastest and the slowest sampled shard, relative
+            to the estimate; None if only one shard could be sampled.
+        limited_by: "reading" or "the worker".
+    """
+
+    source: str
+    num_shards: int
+    num_bytes: int
+    num_done: int = 0
+    num_images: int = 0
+    device: str = "cpu"
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0
+    images_per_second: float = 0.0
+    relative_low: float | None = None
+    relative_high: float | None = None
+    limited_by: str = ""
+    sampled: list[Sampled] = field(default_factory=list)
+    estimates: list[Estimate] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    source_uri: str,
+    config: ProtectConfig,
+    *,
+    destination_uri: str | None = None,
+    num_workers: int = 1,
+) -> Plan:
+    """List a corpus, measure a sample, and extrapolate.
+
+    With a Ray cluster configured, the sample is measured on one of its workers; else here.
+
+    Args:
+        source_uri: Corpus.
+        config: What protect would be given; ``since`` counts.
+        destination_uri: Only what is pending there counts.
+        num_workers: Estimated for 1, 4 and this number.
+
+    Raises:
+        UsageError: Nothing to read, or no image in the sample.
+    """
+    source = open_storage(source_uri)
+    source.check(writable=False)
+    config = config.model_copy(update={"protector": locate(config.protector)})
+    load_card(config.protector)
+    shards, num_done = _shards_to_do(source, destination_uri, start_of(config))
+    if not shards and not num_done:
+        raise UsageError(f"source {source.uri} holds no .tar shard that counts")
+    total = sum(shard.size for shard in shards)
+    if not shards:
+        return Plan(source.uri, 0, 0, num_done)
+    chosen = choose(shards, NUM_SHARDS)
+    if config.ray.address or os.environ.get("RAY_ADDRESS"):
+        sampled, cpus, gpus = _measure_on_cluster(source.uri, chosen, config)
+    else:
+        cpus, gpus = _share_of_this_machine(config)
+        sampled = measure(source.uri, chosen, config, cpus, "cuda" if gpus else "cpu")
+    return extrapolate(
+        Plan(
+            source.uri,
+            len(shards),
+            total,
+            num_done,
+            device="cuda" if gpus else "cpu",
+            cpus_per_worker=cpus,
+            gpus_per_worker=gpus,
+        ),
+        sampled,
+        largest=max(shard.size for shard in shards),
+        workers=sorted({1, 4, num_workers}),
+    )
+
+
+def _shards_to_do(
+    source: Storage, destination_uri: str | None, since: float | None
+) -> tuple[list[SourceShard], int]:
+    """Shards that count, largest first, and the number of those that are done."""
+    if destination_uri is not None:
+        census = take_census(source, Ledger(open_storage(destination_uri)), since=since)
+        return census.pending, census.num_done
+    infos = (info for info in source.list() if is_shard(info) and not is_older(info, since))
+    return sorted(map(to_shard, infos), key=lambda shard: -shard.size), 0
+
+
+def choose(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most ``count`` of a sequence, evenly over it; the middle one, if it is only one."""
+    count = min(count, len(items))
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
+
+
+def extrapolate(
+    plan: Plan, sampled: Sequence[Sampled], *, largest: int, workers: Sequence[int]
+) -> Plan:
+    """Complete a plan by what the sample says about all its bytes.
+
+    Args:
+        plan: With the bytes to do.
+        sampled: At least one shard.
+        largest: Bytes of the largest shard, which one worker does alone.
+        workers: Numbers of workers to estimate for.
+    """
+    num_bytes = sum(shard.num_bytes for shard in sampled)
+    seconds_per_byte = sum(s.seconds_per_byte * s.num_bytes for s in sampled) / num_bytes
+    seconds = seconds_per_byte * plan.num_bytes
+    num_images = round(plan.num_bytes * sum(s.num_images for s in sampled) / num_bytes)
+    each = [shard.seconds_per_byte / seconds_per_byte for shard in sampled]
+    reading = sum(s.read_seconds for s in sampled)
+    working = sum(s.seconds / s.num_measured * s.num_images for s in sampled)
+    estimates = []
+    for count in workers:
+        wall = max(seconds / min(count, plan.num_shards), seconds_per_byte * largest)
+        estimates.append(Estimate(count, wall, count * wall / 3600))
+    return replace(
+        plan,
+        num_images=num_images,
+        images_per_second=num_images / seconds,
+        relative_low=min(each) if len(each) > 1 else None,
+        relative_high=max(each) if len(each) > 1 else None,
+        limited_by="reading" if reading > working else "the worker",
+        sampled=list(sampled),
+        estimates=estimates,
+    )
+
+
+def measure(
+    source_uri: str, shards: Sequence[SourceShard], config: ProtectConfig, cpus: int, device: str
+) -> list[Sampled]:
+    """Send a sample of each shard through a worker that has been warmed up.
+
+    Raises:
+        UsageError: No shard of the sample holds an image.
+    """
+    source = open_storage(source_uri)
+    with tempfile.TemporaryDirectory(prefix="one4all-plan-") as scratch:
+        heads = [_copy_sample(source, shard, Path(scratch) / "in", config) for shard in shards]
+        heads = [head for head in heads if head.num_measured]
+        if not heads:
+            raise UsageError(f"no image in the first {MAX_BYTES >> 20} MiB of the sampled shards")
+        copies = open_storage(str(Path(scratch) / "in"))
+        worker = ShardWorker(
+            config,
+            copies.uri,
+            str(Path(scratch) / "out"),
+            "plan",
+            protector_sha256=load_card(config.protector).content_hash,
+            num_threads=cpus,
+            device=device,
+        )
+        by_name = {info.key: to_shard(info) for info in copies.list()}
+        _run(worker, by_name[heads[0].name])
+        return [replace(head, seconds=_run(worker, by_name[head.name])) for head in heads]
+
+
+def _share_of_this_machine(config: ProtectConfig) -> tuple[int, float]:
+    """CPUs and GPUs of one worker, as `worker_layout` would give them to it here."""
+    import torch
+
+    cpus = os.cpu_count() or 1
+    num_gpus = torch.cuda.device_count()
+    if not num_gpus or not config.gpus_per_worker:
+        return config.cpus_per_worker or cpus, 0.0
+    gpus = config.gpus_per_worker if config.gpus_per_worker > 0 else 1.0
+    return config.cpus_per_worker or max(1, int(cpus * gpus / num_gpus)), gpus
+
+
+def _copy_sample(
+    source: Storage, shard: SourceShard, folder: Path, config: ProtectConfig
+) -> Sampled:
+    """Write some samples of the beginning of a shard, evenly chosen, to a shard of that name."""
+    samples: list[Sample] = []
+    num_bytes = 0
+    start = time.perf_counter()
+    with closing(source.open(shard.name, etag=shard.etag)) as reader:
+        try:
+            for sample in read_samples(reader, max_sample_bytes=config.max_sample_bytes):
+                samples.append(sample)
+                num_bytes += _bytes_in_shard(sample)
+                if num_bytes >= MAX_BYTES:
+                    break
+        except ShardError as error:  # protect will say so; what was whole will do here
+            _log.warning("sampling: %s", error)
+    read_seconds = time.perf_counter() - start
+    with_images = [sample for sample in samples if _num_images(sample, config)]
+    chosen = choose(with_images, IMAGES_PER_SHARD)
+    with open_storage(str(folder)).writer(shard.name) as writer:
+        output = ShardWriter(writer)
+        for member in (member for sample in chosen for member in sample.members):
+            output.copy(member)
+        output.close()
+        writer.commit()
+    return Sampled(
+        shard.name,
+        num_bytes,
+        num_images=sum(_num_images(sample, config) for sample in with_images),
+        read_seconds=read_seconds,
+        num_measured=sum(_num_images(sample, config) for sample in chosen),
+    )
+
+
+def _num_images(sample: Sample, config: ProtectConfig) -> int:
+    return sum(is_protectable(member, config.sidecar_patterns) for member in sample.members)
+
+
+def _bytes_in_shard(sample: Sample) -> int:
+    """With headers, and padding to whole blocks."""
+    return sum(len(m.header) + -(-len(m.payload) // BLOCK) * BLOCK for m in sample.members)
+
+
+def _run(worker: ShardWorker, shard: SourceShard) -> float:
+    """Seconds that a worker takes for a shard."""
+    start = time.perf_counter()
+    row = worker.protect(shard)
+    if row["status"] != "done":
+        raise One4AllError(f"the sample of {shard.name} was not protected: {row['error']}")
+    return time.perf_counter() - start
+
+
+def _measure_on_cluster(
+    source_uri: str, shards: Sequence[SourceShard], config: ProtectConfig
+) -> tuple[list[Sampled], int, float]:
+    """`measure` as a task with the resources of one worker; these are returned too."""
+    with ray_session(config.ray):
+        import ray
+        from ray.exceptions import RayTaskError
+
+        _, cpus, gpus = worker_layout(0, config.cpus_per_worker, config.gpus_per_worker)
+        task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
+        device = "cuda" if gpus else "cpu"
+        try:
+            sampled = ray.get(task.remote(source_uri, shards, config, cpus, device))
+        except RayTaskError as error:
+            raise error.cause from None
+        return sampled, cpus, gpus

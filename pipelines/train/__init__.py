@@ -1,0 +1,1 @@
+"""Train a generator with Ray Train: job, worker, plan."""

@@ -1,0 +1,259 @@
+"""Train a generator with Ray Train: any number of workers, checkpoints, resume.
+
+The result is a protector folder. The run folder holds checkpoints (Ray Train's), metrics.jsonl,
+TensorBoard files and loss_curves.png; running the same command again, on this cluster or another,
+resumes from its last checkpoint, at the same position of the same stream of images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from one4all.errors import ConflictError, One4AllError, UsageError
+from one4all.ledger.lease import Lease
+from one4all.protectors.card import ProtectorCard
+from one4all.storage import open_storage
+from one4all.training.trainer import GeneratorTrainer
+from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
+from pipelines.settings import absolute_path, absolute_weights
+from pipelines.train.config import TrainConfig
+from pipelines.train.progress import RunLog, progress_board
+from pipelines.train.worker import train_loop
+
+_RUN_FILE = "run.json"
+
+
+def train(
+    config: TrainConfig,
+    *,
+    command: str = "",
+    on_start: Callable[[], None] = lambda: None,
+    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_wait: Callable[[str], None] = lambda sentence: None,
+) -> ProtectorCard:
+    """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
+
+    Args:
+        config: See there.
+        command: Recorded in the card.
+        on_start: Called when all checks have passed.
+        on_metrics: Called on the driver with the metrics of rank 0, every ``log_every`` steps.
+        on_wait: Called with a sentence before waiting for a run that may have died.
+
+    Raises:
+        UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
+        LeaseHeldError: Another run trains in this run folder, or took it over.
+        One4AllError: Training failed more often than ``max_failures``.
+    """
+    if not config.source:
+        raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
+    given, config = config, _with_absolute_paths(config)
+    for uri in config.source.split(","):
+        open_storage(uri).check(writable=False)
+    GeneratorTrainer(config).check()
+    open_storage(config.output).check(writable=True)
+    _refuse_other_run(config)
+    lease = Lease(
+        open_storage(config.run_folder),
+        uuid.uuid4().hex[:12],
+        seconds=config.lease_seconds,
+        on_wait=on_wait,
+    )
+    with lease:
+        log = RunLog(config.run_folder)
+        on_start()
+        checkpoint = _fit(config, log, on_metrics)
+        lease.check()  # what the other run writes is as good, but not ours
+        with checkpoint.as_directory() as folder:
+            return _export(config, given.source, Path(folder), log.history, command)
+
+
+def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float]], None]) -> Any:
+    """Run Ray Train to the end; its last checkpoint."""
+
+    def on_entry(metrics: dict[str, float]) -> None:
+        log.add(metrics)
+        on_metrics(metrics)
+
+    with ray_session(config.ray), log, progress_board(on_entry) as board:
+        from ray.exceptions import RayError
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        _, _, gpus = worker_layout(
+            config.max_workers, config.cpus_per_worker, config.gpus_per_worker
+        )
+        workers: dict[str, Any] = {  # Ray's types know neither a range nor the seconds
+            "num_workers": config.num_workers,
+            "elastic_resize_monitor_interval_s": config.resize_seconds,
+        }
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"config": config.model_dump_json(), "board": board},
+            scaling_config=ScalingConfig(
+                **workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={
+                    "CPU": config.cpus_per_worker,
+                    **({"GPU": gpus} if gpus else {}),
+                },
+            ),
+            run_config=RunConfig(
+                **_ray_storage(config.run_folder),
+                # Nodes that were announced to go are not counted, and may be any number.
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            with _stopped_by_ray():
+                result = trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            raise One4AllError(f"training failed: {_root_cause(error)}") from error
+        if result.checkpoint is None:
+            raise One4AllError("training ended without a checkpoint")
+        return result.checkpoint
+
+
+@contextmanager
+def _stopped_by_ray() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM stop Ray Train, and then are a KeyboardInterrupt as elsewhere.
+
+    Ray replaces the handler of SIGINT by its own, which gives back what the workers had reserved:
+    if a driver just ends, the cluster keeps that for three more minutes. Then it leaves, with an
+    exit status of its own.
+    """
+    with our_signal_handlers():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        try:
+            yield
+        except SystemExit:
+            raise KeyboardInterrupt from None
+
+
+def _export(
+    config: TrainConfig,
+    source: str,
+    checkpoint: Path,
+    history: list[dict[str, float]],
+    command: str,
+) -> ProtectorCard:
+    """Write the protector folder from the last checkpoint."""
+    trainer = GeneratorTrainer(config)
+    trainer.load(checkpoint)
+    training = {
+        "source": source,
+        "steps": config.steps,
+        "batch_size": config.images_per_step,
+        "num_workers": config.num_workers,
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "objective": config.objective.model_dump(),
+        "first_metrics": history[0] if history else {},
+        "last_metrics": history[-1] if history else {},
+        "commit": _commit(),
+        "command": command,
+    }
+    name = Path(config.output.rstrip("/")).name
+    return trainer.protector(name, training).publish(open_storage(config.output))
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Workers run in another directory, perhaps on another machine: paths are absolute."""
+    return config.model_copy(
+        update={
+            "source": ",".join(open_storage(u.strip()).uri for u in config.source.split(",")),
+            "output": open_storage(config.output).uri,
+            "run_folder": open_storage(config.run_folder).uri,
+            "vocabulary": absolute_path(config.vocabulary),
+            "encoder": absolute_weights(config.encoder),
+        }
+    )
+
+
+def _refuse_other_run(config: TrainConfig) -> None:
+    """Bind the run folder to what the run computes, so that resuming never mixes two runs."""
+    storage = open_storage(config.run_folder)
+    storage.check(writable=True)
+    # These may change between two sittings of one run.
+    free = {
+        "ray",
+        "num_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "resize_seconds",
+        "max_failures",
+        "log_every",
+        "lease_seconds",
+    }
+    wanted = config.model_dump(mode="json", exclude=free)
+    data = json.dumps(wanted, indent=1, sort_keys=True).encode()
+    # What an older version did not know of, it did as the default does.
+    defaults = TrainConfig().model_dump(mode="json")
+    try:
+        storage.create(_RUN_FILE, data)
+    except ConflictError:
+        found = json.loads(storage.read_bytes(_RUN_FILE))
+        changes = [
+            f"{key} {found.get(key, defaults[key])!r} -> {value!r}"
+            for key, value in json.loads(data).items()
+            if found.get(key, defaults[key]) != value
+        ]
+        if changes:
+            raise UsageError(
+                f"run folder {config.run_folder} belongs to another run ({'; '.join(changes)}); "
+                "choose another run_folder, or delete it to start again"
+            ) from None
+
+
+def _ray_storage(run_folder: str) -> dict[str, Any]:
+    """The run folder as Ray Train wants it: storage path, run name, and a file system for S3.
+
+    pyarrow's S3 client ignores AWS_ENDPOINT_URL, which everything else here honours.
+    """
+    if not run_folder.startswith("s3://"):
+        path = Path(open_storage(run_folder).uri)
+        return {"storage_path": str(path.parent), "name": path.name}
+    from pyarrow.fs import S3FileSystem
+
+    parent, _, name = run_folder.removeprefix("s3://").rstrip("/").rpartition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    scheme, _, host = endpoint.rpartition("://")
+    options = {"endpoint_override": host, "scheme": scheme or "https"} if endpoint else {}
+    return {"storage_path": parent, "name": name, "storage_filesystem": S3FileSystem(**options)}
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the innermost failure: what a user can act on."""
+    text = str(error).strip().splitlines()
+    return text[-1] if text else type(error).__name__
+
+
+def _commit() -> str:
+    """The commit of the code, if it runs from a checkout; with "+" if the checkout is dirty."""
+    try:
+        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()

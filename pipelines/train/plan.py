@@ -1,0 +1,186 @@
+"""What a training run would take: from its settings, a listing and shapes; before it is paid for.
+
+No image is read, no weight is fetched and Ray is not started. Speed is what the caller says, or
+what the run folder tells of an earlier sitting, or a guess from the arithmetic; which, is said.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from one4all.corpus.units import list_shards
+from one4all.errors import NotFoundError, UsageError
+from one4all.storage import Storage, open_storage
+from one4all.training.cost import ImageCost, cost_of_an_image
+from pipelines.train.config import TrainConfig
+from pipelines.train.progress import METRICS_FILE
+
+SIZES_FILE = "sizes.json"  # of the webdataset world: images of each shard, by name
+_BUFFER_BYTES = 256 << 20  # one4all.training.loader's, at most
+_PROCESS_BYTES = 1 << 30  # measured: Python with PyTorch and Ray, 0.7 to 1.0 GB
+# Sustained by one worker, guessed low: an A100 in bfloat16 can do six times as much, and two CPU
+# cores of a shared machine did this.
+_GPU_FLOPS, _CPU_FLOPS = 50e12, 0.03e12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a number of workers.
+
+    Attributes:
+        images_per_step: Of all of them.
+        epochs: None if the number of images is not known.
+        gpu_hours: None on CPUs.
+        price: None if nobody said what an hour of a worker costs.
+    """
+
+    num_workers: int
+    images_per_step: int
+    epochs: float | None
+    seconds: float
+    worker_hours: float
+    gpu_hours: float | None
+    price: float | None
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a run would take.
+
+    Attributes:
+        steps: Optimiser steps in all.
+        num_shards, num_bytes: Of the source.
+        num_images: Of the source; None if neither told nor written down there.
+        cost: Of one image.
+        on_gpu: Whether workers have GPUs, and compute in bfloat16.
+        device_bytes: Weights, optimiser and activations of one batch; on a CPU, in its memory.
+        host_bytes: The process and its images.
+        images_per_second: Of one worker.
+        speed_from: Where that is from.
+        estimates: For the least and the most workers.
+    """
+
+    steps: int
+    num_shards: int
+    num_bytes: int
+    num_images: int | None
+    cost: ImageCost
+    on_gpu: bool
+    device_bytes: int
+    host_bytes: int
+    images_per_second: float
+    speed_from: str
+    estimates: tuple[Estimate, ...]
+
+
+def plan_training(
+    config: TrainConfig,
+    *,
+    num_images: int | None = None,
+    images_per_second: float | None = None,
+    price_per_hour: float | None = None,
+) -> TrainPlan:
+    """Count, trace and multiply.
+
+    Args:
+        config: As for `train`.
+        num_images: Of the source; default: the sum of its ``sizes.json``, if it has one.
+        images_per_second: Of one worker; default: see `TrainPlan.speed_from`.
+        price_per_hour: Of one worker, in any currency.
+
+    Raises:
+        UsageError: No source, no shards, or settings that do not fit together.
+    """
+    if not config.source:
+        raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
+    sources = [open_storage(uri.strip()) for uri in config.source.split(",")]
+    for source in sources:
+        source.check(writable=False)
+    sizes = [shard.size for source in sources for shard in list_shards(source)]
+    if not sizes:
+        raise UsageError(f"no .tar shard in {config.source}; one4all pack makes some")
+    cost = cost_of_an_image(config)
+    on_gpu = config.gpus_per_worker > 0 or (
+        config.gpus_per_worker < 0 and torch.cuda.is_available()
+    )
+    if num_images is None:
+        counted = [_counted(source) for source in sources]
+        known = [count for count in counted if count is not None]
+        num_images = sum(known) if len(known) == len(counted) else None
+    speed, speed_from = _speed(config, cost, on_gpu, images_per_second)
+    activations = config.batch_size * cost.activation_bytes // (2 if on_gpu else 1)
+    device_bytes = cost.encoder_bytes + cost.generator_bytes + activations
+    return TrainPlan(
+        steps=config.steps,
+        num_shards=len(sizes),
+        num_bytes=sum(sizes),
+        num_images=num_images,
+        cost=cost,
+        on_gpu=on_gpu,
+        device_bytes=device_bytes,
+        host_bytes=_PROCESS_BYTES + min(_BUFFER_BYTES, sum(sizes)),
+        images_per_second=speed,
+        speed_from=speed_from,
+        estimates=tuple(
+            _estimate(config, count, num_images, speed, price_per_hour, on_gpu)
+            for count in sorted({config.min_workers, config.max_workers})
+        ),
+    )
+
+
+def _estimate(
+    config: TrainConfig,
+    num_workers: int,
+    num_images: int | None,
+    speed: float,
+    price_per_hour: float | None,
+    on_gpu: bool,
+) -> Estimate:
+    images_per_step = config.images_per_step * num_workers
+    seconds = config.steps * config.images_per_step / speed
+    worker_hours = seconds * num_workers / 3600
+    gpus = config.gpus_per_worker if config.gpus_per_worker > 0 else 1.0
+    return Estimate(
+        num_workers=num_workers,
+        images_per_step=images_per_step,
+        epochs=config.steps * images_per_step / num_images if num_images else None,
+        seconds=seconds,
+        worker_hours=worker_hours,
+        gpu_hours=worker_hours * gpus if on_gpu else None,
+        price=None if price_per_hour is None else worker_hours * price_per_hour,
+    )
+
+
+def _counted(source: Storage) -> int | None:
+    """Images of a corpus by its ``sizes.json``."""
+    try:
+        return sum(int(count) for count in json.loads(source.read_bytes(SIZES_FILE)).values())
+    except NotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{source.uri}/{SIZES_FILE} must map names of shards to numbers of images"
+        ) from error
+
+
+def _speed(
+    config: TrainConfig, cost: ImageCost, on_gpu: bool, said: float | None
+) -> tuple[float, str]:
+    """Images a second of one worker, and where that is from."""
+    if said is not None:
+        return said, "as given"
+    try:
+        lines = open_storage(config.run_folder).read_bytes(METRICS_FILE).decode().splitlines()
+    except NotFoundError:
+        lines = []
+    entries: list[dict[str, Any]] = [json.loads(line) for line in lines[-100:]]
+    speeds = [e["images_per_second"] / e["world_size"] for e in entries if "world_size" in e]
+    if speeds:
+        return median(speeds), f"measured by the run in {config.run_folder}"
+    flops = _GPU_FLOPS if on_gpu else _CPU_FLOPS
+    return flops / cost.flops, f"a guess: {flops / 1e12:g} TFLOP/s for each worker"

@@ -1,0 +1,131 @@
+"""What one Ray Train worker does: train, tell, save; also when its node is about to go."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from one4all.training.loader import Shares
+from one4all.training.trainer import GeneratorTrainer
+from pipelines import telemetry
+from pipelines.train.config import TrainConfig
+
+_NOTICE_SECONDS = 5.0  # between two questions; Ray looks for news as often
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Train from the last checkpoint, if there is one, to the end.
+
+    Args:
+        settings: ``config``, a `TrainConfig` as JSON, and ``board``, the actor for progress.
+    """
+    import ray.train
+    from ray.train import Checkpoint
+    from ray.train.torch import get_device, prepare_model
+
+    config = TrainConfig.model_validate_json(settings["config"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config.cpus_per_worker)
+    trainer = GeneratorTrainer(
+        config,
+        rank=rank,
+        world_size=world_size,
+        device=get_device(),
+        num_threads=config.cpus_per_worker,
+        wrap=prepare_model,
+    )
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            trainer.load(Path(folder))
+    pace = _Pace(trainer.step_number, config.images_per_step * world_size)
+    notice = _Notice(trainer.step_number)
+    for step, terms in trainer.steps():
+        telemetry.count("one4all_trained_images", config.images_per_step)
+        entry: dict[str, float] = {}
+        if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
+            seconds, images_per_second = pace.since_last(step)
+            entry = trainer.metrics(terms) | {
+                "world_size": world_size,
+                "images_per_second": images_per_second,
+            }
+            settings["board"].post.remote(entry)
+            telemetry.observe("one4all_step_seconds", seconds)
+            telemetry.show("one4all_training_step", step)
+            telemetry.show("one4all_training_workers", world_size)
+        announced = notice.is_new(step)
+        if announced or step % config.checkpoint_every == 0 or step == config.steps:
+            of_ranks = _of_all_ranks(trainer.shares, world_size)
+            # report() is a barrier: every rank calls it, at the same steps.
+            with tempfile.TemporaryDirectory() as folder:
+                if rank == 0:
+                    trainer.save(Path(folder), of_ranks)
+                ray.train.report(
+                    entry or {"step": step},
+                    checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
+                    checkpoint_dir_name=f"step-{step:08d}",
+                )
+
+
+class _Pace:
+    """Speed of the run between two entries of its log.
+
+    Args:
+        step: At which the run, or this sitting of it, begins.
+        images_per_step: Of all workers.
+    """
+
+    def __init__(self, step: int, images_per_step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+        self._images_per_step = images_per_step
+
+    def since_last(self, step: int) -> tuple[float, float]:
+        """Seconds for one step, and images a second, since the last call."""
+        now = time.monotonic()
+        seconds = max(now - self._time, 1e-9) / (step - self._step)
+        self._step, self._time = step, now
+        return seconds, self._images_per_step / seconds
+
+
+class _Notice:
+    """Whether it was announced that a node of this run will be taken away.
+
+    Asking is a barrier, too dear for every step, and all ranks must ask at the same steps: rank 0
+    says which is the next, some seconds ahead by its own clock.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+        self._next = step + 1
+        self._last: object = None
+
+    def is_new(self, step: int) -> bool:
+        """True once for each announcement, on all ranks alike."""
+        import ray.train
+        from ray.train.collective import broadcast_from_rank_zero
+
+        if step < self._next:
+            return False
+        info = ray.train.get_preemption_info()
+        now, steps = time.monotonic(), step - self._step
+        wanted = int(_NOTICE_SECONDS * steps / max(now - self._time, 1e-9))
+        # The first steps may be fast, from prefetched images: approach the pace step by step.
+        self._next = step + broadcast_from_rank_zero(max(1, min(wanted, 2 * steps)))
+        self._step, self._time = step, now
+        is_new = info is not None and info != self._last
+        self._last = info
+        return is_new
+
+
+def _of_all_ranks(shares: Shares, world_size: int) -> Sequence[Shares]:
+    """The shares of every rank, by rank."""
+    if world_size == 1:
+        return [shares]
+    of_ranks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(of_ranks, shares)
+    return of_ranks

@@ -1,0 +1,69 @@
+"""Workers that die in mid-shard; importable by Ray's processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from one4all import rewrite as shard_rewrite
+from pipelines.protect.job import worker as shard_worker
+from pipelines.protect.worker import ShardWorker
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+class PoisonedWorker(ShardWorker):
+    """A shard whose name starts with "poison" kills its process, when it is half written."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        original = shard_rewrite.ShardWriter.replace
+
+        def replace(writer, member, **changes):
+            original(writer, member, **changes)
+            if self._current.startswith("poison"):
+                _die()
+
+        shard_rewrite.ShardWriter.replace = replace
+
+    def protect(self, shard):
+        self._current = shard.name
+        return super().protect(shard)
+
+
+class OnceKilledWorker(ShardWorker):
+    """Dies in the middle of every shard the first time; what was killed is noted in a folder."""
+
+    @staticmethod
+    def into(folder: Path) -> type[OnceKilledWorker]:
+        return type("OnceKilledWorker", (OnceKilledWorker,), {"folder": folder})
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        original = shard_rewrite.ShardWriter.replace
+
+        def replace(writer, member, **changes):
+            original(writer, member, **changes)
+            mark = self.folder / self._current
+            if not mark.exists():
+                mark.touch()
+                _die()
+
+        shard_rewrite.ShardWriter.replace = replace
+
+    def protect(self, shard):
+        self._current = shard.name
+        return super().protect(shard)
+
+
+class StillbornWorker(ShardWorker):
+    """Dies while it loads the protector, before it can say which shard it works on."""
+
+    def __init__(self, *args, **options):
+        shard_worker.Protector.load = lambda location: _die()
+        super().__init__(*args, **options)
