@@ -1,4 +1,4 @@
-"""Audit of one protected shard against its source: every promise, checked from the bytes.
+"""Audit of one protected unit against its source: every promise, checked from the bytes.
 
 Nothing is taken from the manifest that can be measured; the manifest is then held against what was
 measured.
@@ -12,15 +12,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from one4all.corpus.tar import Member, Sample, is_protectable, printable, read_samples
-from one4all.corpus.units import SourceShard
+from one4all.corpus import Member, Sample, Unit, is_protectable, printable, read_samples
 from one4all.distances import max_difference, psnr_db, ssim
 from one4all.errors import BadImageError, One4AllError
 from one4all.images import decode, extension_for
 from one4all.ledger.records import Binding, Manifest
 from one4all.storage import Reader, Storage
 
-_MAX_PROBLEMS = 20  # a shard, in the report; the count is always complete
+_MAX_PROBLEMS = 20  # of a unit, in the report; the count is always complete
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class ImageDistances:
 
 
 @dataclass
-class ShardAudit:
-    """What the audit of one shard found.
+class UnitAudit:
+    """What the audit of one unit found.
 
     Attributes:
         problems: Broken promises, each with its place; empty means all hold.
@@ -60,40 +59,55 @@ class ShardAudit:
             self.problems.append(problem)
 
 
-def audit_shard(
-    shard: SourceShard,
+def audit_unit(
+    unit: Unit,
     manifest: Manifest,
     source: Storage,
     destination: Storage,
     binding: Binding,
-) -> ShardAudit:
-    """Read both sides of one shard and compare.
+) -> UnitAudit:
+    """Read both sides of one unit and compare.
 
-    Checked: keys and their order, member names, every sidecar's bytes and header, size and layout
+    Checked: keys and their order, member names, every sidecar's bytes and envelope, size and layout
     of every image, the budget on what a reader decodes (wherever the output is lossless), dropped
-    and passed-through samples against the manifest, size and sha256 of the output.
+    and passed-through samples against the manifest, size and sha256 of every output.
 
-    A damaged shard is a finding, never an exception.
+    A damaged unit is a finding, never an exception.
     """
-    audit = ShardAudit(shard.name)
+    audit = UnitAudit(unit.name)
+    written = _Measured(destination)
     try:
         with (
-            closing(source.open(shard.name, etag=shard.etag)) as clean,
-            closing(destination.open(shard.name)) as stored,
+            closing(read_samples(source, unit)) as clean,
+            closing(read_samples(written, manifest.output_unit.latest)) as protected,
         ):
-            written = _HashingReader(stored)
-            _Comparison(audit, manifest, binding).run(read_samples(clean), read_samples(written))
-            written.read_to_end()
-            if written.sha256.hexdigest() != manifest.output_sha256:
-                audit.report("sha256 of the output is not the one in its manifest")
-            if written.num_bytes != manifest.output_size:
-                audit.report(
-                    f"output has {written.num_bytes} bytes, its manifest says "
-                    f"{manifest.output_size}"
-                )
+            _Comparison(audit, manifest, binding).run(clean, protected)
+            found = written.read_to_end()
+        for output in manifest.outputs:
+            size, sha256 = found.get(output.key, (0, ""))
+            if sha256 != output.sha256:
+                audit.report(f"sha256 of {output.key} is not the one in its manifest")
+            if size != output.size:
+                audit.report(f"{output.key} has {size} bytes, its manifest says {output.size}")
     except (One4AllError, OSError) as error:
         audit.report(str(error))
     return audit
+
+
+class _Measured:
+    """A store whose objects are measured while they are read."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._readers: dict[str, _HashingReader] = {}
+
+    def open(self, key: str, *, etag: str | None = None) -> Reader:
+        self._readers[key] = _HashingReader(self._storage.open(key, etag=etag))
+        return self._readers[key]
+
+    def read_to_end(self) -> dict[str, tuple[int, str]]:
+        """Size and sha256 of every object that was opened, by key."""
+        return {key: reader.read_to_end() for key, reader in self._readers.items()}
 
 
 class _HashingReader:
@@ -101,24 +115,29 @@ class _HashingReader:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self.sha256 = hashlib.sha256()
-        self.num_bytes = 0
+        self._sha256 = hashlib.sha256()
+        self._num_bytes, self._ended = 0, False
 
     def read(self, size: int, /) -> bytes:
         data = self._reader.read(size)
-        self.sha256.update(data)
-        self.num_bytes += len(data)
+        self._sha256.update(data)
+        self._num_bytes += len(data)
+        self._ended = not data
         return data
 
-    def read_to_end(self) -> None:
-        while self.read(1 << 20):
-            pass
+    def close(self) -> None:
+        self._reader.close()
+
+    def read_to_end(self) -> tuple[int, str]:
+        while not self._ended:
+            self.read(1 << 20)
+        return self._num_bytes, self._sha256.hexdigest()
 
 
 class _Comparison:
-    """Walks both sides of a shard in step."""
+    """Walks both sides of a unit in step."""
 
-    def __init__(self, audit: ShardAudit, manifest: Manifest, binding: Binding) -> None:
+    def __init__(self, audit: UnitAudit, manifest: Manifest, binding: Binding) -> None:
         self._audit = audit
         self._manifest = manifest
         self._binding = binding
@@ -169,8 +188,8 @@ class _Comparison:
                 self._compare_image(clean, written)
 
     def _expect_identical(self, clean: Member, written: Member) -> None:
-        if clean.header != written.header:
-            self._audit.report(f"{clean.name}: its tar header is not the source's")
+        if clean.envelope != written.envelope:
+            self._audit.report(f"{clean.name}: its header is not the source's")
         if clean.payload != written.payload:
             self._audit.report(f"{clean.name}: its bytes are not the source's")
 

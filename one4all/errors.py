@@ -10,6 +10,7 @@
     ├── PerturbationError        a generator's output cannot be used
     ├── BadImageError            one image cannot be protected; the bad-image policy decides
     ├── ShardError               one shard cannot be trusted; it is not published
+    │   ├── BudgetError          a protected image is over the budget; a defect of the program
     │   └── SourceChangedError   the shard was replaced while it was read; plan it again
     └── StorageError             a store failed after all retries
         ├── NotFoundError        no such object
@@ -63,6 +64,10 @@ class BadImageError(One4AllError):
 
 class ShardError(One4AllError):
     """One shard is truncated, garbled or ambiguous and must not be published."""
+
+
+class BudgetError(ShardError):
+    """A protected image is over the budget: a defect of the program, never of the image."""
 
 
 class SourceChangedError(ShardError):

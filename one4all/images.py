@@ -17,6 +17,7 @@ What happens to each kind of file (docs/formats.md has the table):
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -28,7 +29,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from one4all.errors import BadImageError
+from one4all.errors import BadImageError, UsageError
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
@@ -190,6 +191,76 @@ def extension_for(name: str, image: DecodedImage, output_format: OutputFormat) -
     return f"{folder}{slash}{stem if dot else base}.png"
 
 
+def from_pillow(image: Image.Image, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage:
+    """The pixels of a Pillow image, laid out as `decode` lays out those of a file.
+
+    Args:
+        image: Of 8 bits a channel or fewer. Its format does not matter.
+        max_pixels: Refuse an image of more pixels than this.
+
+    Returns:
+        Format "PNG", which holds every layout; EXIF, ICC profile and resolution as `decode`.
+
+    Raises:
+        BadImageError: An image we cannot protect; the text is the reason.
+        UsageError: No Pillow image.
+    """
+    if not isinstance(image, Image.Image):
+        raise UsageError(
+            f"a {type(image).__name__} is no Pillow image; give one, or (height, width, channels) "
+            "arrays of uint8 to protect, or image files to protect_files"
+        )
+    bits = _declared_bits(image)
+    _refuse_size(image, max_pixels)
+    _refuse_frames(image)
+    _refuse_depth(image, bits)
+    try:
+        image.load()
+        pixels, converted = _to_8_bit_pixels(image, bits)
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise BadImageError(f"cannot be decoded: {error}") from error
+    return DecodedImage(
+        pixels=pixels,
+        format="PNG",
+        exif=_exif_without_pictures(image),
+        icc_profile=_icc_profile(image),
+        dpi=_plausible_dpi(image.info.get("dpi")),
+        converted=converted,
+    )
+
+
+def check_pixels(pixels: object) -> Pixels:
+    """The same array, if it is one that images are made of.
+
+    Raises:
+        UsageError: Something else, which NumPy would broadcast, cast or misread without a word.
+    """
+    given = f"a {type(pixels).__name__}"
+    if isinstance(pixels, np.ndarray):
+        right = pixels.dtype == np.uint8 and pixels.ndim == 3 and 1 <= pixels.shape[2] <= 4
+        if right and pixels.size:
+            return pixels
+        given = f"an array of shape {pixels.shape} and type {pixels.dtype}"
+    raise UsageError(
+        f"{given} is no image here; give (height, width, channels) arrays of uint8 with 1 to 4 "
+        "channels, Pillow images to protect_images, or image files to protect_files"
+    )
+
+
+def to_pillow(image: DecodedImage) -> Image.Image:
+    """A Pillow image of the pixels, with EXIF, ICC profile and resolution where Pillow looks."""
+    result = _to_pillow(image.pixels)
+    if image.exif:
+        result.info["exif"] = b"Exif\0\0" + image.exif
+    if image.icc_profile:
+        result.info["icc_profile"] = image.icc_profile
+    if image.dpi:
+        result.info["dpi"] = image.dpi
+    return result
+
+
 def working_copy(pixels: Pixels, size: int) -> Pixels:
     """The square RGB copy that encoder and generator see.
 
@@ -214,19 +285,25 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     image = Image.open(io.BytesIO(data))
     _refuse_what_would_lose_data(image, data, max_pixels)
     image.load()
-    pixels, converted = _to_8_bit_pixels(image, data)
-    info = image.info
-    profile, dpi = info.get("icc_profile"), info.get("dpi")
-    # A PNG text chunk may be called "dpi" or "icc_profile": only values of the right type count.
+    pixels, converted = _to_8_bit_pixels(image, data[24] if image.format == "PNG" else 8)
     return DecodedImage(
         pixels=pixels,
         format="JPEG" if image.format == "MPO" else str(image.format),
         exif=_exif_without_pictures(image) if image.format in ("JPEG", "MPO", "WEBP") else b"",
-        icc_profile=profile if isinstance(profile, bytes) and image.mode != "CMYK" else b"",
-        dpi=_plausible_dpi(dpi),
+        icc_profile=_icc_profile(image),
+        dpi=_plausible_dpi(image.info.get("dpi")),
         png_chunks=_png_chunks(data, image) if image.format == "PNG" else (),
         converted=converted,
     )
+
+
+def _icc_profile(image: Image.Image) -> bytes:
+    """The ICC profile, unless it is of CMYK, which becomes RGB.
+
+    A PNG text chunk may be called "icc_profile", or "dpi": only values of the right type count.
+    """
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and image.mode != "CMYK" else b""
 
 
 def _plausible_dpi(dpi: object) -> tuple[float, float] | None:
@@ -239,17 +316,30 @@ def _plausible_dpi(dpi: object) -> tuple[float, float] | None:
 
 
 def _refuse_what_would_lose_data(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    width, height = image.size
     if image.format not in (*FORMATS, "MPO"):
         raise BadImageError(f"format {image.format} is not supported, only {', '.join(FORMATS)}")
+    _refuse_size(image, max_pixels)
+    _refuse_frames(image)
+    _refuse_depth(image, _bits_per_channel(image, data))
+
+
+def _refuse_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if not width * height:
+        raise BadImageError(f"{width}x{height} holds no pixel")
     if width * height > max_pixels:
         raise BadImageError(f"{width}x{height} is more than the limit of {max_pixels:,} pixels")
     if max(width, height) > MAX_SIDE:
         raise BadImageError(f"{width}x{height} is over {MAX_SIDE:,} pixels on a side")
+
+
+def _refuse_frames(image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # the rest of an MPO is a depth or gain map
         raise BadImageError(f"animated or multi-page ({frames} frames)")
-    bits = _bits_per_channel(image, data)
+
+
+def _refuse_depth(image: Image.Image, bits: int) -> None:
     if bits > 8 or image.mode in ("I", "F", "LAB", "HSV", "La", "RGBa") or ";" in image.mode:
         raise BadImageError(f"mode {image.mode} with {bits} bits a channel; convert to 8-bit RGB")
 
@@ -262,11 +352,30 @@ def _bits_per_channel(image: Image.Image, data: bytes) -> int:
     if image.format == "TIFF":
         bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
         return int(max(bits)) if isinstance(bits, tuple) else int(bits)
+    return _bits_of_mode(image)
+
+
+def _bits_of_mode(image: Image.Image) -> int:
     return {"I;16": 16, "I": 32, "F": 32}.get(image.mode, 8)
 
 
-def _to_8_bit_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, str]:
-    """Pixels in one of the four layouts, and the conversion that this took."""
+def _declared_bits(image: Image.Image) -> int:
+    """Bits a channel of the file that an image comes from, if it has not been read yet.
+
+    Pillow then still says how the file holds them: "L;4", "RGB;16B". Later it is only what is held.
+    """
+    if image.format == "PNG":
+        for tile in image.tile:  # type: ignore[attr-defined]
+            if found := re.fullmatch(r"\w+;(\d+)B?", str(tile[3])):
+                return int(found[1])
+    return _bits_of_mode(image)
+
+
+def _to_8_bit_pixels(image: Image.Image, bits: int) -> tuple[Pixels, str]:
+    """Pixels in one of the four layouts, and the conversion that this took.
+
+    ``bits`` are those of a channel of the file.
+    """
     mode, target = image.mode, image.mode
     if "transparency" in image.info and mode in ("1", "L", "P", "RGB"):
         target = "LA" if mode in ("1", "L") else "RGBA"
@@ -277,7 +386,7 @@ def _to_8_bit_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, str]:
         converted = "first picture of a multi-picture JPEG"
     if target == "LA" and mode != "LA":  # Pillow has no direct way for a colour-keyed gray image
         gray = np.asarray(image.convert("L"))
-        alpha = np.where(gray == _gray_key(image, data), 0, 255).astype(np.uint8)
+        alpha = np.where(gray == _gray_key(image, bits), 0, 255).astype(np.uint8)
         return np.stack([gray, alpha], axis=2), converted
     pixels = np.asarray(image if target == mode else image.convert(target))
     if target == "RGBA" and image.format in ("WEBP", "BMP") and pixels[:, :, 3].min() == 255:
@@ -286,12 +395,11 @@ def _to_8_bit_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, str]:
     return (pixels if pixels.ndim == 3 else pixels[:, :, None]), converted
 
 
-def _gray_key(image: Image.Image, data: bytes) -> int:
+def _gray_key(image: Image.Image, bits: int) -> int:
     """The gray value that a PNG declares transparent, on the scale of 8 bits."""
     key = int(image.info["transparency"])
     if image.mode == "1":
         return 255 if key else 0
-    bits = data[24]
     return key * 255 // (2**bits - 1) if bits < 8 else key
 
 

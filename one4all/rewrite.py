@@ -1,53 +1,51 @@
-"""One shard, rewritten: read, decode, perturb, encode, write, commit.
+"""One unit, rewritten: read, decode, perturb, encode, write, commit.
 
-    source -> strict tar reader -> decode -> device -> encode -> ordered tar writer -> sink
+    source -> container's reader -> decode -> device -> encode -> container's writer -> destination
 
 Batches of samples move through the stages in order, at most three at a time, each bounded in
-images and in pixels, so memory does not grow with the shard. What a batch holds depends on the
-shard alone, never on timing: the same shard makes the same bytes.
+images and in pixels, so memory does not grow with the unit. What a batch holds depends on the
+unit alone, never on timing: the same unit makes the same bytes.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from one4all.corpus.tar import (
+from one4all.corpus import (
     Member,
+    OutputObject,
     Sample,
-    ShardWriter,
-    is_protectable,
+    Unit,
+    UnitWriter,
+    images_of,
     printable,
     read_samples,
+    write_unit,
 )
-from one4all.corpus.units import SourceShard
-from one4all.distances import max_difference, psnr_db
-from one4all.errors import (
-    BadImageError,
-    ShardError,
-)
+from one4all.errors import BadImageError, BudgetError, ShardError
 from one4all.images import (
     DEFAULT_MAX_PIXELS,
     DecodedImage,
     OutputFormat,
     Pixels,
     decode,
-    encode,
     extension_for,
     peek_num_pixels,
     working_copy,
 )
-from one4all.ledger.records import BadImage, Distances, Manifest
+from one4all.ledger.records import BadImage, Manifest, UnitDistances
 from one4all.perturbation import Levels
 from one4all.protectors.protector import Protector, fill_batch
+from one4all.recode import RecodedImage, recode
 from one4all.storage import Storage
 
 STAGES = ("read", "decode", "device", "encode", "write")
@@ -85,6 +83,9 @@ class RewriteConfig(BaseModel):
     batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
 
 
+DEFAULT_REWRITE = RewriteConfig()
+
+
 class BadImagePolicyError(ShardError):
     """A bad image under the policy "fail"; trying again cannot help."""
 
@@ -94,11 +95,8 @@ class _Protected:
     """One image, ready to be written."""
 
     name: str
-    payload: bytes
     converted: str
-    max_before_encoding: int
-    max_decoded: int
-    psnr_db: float
+    file: RecodedImage
 
 
 @dataclass
@@ -111,44 +109,58 @@ class _Batch:
     bad: dict[str, str] = field(default_factory=dict)
 
 
-def protect_shard(
-    shard: SourceShard,
+def rewrite_unit(
+    unit: Unit,
     source: Storage,
     destination: Storage,
     protector: Protector,
-    config: RewriteConfig,
+    config: RewriteConfig = DEFAULT_REWRITE,
     *,
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor | None = None,
     run_id: str = "",
     on_batch: OnBatch = lambda seconds: None,
 ) -> Manifest:
-    """Write the protected copy of one shard and return its manifest, not yet recorded.
+    """Write the protected copy of one unit and return its manifest, not yet recorded.
 
-    Nothing is visible at the destination until the whole shard is written.
+    Nothing is visible at the destination until the whole unit is written. For programs of your own;
+    `one4all protect` adds the ledger, which says what is done and tries again.
+
+    Args:
+        unit: What to protect; see `one4all.list_units`.
+        source, destination: Where it is, and where its copy goes under the same keys.
+        protector: Protector, on the device where it shall compute.
+        config: What decides the bytes.
+        pool: Threads for decoding and encoding; one for each CPU, if none are given.
+        run_id: Name of the run, for the manifest.
+        on_batch: Receives the seconds of each batch on the device.
 
     Raises:
-        ShardError: The shard is damaged or changed, or a bad image meets the policy "fail".
+        ShardError: The unit is damaged or changed, or a bad image meets the policy "fail".
         StorageError: A store failed in spite of retries.
     """
-    rewrite = _ShardRewrite(protector, config, pool, on_batch)
-    reader = source.open(shard.name, etag=shard.etag)
-    with closing(reader), destination.writer(shard.name) as sink:
-        output = ShardWriter(sink)
-        rewrite.run(read_samples(reader, max_sample_bytes=config.max_sample_bytes), output)
-        output.close()
+    if pool is None:
+        with ThreadPoolExecutor(os.cpu_count() or 1, "codec") as own:
+            return rewrite_unit(
+                unit,
+                source,
+                destination,
+                protector,
+                config,
+                pool=own,
+                run_id=run_id,
+                on_batch=on_batch,
+            )
+    rewrite = _UnitRewrite(protector, config, pool, on_batch)
+    samples = read_samples(source, unit, max_sample_bytes=config.max_sample_bytes)
+    with closing(samples), write_unit(destination, unit) as output:
+        rewrite.run(samples, output)
         with rewrite.timer("write"):
-            output_etag = sink.commit()
-    return rewrite.manifest(
-        shard,
-        output_etag=output_etag,
-        output_size=sink.num_bytes,
-        output_sha256=sink.sha256.hexdigest(),
-        run_id=run_id,
-    )
+            outputs = output.commit()
+    return rewrite.manifest(unit, outputs, run_id=run_id)
 
 
-class _ShardRewrite:
-    """The stages of one shard, and the tally that its manifest is made of."""
+class _UnitRewrite:
+    """The stages of one unit, and the tally that its manifest is made of."""
 
     def __init__(
         self,
@@ -169,44 +181,39 @@ class _ShardRewrite:
         self._max_decoded = 0
         self._psnr_sum = 0.0
 
-    def run(self, samples: Iterator[Sample], output: ShardWriter) -> None:
+    def run(self, samples: Iterator[Sample], output: UnitWriter) -> None:
         """Move all samples through the stages, in order."""
         decoding: deque[_Batch] = deque()
         encoding: deque[_Batch] = deque()
-        for batch in self._ahead(self._batches(samples)):
-            self._start_decoding(batch)
-            decoding.append(batch)
-            if len(decoding) > _LOOKAHEAD:
-                encoding.append(self._perturb(decoding.popleft()))
-            if len(encoding) > _LOOKAHEAD:
-                self._write(encoding.popleft(), output)
+        # Closed before the samples are, which another thread may be reading.
+        with closing(self._ahead(self._batches(samples))) as batches:
+            for batch in batches:
+                self._start_decoding(batch)
+                decoding.append(batch)
+                if len(decoding) > _LOOKAHEAD:
+                    encoding.append(self._perturb(decoding.popleft()))
+                if len(encoding) > _LOOKAHEAD:
+                    self._write(encoding.popleft(), output)
         while decoding:
             encoding.append(self._perturb(decoding.popleft()))
         while encoding:
             self._write(encoding.popleft(), output)
 
-    def manifest(
-        self,
-        shard: SourceShard,
-        *,
-        output_etag: str,
-        output_size: int,
-        output_sha256: str,
-        run_id: str,
-    ) -> Manifest:
+    def manifest(self, unit: Unit, outputs: tuple[OutputObject, ...], *, run_id: str) -> Manifest:
+        """The manifest of what was written."""
         num_protected = self._counts["protected"]
         return Manifest(
-            source=shard,
-            output_etag=output_etag,
-            output_size=output_size,
-            output_sha256=output_sha256,
+            name=unit.name,
+            container=unit.container,
+            source=unit.objects,
+            outputs=outputs,
             num_samples=self._counts["samples"],
             num_images=self._counts["images"],
             num_protected=num_protected,
             num_members=self._counts["members"],
             bad_images=tuple(self._bad),
             converted=dict(sorted(self._converted.items())),
-            distances=Distances(
+            distances=UnitDistances(
                 max_before_encoding=self._max_before_encoding,
                 max_decoded=self._max_decoded,
                 mean_psnr_db=round(self._psnr_sum / num_protected, 3) if num_protected else 0.0,
@@ -229,11 +236,7 @@ class _ShardRewrite:
         group: list[Sample] = []
         images = pixels = num_bytes = 0
         for sample in samples:
-            payloads = [
-                m.payload
-                for m in sample.members
-                if is_protectable(m, self._config.sidecar_patterns)
-            ]
+            payloads = [m.payload for m in images_of(sample, self._config.sidecar_patterns)]
             more = sum(peek_num_pixels(payload) for payload in payloads)
             if group and (
                 images + len(payloads) > self._config.batch_size
@@ -248,7 +251,7 @@ class _ShardRewrite:
         if group:
             yield _Batch(group)
 
-    def _ahead(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    def _ahead(self, batches: Iterator[_Batch]) -> Generator[_Batch]:
         """Read the next batch in a thread of its own while this one is worked on."""
         with ThreadPoolExecutor(1, "reader") as reader:
             upcoming: Future[_Batch | None] = reader.submit(next, batches, None)
@@ -262,9 +265,8 @@ class _ShardRewrite:
 
     def _start_decoding(self, batch: _Batch) -> None:
         for sample in batch.samples:
-            for member in sample.members:
-                if is_protectable(member, self._config.sidecar_patterns):
-                    batch.decoded[member.name] = self._pool.submit(self._decode, member)
+            for member in images_of(sample, self._config.sidecar_patterns):
+                batch.decoded[member.name] = self._pool.submit(self._decode, member)
 
     def _decode(self, member: Member) -> tuple[DecodedImage, Pixels]:
         image = decode(member.payload, max_pixels=self._config.max_image_pixels)
@@ -298,31 +300,20 @@ class _ShardRewrite:
 
     def _encode(self, name: str, clean: DecodedImage, delta: Levels) -> _Protected:
         """Add the perturbation, encode, and measure what a reader will decode."""
-        epsilon = self._protector.card.epsilon_levels
-        pixels = self._protector.apply(clean.pixels, delta)
-        payload = encode(replace(clean, pixels=pixels), self._config.output_format)
-        seen = decode(payload, max_pixels=self._config.max_image_pixels).pixels
-        if seen.shape != clean.pixels.shape:
-            raise BadImageError(f"cannot be written back: {clean.pixels.shape} became {seen.shape}")
-        if np.array_equal(clean.pixels, pixels):
-            raise BadImageError("the perturbation changes no pixel of it")
-        result = _Protected(
-            name=extension_for(name, clean, self._config.output_format),
-            payload=payload,
-            converted=clean.converted,
-            max_before_encoding=max_difference(clean.pixels, pixels),
-            max_decoded=max_difference(clean.pixels, seen),
-            psnr_db=psnr_db(clean.pixels, seen),
-        )
-        lossless = self._config.output_format == "lossless" or clean.format != "JPEG"
-        if result.max_before_encoding > epsilon or (lossless and result.max_decoded > epsilon):
-            raise ShardError(
-                f"{name}: differs by {result.max_decoded} levels after decoding, over the budget "
-                f"of {epsilon}; this is a defect of the program, the shard is not published"
+        config = self._config
+        try:
+            file = recode(
+                clean,
+                self._protector.apply(clean.pixels, delta),
+                output_format=config.output_format,
+                epsilon_levels=self._protector.card.epsilon_levels,
+                max_pixels=config.max_image_pixels,
             )
-        return result
+        except BudgetError as error:
+            raise BudgetError(f"{name}: {error}") from error
+        return _Protected(extension_for(name, clean, config.output_format), clean.converted, file)
 
-    def _write(self, batch: _Batch, output: ShardWriter) -> None:
+    def _write(self, batch: _Batch, output: UnitWriter) -> None:
         """Wait for the encoded images and write the samples, in the order of the source."""
         protected: dict[str, _Protected] = {}
         with self.timer("encode"):
@@ -340,7 +331,7 @@ class _ShardRewrite:
         sample: Sample,
         protected: dict[str, _Protected],
         bad: dict[str, str],
-        output: ShardWriter,
+        output: UnitWriter,
     ) -> None:
         self._counts["samples"] += any(member.is_file for member in sample.members)
         # A link may share its name with a file: only files are ever replaced.
@@ -356,7 +347,7 @@ class _ShardRewrite:
             )
         for member in sample.members:
             if member.is_file and (image := protected.get(member.name)):
-                output.replace(member, name=image.name, payload=image.payload)
+                output.replace(member, name=image.name, payload=image.file.payload)
                 self._count(image)
             else:
                 output.copy(member)
@@ -380,8 +371,9 @@ class _ShardRewrite:
 
     def _count(self, image: _Protected) -> None:
         self._counts["protected"] += 1
-        self._max_before_encoding = max(self._max_before_encoding, image.max_before_encoding)
-        self._max_decoded = max(self._max_decoded, image.max_decoded)
-        self._psnr_sum += image.psnr_db
+        file = image.file
+        self._max_before_encoding = max(self._max_before_encoding, file.max_before_encoding)
+        self._max_decoded = max(self._max_decoded, file.max_decoded)
+        self._psnr_sum += file.psnr_db
         if image.converted:
             self._converted[image.converted] += 1

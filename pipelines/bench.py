@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from one4all.corpus.tar import ShardWriter, is_protectable, read_samples, write_shard
-from one4all.corpus.units import to_shard
+from one4all.corpus import Unit, images_of, list_units, read_samples, write_unit
+from one4all.corpus.tar import write_shard
 from one4all.distances import max_difference, psnr_db
 from one4all.images import decode, encode, extension_for, working_copy
 from one4all.ledger.census import take_census
@@ -39,6 +38,7 @@ from one4all.protectors.protector import Protector
 from one4all.storage import INTERNAL, ObjectInfo, Storage, open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
+from pipelines.protect.worker import UnitStatus
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
 
@@ -113,15 +113,15 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
             count = max(8, round(share * shard_gb * 1e9 / image_bytes))
             make_photo_corpus(corpus, num_shards=1, images_per_shard=count, size=size)
             shard_bytes = next(iter(open_storage(str(corpus)).list())).size
-            rows: list[dict[str, Any]] = []
+            statuses: list[UnitStatus] = []
             config = ProtectConfig(num_workers=1, cpus_per_worker=num_threads)
             with ray_session(RayConfig(num_cpus=num_threads)):
-                protect(str(corpus), str(target), config, on_progress=rows.append)
+                protect(str(corpus), str(target), config, on_progress=statuses.append)
             record["shard_bytes"].append(shard_bytes)
-            record["peak_bytes"].append(rows[0]["peak_bytes"])
+            record["peak_bytes"].append(statuses[0].peak_bytes)
             say(
                 f"shard of {shard_bytes / 1e9:.2f} GB, {count} images: "
-                f"{rows[0]['peak_bytes'] / 1e9:.2f} GB peak"
+                f"{statuses[0].peak_bytes / 1e9:.2f} GB peak"
             )
             shutil.rmtree(target)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _simulated_source(num_shards: int) -> Iterator[ObjectInfo]:
 def _simulated_manifests(num_shards: int, percent_done: int) -> Iterator[ObjectInfo]:
     for index, info in enumerate(_simulated_source(num_shards)):
         if index % 100 < percent_done:
-            yield ObjectInfo(f"{INTERNAL}shards/{to_shard(info).id}.json", 1000, '"x"')
+            yield ObjectInfo(f"{INTERNAL}shards/{Unit.of_object(info).id}.json", 1000, '"x"')
 
 
 class _SimulatedStorage(Storage):
@@ -264,14 +264,17 @@ def _photo_members(
 
 def _measure_protect(source: str, target: str, num_threads: int) -> tuple[float, int]:
     """Images per second after the first shard, and peak memory of the worker in bytes."""
-    ticks: list[tuple[float, dict[str, Any]]] = []
+    ticks: list[tuple[float, UnitStatus]] = []
     config = ProtectConfig(num_workers=1, cpus_per_worker=num_threads)
     with ray_session(RayConfig(num_cpus=num_threads)):
         protect(
-            source, target, config, on_progress=lambda row: ticks.append((time.perf_counter(), row))
+            source,
+            target,
+            config,
+            on_progress=lambda status: ticks.append((time.perf_counter(), status)),
         )
-    images = sum(row["num_images"] for _, row in ticks[1:])
-    return images / (ticks[-1][0] - ticks[0][0]), max(row["peak_bytes"] for _, row in ticks)
+    images = sum(status.num_images for _, status in ticks[1:])
+    return images / (ticks[-1][0] - ticks[0][0]), max(status.peak_bytes for _, status in ticks)
 
 
 def _measure_loop(source: str, target: str, num_threads: int) -> tuple[float, int]:
@@ -287,12 +290,10 @@ def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> tuple[floa
     size = protector.card.working_size
     source, target = open_storage(source_uri), open_storage(target_uri)
     num_images, start = 0, 0.0
-    for number, info in enumerate(list(source.list())):
-        with closing(source.open(info.key)) as reader, target.writer(info.key) as sink:
-            writer = ShardWriter(sink)
-            samples = list(read_samples(reader))
-            members = [m for s in samples for m in s.members]
-            images = [m for m in members if is_protectable(m, ())]
+    for number, unit in enumerate(list(list_units(source))):
+        with write_unit(target, unit) as writer:
+            samples = list(read_samples(source, unit))
+            images = [member for sample in samples for member in images_of(sample)]
             protected = {}
             for first in range(0, len(images), BATCH_SIZE):
                 batch = images[first : first + BATCH_SIZE]
@@ -308,14 +309,13 @@ def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> tuple[floa
                     max_difference(image.pixels, seen)
                     psnr_db(image.pixels, seen)
                     protected[member.name] = (extension_for(member.name, image, "match"), payload)
-            for member in members:
+            for member in (member for sample in samples for member in sample.members):
                 if member.name in protected:
                     name, payload = protected[member.name]
                     writer.replace(member, name=name, payload=payload)
                 else:
                     writer.copy(member)
-            writer.close()
-            sink.commit()
+            writer.commit()
         if number == 0:
             start = time.perf_counter()
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from one4all.concepts import ConceptBank
-from one4all.corpus.tar import is_protectable, read_samples
-from one4all.corpus.units import list_shards
+from one4all.corpus import Unit, images_of, open_corpora, read_samples
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.errors import BadImageError, One4AllError, ShardError, UsageError
+from one4all.fitting import Embeddings, embed
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, decode, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.card import ProtectorCard
@@ -31,13 +30,15 @@ from one4all.protectors.codebook import (
     DEFAULT_ENCODER,
     Codebook,
     CodebookConfig,
+    check_num_concepts,
     fit_codebook,
     name_codebook,
     paint,
 )
-from one4all.protectors.protector import Protector, golden_embedding
+from one4all.protectors.protector import Protector
 from one4all.report import sample_grid, to_png
 from one4all.storage import Storage, open_storage
+from one4all.vocabularies import load_vocabulary
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig, absolute_weights
 
@@ -63,7 +64,8 @@ class FitConfig(JobConfig):
         num_images: About so many images are looked at, evenly over the shards.
         images_per_shard: At most so many of one shard, drawn evenly from it; bounds memory.
         max_image_pixels: Larger images are left out.
-        seed: Of the drawn images, the clusters and the patterns.
+        sidecar_patterns: Images of samples that are no photos, such as ``*.seg.png``; left out.
+        seed: Seed of the drawn images, the clusters and the patterns.
         num_workers: Tasks at once; 0 means as many as CPUs or GPUs allow.
         cpus_per_worker, gpus_per_worker: Of a task; below 0 GPUs means 1 if there is any.
     """
@@ -76,6 +78,7 @@ class FitConfig(JobConfig):
     num_images: Annotated[int, Field(ge=2)] = 20_000
     images_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000
     max_image_pixels: Annotated[int, Field(ge=1)] = DEFAULT_MAX_PIXELS
+    sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
     num_workers: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
@@ -132,23 +135,25 @@ def fit(
     output.check(writable=True)
     if config.source.startswith(VOCABULARY):
         return _fit_names(config, output, command)
-    shards = _choose_shards(config)
-    on_plan(len(shards))
-    found = sorted(_embed_all(shards, config, on_shard), key=lambda row: str(row["shard"]))
-    embeddings_ND = torch.from_numpy(np.concatenate([row["embeddings"] for row in found]))
+    parts = _choose_parts(config)
+    on_plan(len(parts))
+    found = sorted(_embed_all(parts, config, on_shard), key=lambda part: part.unit)
+    embeddings_ND = torch.from_numpy(np.concatenate([part.embeddings for part in found]))
     codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
-    num_bad = sum(int(row["num_bad"]) for row in found)
+    num_bad = sum(part.num_bad for part in found)
     facts = {"num_images": len(embeddings_ND), "num_bad": num_bad, "command": command}
     card = _publish(codebook, load_encoder(config.encoder), config, output, facts)
     output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
     sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts)
-    bad_shards = {row["shard"]: row["error"] for row in found if row["error"]}
+    bad_shards = {part.unit: part.error for part in found if part.error}
     return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()), bad_shards)
 
 
 def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
+    vocabulary = config.source.removeprefix(VOCABULARY)
+    check_num_concepts(len(load_vocabulary(vocabulary)))
     encoder = load_encoder(config.encoder)
-    bank = ConceptBank.build(config.source.removeprefix(VOCABULARY), encoder)
+    bank = ConceptBank.build(vocabulary, encoder)
     codebook = name_codebook(bank.embeddings, config.codebook, seed=config.seed)
     patterns = codebook.signs_KLrq.flatten(1).numpy()
     _, sizes = np.unique(patterns, axis=0, return_counts=True)
@@ -164,39 +169,43 @@ def _publish(
     facts: dict[str, Any],
     bank: ConceptBank | None = None,
 ) -> ProtectorCard:
-    card = ProtectorCard(
+    protector = Protector.assemble(
+        config.encoder,
+        encoder,
+        codebook,
         name=Path(config.output.rstrip("/")).name,
-        encoder=config.encoder,
-        encoder_hash=encoder.content_hash(),
-        golden_embedding=golden_embedding(encoder),
-        vocabulary=bank.vocabulary if bank else "",
-        concept_bank_hash=bank.hash if bank else "",
-        generator=codebook.config,
         working_size=encoder.input_size,
+        config=codebook.config,
         epsilon_levels=config.epsilon_levels,
+        bank=bank,
         training={"source": config.source, "seed": config.seed, **facts},
     )
-    return Protector(card, encoder, codebook).publish(output)
+    return protector.publish(output)
 
 
-def _choose_shards(config: FitConfig) -> list[tuple[str, str, int, int]]:
-    """(uri, name, images, thumbnails) of each shard to read, evenly over the corpus."""
-    listed = []
-    for uri in (part.strip() for part in config.source.split(",")):
-        storage = open_storage(uri)
-        storage.check(writable=False)
-        listed += [(storage.uri, shard.name) for shard in list_shards(storage)]
-    if not listed:
-        raise UsageError(f"no .tar shard in {config.source}; one4all pack makes some")
+@dataclass(frozen=True)
+class _Part:
+    """A unit to read, and how much to take of it."""
+
+    uri: str
+    unit: Unit
+    num_images: int
+    num_thumbnails: int
+
+
+def _choose_parts(config: FitConfig) -> list[_Part]:
+    """Units to read, evenly over the corpus."""
+    listed = open_corpora(config.source.split(","))
     count = min(len(listed), max(1, config.num_images // _FEWEST_PER_SHARD))
-    chosen = [listed[i * len(listed) // count] for i in range(count)]
     images = min(config.images_per_shard, -(-config.num_images // count))
-    return [(uri, name, images, -(-_THUMBNAILS // count)) for uri, name in chosen]
+    thumbnails = -(-_THUMBNAILS // count)
+    chosen = (listed[i * len(listed) // count] for i in range(count))
+    return [_Part(uri, unit, images, thumbnails) for uri, unit in chosen]
 
 
 def _embed_all(
-    shards: list[tuple[str, str, int, int]], config: FitConfig, on_shard: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+    parts: list[_Part], config: FitConfig, on_shard: Callable[[str], None]
+) -> Iterator[PartEmbeddings]:
     with ray_session(config.ray):
         import ray
         from ray.exceptions import RayError
@@ -204,13 +213,13 @@ def _embed_all(
         workers, cpus, gpus = worker_layout(
             config.num_workers, config.cpus_per_worker, config.gpus_per_worker
         )
-        actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(ShardEmbedder)
-        actors = [actor.remote(config.model_dump_json()) for _ in range(min(workers, len(shards)))]
+        actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(PartEmbedder)
+        actors = [actor.remote(config.model_dump_json()) for _ in range(min(workers, len(parts)))]
         pool = ray.util.ActorPool(actors)
         try:
-            for row in pool.map_unordered(lambda a, shard: a.embed.remote(*shard), shards):
-                on_shard(row["shard"])
-                yield row
+            for found in pool.map_unordered(lambda a, part: a.embed.remote(part), parts):
+                on_shard(found.unit)
+                yield found
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, One4AllError):
@@ -219,8 +228,27 @@ def _embed_all(
             raise One4AllError(f"fit stopped: {reason}") from error
 
 
-class ShardEmbedder:
-    """Embeds a sample of each shard; the encoder is loaded once.
+@dataclass(frozen=True)
+class PartEmbeddings:
+    """What was seen of one unit.
+
+    Attributes:
+        unit: URI and name of the unit.
+        embeddings: float32 (n, D), in the order of the unit.
+        thumbnails: (64, 64, 3) uint8 each, of the first of these images.
+        num_bad: Images that were drawn and could not be read.
+        error: Why nothing of a damaged unit was taken.
+    """
+
+    unit: str
+    embeddings: Embeddings
+    thumbnails: list[Pixels]
+    num_bad: int = 0
+    error: str = ""
+
+
+class PartEmbedder:
+    """Embeds a sample of each unit; the encoder is loaded once.
 
     Args:
         config: `FitConfig` as JSON.
@@ -234,48 +262,39 @@ class ShardEmbedder:
         self._encoder: Encoder = load_encoder(self._config.encoder)
         self._encoder.to(self._device)
 
-    def embed(self, uri: str, name: str, num_images: int, num_thumbnails: int) -> dict[str, Any]:
-        """Embeddings and thumbnails of one shard.
-
-        Returns:
-            ``shard``; ``embeddings``, float32 (n, D), in the order of the shard; ``thumbnails``,
-            uint8 (m, 64, 64, 3), of the first m of them; ``num_bad``, drawn but not readable;
-            ``error``, why nothing of a damaged shard was taken.
-        """
-        error = ""
+    def embed(self, part: _Part) -> PartEmbeddings:
+        """Embeddings and thumbnails of one unit; a damaged one is a finding, not an exception."""
+        name = f"{part.uri}/{part.unit.name}"
+        empty = np.zeros((0, self._encoder.embedding_dim), np.float32)
         try:
-            drawn = self._draw(uri, name, num_images)
+            drawn = self._draw(part)
         except ShardError as damage:
-            drawn, error = [], str(damage)
+            return PartEmbeddings(name, empty, [], error=str(damage))
         working = [pixels for pixels in map(self._working_copy, drawn) if pixels is not None]
-        parts = [
-            self._embed(np.stack(working[start : start + _BATCH]))
+        found = [
+            embed(self._encoder, np.stack(working[start : start + _BATCH]), device=self._device)
             for start in range(0, len(working), _BATCH)
         ]
-        empty = np.zeros((0, self._encoder.embedding_dim), np.float32)
-        return {
-            "shard": f"{uri}/{name}",
-            "embeddings": np.concatenate([empty, *parts]),
-            "thumbnails": [working_copy(p, _THUMBNAIL) for p in working[:num_thumbnails]],
-            "num_bad": len(drawn) - len(working),
-            "error": error,
-        }
+        return PartEmbeddings(
+            name,
+            np.concatenate([empty, *found]),
+            [working_copy(pixels, _THUMBNAIL) for pixels in working[: part.num_thumbnails]],
+            num_bad=len(drawn) - len(working),
+        )
 
-    def _draw(self, uri: str, name: str, count: int) -> list[bytes]:
-        """Image files drawn evenly from a shard, in its order; all if it holds no more."""
-        random = np.random.default_rng([self._config.seed, *name.encode()])
+    def _draw(self, part: _Part) -> list[bytes]:
+        """Image files drawn evenly from a unit, in its order; all if it holds no more."""
+        name = part.unit.name.encode("utf-8", "surrogateescape")
+        random = np.random.default_rng([self._config.seed, *name])
         kept: list[tuple[int, bytes]] = []
         number = 0
-        with closing(open_storage(uri).open(name)) as reader:
-            for sample in read_samples(reader):
-                for member in sample.members:
-                    if not is_protectable(member, ()):
-                        continue
-                    number += 1
-                    if len(kept) < count:
-                        kept.append((number, member.payload))
-                    elif (place := int(random.integers(number))) < count:
-                        kept[place] = (number, member.payload)
+        for sample in read_samples(open_storage(part.uri), part.unit):
+            for member in images_of(sample, self._config.sidecar_patterns):
+                number += 1
+                if len(kept) < part.num_images:
+                    kept.append((number, member.payload))
+                elif (place := int(random.integers(number))) < part.num_images:
+                    kept[place] = (number, member.payload)
         return [payload for _, payload in sorted(kept)]
 
     def _working_copy(self, payload: bytes) -> Pixels | None:
@@ -285,21 +304,16 @@ class ShardEmbedder:
             return None
         return working_copy(pixels, self._encoder.input_size)
 
-    @torch.inference_mode()
-    def _embed(self, image_BHWC: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
-        batch = torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).to(self._device)
-        return self._encoder.encode_image(batch).cpu().numpy()
 
-
-def _picture(found: list[dict[str, Any]], concepts_N: Tensor, codebook: Codebook) -> bytes:
+def _picture(found: list[PartEmbeddings], concepts_N: Tensor, codebook: Codebook) -> bytes:
     """PNG of the largest concepts: a column each, its pattern above images of it."""
     examples: dict[int, list[Pixels]] = {}
     start = 0
-    for row in found:
-        concepts = concepts_N[start : start + len(row["thumbnails"])].tolist()
-        for concept, thumbnail in zip(concepts, row["thumbnails"], strict=True):
+    for part in found:
+        concepts = concepts_N[start : start + len(part.thumbnails)].tolist()
+        for concept, thumbnail in zip(concepts, part.thumbnails, strict=True):
             examples.setdefault(concept, []).append(thumbnail)
-        start += len(row["embeddings"])
+        start += len(part.embeddings)
     largest = sorted(examples, key=lambda concept: -len(examples[concept]))[:_COLUMNS]
     num_rows = min(_ROWS, min(len(examples[concept]) for concept in largest))
     colours_KCgg = paint(codebook.signs_KLrq.flatten(1, 2))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from one4all.corpus.tar import is_protectable, read_samples
+from one4all.corpus import Unit, images_of, read_samples
 from one4all.errors import BadImageError, NotFoundError, UsageError
 from one4all.images import IMAGE_EXTENSIONS, decode
 from one4all.protectors.protector import Protector
@@ -58,11 +58,8 @@ def _images(source: str) -> Iterator[tuple[str, bytes]]:
         if extension != "tar":
             yield base, storage.read_bytes(base)
             return
-        with closing(storage.open(base)) as reader:
-            for sample in read_samples(reader):
-                for member in sample.members:
-                    if is_protectable(member, ()):
-                        yield member.name, member.payload
+        for sample in read_samples(storage, Unit.of_object(storage.head(base))):
+            yield from ((member.name, member.payload) for member in images_of(sample))
         return
     storage = open_storage(source)
     storage.check(writable=False)

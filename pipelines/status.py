@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from one4all.errors import NotFoundError, One4AllError, SourceChangedError
-from one4all.ledger.census import take_census
-from one4all.ledger.ledger import Ledger, read_binding
-from one4all.ledger.records import Manifest
+from one4all.ledger import Ledger, Manifest, read_binding, take_census
 from one4all.storage import Storage, open_storage
 
 MAX_TOTALS = 20_000  # manifests that are read without being asked to
@@ -73,15 +71,15 @@ def read_status(destination_uri: str, *, totals: bool | None = None) -> Status:
     ledger = Ledger(destination)
     status = Status(destination.uri, binding.source_uri, binding.protector, binding.output_format)
     census = take_census(_open_source(binding.source_uri), ledger)
-    status.num_shards, status.num_done = census.num_shards, census.num_done
+    status.num_shards, status.num_done = census.num_units, census.num_done
     status.num_pending = len(census.pending)
-    status.pending_bytes = sum(shard.size for shard in census.pending)
+    status.pending_bytes = sum(unit.size for unit in census.pending)
     status.quarantined = census.quarantined
     given_up = ledger.quarantined()
     status.failing = {
-        shard_id.rpartition("@")[0]: reasons[-1]
-        for shard_id, reasons in ledger.failures().items()
-        if shard_id not in given_up
+        unit_id.rpartition("@")[0]: reasons[-1]
+        for unit_id, reasons in ledger.failures().items()
+        if unit_id not in given_up
     }
     if totals or (totals is None and status.num_done <= MAX_TOTALS):
         status.output_bytes = status.num_protected = status.num_bad = 0
@@ -100,20 +98,20 @@ def watch(
     A look lists both sides, so looking never takes more than half of the time.
     """
     ledger = Ledger(open_storage(destination_uri))
-    pace: _Pace | None = None
+    growth: _GrowthRate | None = None
     while True:
         before = time.monotonic()
         status = read_status(destination_uri, totals=totals)
         done, now = ledger.done(), time.monotonic()
-        pace = pace or _Pace(done, now)
-        news = _read_manifests(ledger, islice(done - pace.known, _NEWS))
-        yield status, pace.rate(done, list(news), status.pending_bytes, now)
+        growth = growth or _GrowthRate(done, now)
+        news = _read_manifests(ledger, islice(done - growth.known, _NEWS))
+        yield status, growth.rate(done, list(news), status.pending_bytes, now)
         if not status.num_pending:
             return
         time.sleep(max(every_seconds, time.monotonic() - before))
 
 
-class _Pace:
+class _GrowthRate:
     """The rate since the first look, from a sample of what is new at each look.
 
     Args:
@@ -133,7 +131,7 @@ class _Pace:
         self.known = done
         self._num_read += len(sample)
         self._num_images += sum(manifest.num_images for manifest in sample)
-        self._num_bytes += sum(manifest.source.size for manifest in sample)
+        self._num_bytes += sum(manifest.unit.size for manifest in sample)
         if not self._num_read or now <= self._start:
             return Rate(self._num_new)
         shards_per_second = self._num_new / (now - self._start)
@@ -142,16 +140,16 @@ class _Pace:
         return Rate(self._num_new, images_per_second, pending_bytes / max(bytes_per_second, 1e-9))
 
 
-def _read_manifests(ledger: Ledger, shard_ids: Iterable[str]) -> Iterator[Manifest]:
-    """Manifests of shard ids, read side by side; one that is replaced meanwhile is left out."""
+def _read_manifests(ledger: Ledger, unit_ids: Iterable[str]) -> Iterator[Manifest]:
+    """Manifests of unit ids, read side by side; one that is replaced meanwhile is left out."""
 
-    def read(shard_id: str) -> Manifest | None:
+    def read(unit_id: str) -> Manifest | None:
         try:
-            return ledger.manifest(shard_id)
+            return ledger.manifest(unit_id)
         except (NotFoundError, SourceChangedError):
             return None
 
-    ids = iter(shard_ids)
+    ids = iter(unit_ids)
     with ThreadPoolExecutor(_READERS, "manifests") as pool:
         while window := list(islice(ids, 16 * _READERS)):  # no queue of a million futures
             yield from (manifest for manifest in pool.map(read, window) if manifest is not None)

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from one4all.audit import ShardAudit, audit_shard
-from one4all.corpus.units import SourceShard, list_shards
+from one4all.audit import UnitAudit, audit_unit
+from one4all.corpus import Unit, list_units
 from one4all.errors import One4AllError, UsageError
-from one4all.ledger.ledger import Ledger, read_binding
-from one4all.ledger.records import Binding
+from one4all.ledger import Binding, Ledger, read_binding
 from one4all.storage import INTERNAL, open_storage
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig
@@ -65,7 +64,7 @@ class Verification:
     def ok(self) -> bool:
         return self.num_problems == 0
 
-    def add(self, audit: ShardAudit) -> None:
+    def add(self, audit: UnitAudit) -> None:
         """Add one shard; what is kept does not grow with the number of images."""
         self.num_samples += audit.num_samples
         self.num_sidecars += audit.num_sidecars
@@ -92,7 +91,7 @@ def verify(
     config: VerifyConfig,
     *,
     on_plan: Callable[[int], None] = lambda num_shards: None,
-    on_audit: Callable[[ShardAudit], None] = lambda audit: None,
+    on_audit: Callable[[UnitAudit], None] = lambda audit: None,
 ) -> Verification:
     """Re-read source and destination and check every promise.
 
@@ -116,24 +115,24 @@ def verify(
     result = Verification(
         source.uri, destination.uri, binding.output_format, binding.epsilon_levels
     )
-    shards = list(list_shards(source))
+    units = list(list_units(source))
     ledger = Ledger(destination)
     done = ledger.done()
     quarantined = ledger.quarantined()
-    result.num_shards = len(shards)
+    result.num_shards = len(units)
     problems: list[str] = []
     todo = []
-    for shard in shards:
-        if shard.id in done:
-            todo.append(shard)
+    for unit in units:
+        if unit.id in done:
+            todo.append(unit)
         else:
-            reason = quarantined.get(shard.id, "no manifest")
-            problems.append(f"{shard.name}: not protected ({reason})")
-    names = {shard.name for shard in shards}
+            reason = quarantined.get(unit.id, "no manifest")
+            problems.append(f"{unit.name}: not protected ({reason})")
+    keys = {part.key for unit in units for part in unit.objects}
     problems += [
         f"{info.key}: is no shard of the source"
         for info in destination.list()
-        if not info.key.startswith(INTERNAL) and info.key not in names
+        if not info.key.startswith(INTERNAL) and info.key not in keys
     ]
     result.problems, result.num_problems = problems, len(problems)
     on_plan(len(todo))
@@ -146,27 +145,27 @@ def verify(
 
 
 def _audit_all(
-    shards: list[SourceShard],
+    units: list[Unit],
     source_uri: str,
     destination_uri: str,
     binding: Binding,
     config: VerifyConfig,
-) -> Iterator[ShardAudit]:
-    if not shards:
+) -> Iterator[UnitAudit]:
+    if not units:
         return
 
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
-        shard = SourceShard.from_columns(batch)
-        return {"audit": [audit_one(shard, source_uri, destination_uri, binding)]}
+        unit = Unit.from_json(str(batch["unit"][0]))
+        return {"audit": [audit_one(unit, source_uri, destination_uri, binding)]}
 
     with ray_session(config.ray):
         import ray
         from ray.data import TaskPoolStrategy
 
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
-        for start in range(0, len(shards), config.wave_shards):
-            wave = shards[start : start + config.wave_shards]
-            rows = [asdict(shard) for shard in wave]
+        for start in range(0, len(units), config.wave_shards):
+            wave = units[start : start + config.wave_shards]
+            rows = [{"unit": unit.to_json()} for unit in wave]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
             )
@@ -174,18 +173,16 @@ def _audit_all(
                 yield row["audit"]
 
 
-def audit_one(
-    shard: SourceShard, source_uri: str, destination_uri: str, binding: Binding
-) -> ShardAudit:
-    """Audit one shard that the ledger calls done; never raises for what the shard can cause."""
+def audit_one(unit: Unit, source_uri: str, destination_uri: str, binding: Binding) -> UnitAudit:
+    """Audit one unit that the ledger calls done; never raises for what the unit can cause."""
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     try:
-        manifest = Ledger(destination).manifest(shard)
+        manifest = Ledger(destination).manifest(unit)
     except One4AllError as error:
-        lost = ShardAudit(shard.name)
+        lost = UnitAudit(unit.name)
         lost.report(str(error))
         return lost
-    return audit_shard(shard, manifest, source, destination, binding)
+    return audit_unit(unit, manifest, source, destination, binding)
 
 
 def _notes(result: Verification) -> list[str]:

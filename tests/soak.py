@@ -128,7 +128,7 @@ def _workers(driver_pid: int) -> list[tuple[int, float]]:
     found = []
     try:
         for process in psutil.Process(driver_pid).children(recursive=True):
-            if "ShardWorker" in "".join(process.cmdline()[:1]):
+            if "ProtectWorker" in "".join(process.cmdline()[:1]):
                 found.append((process.pid, process.memory_info().rss / 1e6))
     except psutil.Error:  # gone while we looked
         pass
@@ -150,7 +150,7 @@ def _kill(driver: subprocess.Popen[str], chance: random.Random) -> str:
 def _compare(soak: Soak, destination: str, before: dict[str, str]) -> dict[str, str]:
     """Who did which shard; what was done must still be done, by the same run, and be visible."""
     storage = open_storage(destination)
-    now = {m.source.name: m.run_id for m in Ledger(storage).manifests()}
+    now = {m.name: m.run_id for m in Ledger(storage).manifests()}
     visible = {info.key for info in storage.list() if not info.key.startswith(INTERNAL)}
     soak.problems += [f"{name} was done twice" for name in before if now.get(name) != before[name]]
     soak.problems += [f"{name} is done but not there" for name in now.keys() - visible]

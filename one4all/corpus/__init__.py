@@ -1,1 +1,35 @@
-"""What a corpus is made of, and how it is read and written."""
+"""What a corpus is made of: units of work, each a stream of samples.
+
+* `container`, `containers`: the seam, and what stands behind it.
+* `tar`: WebDataset shards, read strictly and copied byte for byte.
+* `packing`: labelled images from many places, made into shards.
+"""
+
+from one4all.corpus.container import Container, OutputObject, UnitWriter
+from one4all.corpus.containers import (
+    find_container,
+    list_units,
+    open_corpora,
+    read_samples,
+    write_unit,
+)
+from one4all.corpus.samples import Member, Sample, images_of, is_protectable, printable
+from one4all.corpus.units import ObjectVersion, Unit
+
+__all__ = [
+    "Container",
+    "Member",
+    "ObjectVersion",
+    "OutputObject",
+    "Sample",
+    "Unit",
+    "UnitWriter",
+    "find_container",
+    "images_of",
+    "is_protectable",
+    "list_units",
+    "open_corpora",
+    "printable",
+    "read_samples",
+    "write_unit",
+]

@@ -10,16 +10,20 @@ of tar wrote them. Names are data: nothing is extracted, nothing is unpickled.
 
 from __future__ import annotations
 
-import fnmatch
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self
 
+from one4all.corpus.container import Container, Opener, OutputObject, UnitWriter
+from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
+from one4all.corpus.units import Unit
 from one4all.errors import ShardError
-from one4all.images import is_image
+from one4all.storage import INTERNAL, ObjectInfo, Storage, Writer
 
+SUFFIX = ".tar"
 BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)
 _EXTENSION_TYPES = (b"x", b"L", b"K")  # headers that describe the member after them
@@ -41,51 +45,89 @@ class Writable(Protocol):
     def write(self, data: bytes, /) -> object: ...
 
 
-@dataclass(frozen=True)
-class Member:
-    """One member of a shard, with its payload in memory.
+@dataclass(frozen=True, kw_only=True)
+class TarMember(Member):
+    """A member of a shard; its envelope is its header blocks, extension headers included."""
 
-    Attributes:
-        info: Parsed header.
-        header: The header blocks as they stand in the shard, extension headers included.
-        payload: Content; empty unless it is a regular file.
+    info: tarfile.TarInfo = field(repr=False)
+
+    @classmethod
+    def of(cls, info: tarfile.TarInfo, header: bytes, payload: bytes) -> TarMember:
+        """From a parsed header, the blocks it stands in, and the content."""
+        return cls(
+            name=info.name, payload=payload, envelope=header, is_file=info.isreg(), info=info
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """See the base class: header and content fill whole blocks."""
+        return len(self.envelope) + _padded(len(self.payload))
+
+
+class TarContainer(Container):
+    """A corpus of WebDataset shards: every ``.tar`` object is a unit."""
+
+    name = "tar"
+    unit_name = ".tar shard"
+
+    def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
+        """See the base class."""
+        for info in source.list():
+            if not info.key.startswith(INTERNAL):
+                yield Unit.of_object(info, self.name) if info.key.endswith(SUFFIX) else info
+
+    def read(
+        self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+    ) -> Generator[Sample]:
+        """See the base class."""
+        (shard,) = unit.objects
+        with closing(store.open(shard.key, etag=shard.etag or None)) as reader:
+            yield from read_tar(reader, max_sample_bytes=max_sample_bytes)
+
+    def write(self, destination: Storage, unit: Unit) -> TarUnitWriter:
+        """See the base class."""
+        (shard,) = unit.objects
+        return TarUnitWriter(destination.writer(shard.key), shard.key)
+
+
+class TarUnitWriter(UnitWriter):
+    """The copy of a shard, written to a store.
+
+    Args:
+        sink: Object being written.
+        key: Key of that object.
     """
 
-    info: tarfile.TarInfo
-    header: bytes
-    payload: bytes
+    def __init__(self, sink: Writer, key: str) -> None:
+        self._sink, self._key = sink, key
+        self._tar = TarWriter(sink)
 
-    @property
-    def name(self) -> str:
-        return self.info.name
+    def __enter__(self) -> Self:
+        self._sink.__enter__()
+        return self
 
-    @property
-    def is_file(self) -> bool:
-        return self.info.isreg()
+    def __exit__(self, *exception: Any) -> None:
+        self._sink.__exit__(*exception)
 
-    @property
-    def key(self) -> str:
-        """WebDataset key: the name up to the first dot of its last component.
+    def copy(self, member: Member) -> None:
+        """See the base class."""
+        self._tar.copy(member)
 
-        A name that starts with a dot has no key there; it stands alone, under its whole name.
-        """
-        folder, slash, base = self.name.rpartition("/")
-        return folder + slash + (base.partition(".")[0] or base)
+    def replace(self, member: Member, *, name: str, payload: bytes) -> None:
+        """See the base class."""
+        self._tar.replace(member, name=name, payload=payload)
 
-
-@dataclass(frozen=True)
-class Sample:
-    """Consecutive members that share a key. A member that is no file stands alone."""
-
-    key: str
-    members: tuple[Member, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(member.payload) for member in self.members)
+    def commit(self) -> tuple[OutputObject, ...]:
+        """See the base class."""
+        self._tar.close()
+        etag = self._sink.commit()
+        sha256 = self._sink.sha256.hexdigest()
+        return (OutputObject(self._key, self._sink.num_bytes, etag, sha256),)
 
 
-def read_samples(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterator[Sample]:
+def read_tar(
+    stream: Readable, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+) -> Iterator[Sample]:
     """Samples of a shard, in order; the end is reached only if the shard is whole.
 
     Raises:
@@ -93,7 +135,7 @@ def read_samples(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterat
             would disagree about which members belong together.
     """
     seen: set[str] = set()
-    group: list[Member] = []
+    group: list[TarMember] = []
 
     def close() -> Sample:
         key = group[0].key
@@ -122,7 +164,9 @@ def read_samples(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterat
         yield close()
 
 
-def read_members(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterator[Member]:
+def read_members(
+    stream: Readable, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+) -> Iterator[TarMember]:
     """Members of a shard, in order.
 
     Args:
@@ -157,7 +201,7 @@ def read_members(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterat
         if info.type == tarfile.XGLTYPE:
             if b" size=" in header or b" path=" in header:
                 raise ShardError(f"global header at byte {position:,} overrides names or sizes")
-            yield Member(info, header, b"")
+            yield TarMember.of(info, header, b"")
             continue
         if len(header) > BLOCK:
             info = _parse_extended(header, position)
@@ -167,29 +211,10 @@ def read_members(stream: Readable, *, max_sample_bytes: int = 1 << 30) -> Iterat
         if not 0 <= size <= max_sample_bytes:
             raise ShardError(f"member {info.name!r} declares {size:,} bytes, over the limit")
         payload = blocks.take(_padded(size), f"member {info.name!r}")
-        yield Member(info, header, payload[:size])
+        yield TarMember.of(info, header, payload[:size])
 
 
-def printable(text: str) -> str:
-    """Text that any encoding can hold: bytes of a name that are no UTF-8 become ``\\xe9``."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def is_protectable(member: Member, sidecar_patterns: Sequence[str]) -> bool:
-    """Whether a member is an image that must be protected; everything else is a sidecar.
-
-    Args:
-        member: One member.
-        sidecar_patterns: Images to leave alone, such as ``*.seg.png``; matched, with case, against
-            the last component of the name.
-    """
-    base = member.name.rpartition("/")[2]
-    if not member.is_file or any(fnmatch.fnmatchcase(base, p) for p in sidecar_patterns):
-        return False
-    return is_image(member.name, member.payload[:32])
-
-
-class ShardWriter:
+class TarWriter:
     """Writes members to a sink; `close` adds the end-of-archive blocks."""
 
     def __init__(self, sink: Writable) -> None:
@@ -198,10 +223,11 @@ class ShardWriter:
 
     def copy(self, member: Member) -> None:
         """Write ``member`` exactly as it was read."""
-        self._write(member.header, member.payload)
+        self._write(member.envelope, member.payload)
 
     def replace(self, member: Member, *, name: str, payload: bytes) -> None:
         """Write ``member`` with another payload and perhaps another name, else as it was."""
+        assert isinstance(member, TarMember)  # what `read_members` gave
         info = tarfile.TarInfo(name)
         original = member.info
         info.size = len(payload)
@@ -240,12 +266,12 @@ def write_shard(sink: Writable, files: Iterable[tuple[str, bytes]], *, mtime: in
         mtime: Modification time of every member, seconds since the epoch; fixed, so that the same
             files make the same bytes.
     """
-    writer = ShardWriter(sink)
+    writer = TarWriter(sink)
     for name, payload in files:
         info = tarfile.TarInfo(name)
         info.mtime, info.mode, info.size = mtime, 0o644, len(payload)
-        member = Member(info, info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"), payload)
-        writer.copy(member)
+        header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        writer.copy(TarMember.of(info, header, payload))
     writer.close()
 
 
@@ -308,9 +334,9 @@ def _parse_extended(header: bytes, position: int) -> tarfile.TarInfo:
     return info
 
 
-def _dialect(member: Member) -> Literal[1, 2]:
+def _dialect(member: TarMember) -> Literal[1, 2]:
     """The tar dialect to write a replaced member in: the one it was written in."""
-    if member.header[257:265] == b"ustar  \0":
+    if member.envelope[257:265] == b"ustar  \0":
         return tarfile.GNU_FORMAT
     return tarfile.PAX_FORMAT
 

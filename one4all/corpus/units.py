@@ -1,54 +1,89 @@
-"""Which objects of a store are shards, and in which version."""
+"""The unit of work: objects of a corpus that are read, rewritten and accounted for together."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from one4all.storage import INTERNAL, ObjectInfo, Storage
-
-SHARD_SUFFIX = ".tar"
+from one4all.storage import ObjectInfo
 
 
 @dataclass(frozen=True, slots=True)
-class SourceShard:
-    """One version of one shard of the source. A plan may hold a million of them."""
+class ObjectVersion:
+    """One version of one object.
 
-    name: str
+    Attributes:
+        key: Path below the root of the corpus.
+        size: Bytes.
+        etag: ETag by which its store tells versions apart; "" for whatever stands there.
+    """
+
+    key: str
     size: int
     etag: str
 
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One version of one unit of work. A plan may hold a million of them.
+
+    Attributes:
+        name: Name in the ledger, unique within the corpus; the key, if it is one object.
+        objects: Objects it is made of, in their order; a tar shard is one.
+        container: Name of the container that reads and writes it; see `containers`.
+        modified: When the last of its objects was written, in POSIX seconds; None if the store
+            does not say. No part of its identity.
+    """
+
+    name: str
+    objects: tuple[ObjectVersion, ...]
+    container: str = "tar"
+    modified: float | None = field(default=None, compare=False)
+
     @classmethod
-    def from_columns(cls, batch: dict[str, Any]) -> SourceShard:
-        """From a Ray Data batch of one row, made by `dataclasses.asdict`."""
-        return cls(str(batch["name"][0]), int(batch["size"][0]), str(batch["etag"][0]))
+    def of_object(cls, info: ObjectInfo, container: str = "tar") -> Unit:
+        """A unit that is one object."""
+        version = ObjectVersion(info.key, info.size, info.etag)
+        return cls(info.key, (version,), container, info.modified)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(part.size for part in self.objects)
 
     @property
     def version(self) -> str:
-        return hashlib.sha256(f"{self.size} {self.etag}".encode()).hexdigest()[:16]
+        """Digest of sizes and ETags, and of keys if there are several: another source, another."""
+        lines = [f"{part.size} {part.etag}" for part in self.objects]
+        if len(self.objects) != 1 or self.objects[0].key != self.name:
+            lines = [f"{line} {part.key}" for line, part in zip(lines, self.objects, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    @property
+    def latest(self) -> Unit:
+        """The same objects in whatever version stands when they are read."""
+        parts = (replace(part, etag="") for part in self.objects)
+        return replace(self, objects=tuple(parts))
 
     @property
     def id(self) -> str:
+        """Name and version: what a manifest is filed under."""
         return f"{self.name}@{self.version}"
 
+    def is_older(self, since: float | None) -> bool:
+        """Whether it was written before ``since``; never, where the store does not say when."""
+        # S3 gives whole seconds, rounded down: a unit must not be missed for that.
+        return since is not None and self.modified is not None and self.modified < math.floor(since)
 
-def list_shards(source: Storage) -> Iterator[SourceShard]:
-    """The shards of a corpus, in name order."""
-    return (to_shard(info) for info in source.list() if is_shard(info))
+    def to_json(self) -> str:
+        """Text that carries it to a worker."""
+        parts = [[part.key, part.size, part.etag] for part in self.objects]
+        return json.dumps([self.name, parts, self.container])
 
-
-def is_shard(info: ObjectInfo) -> bool:
-    return info.key.endswith(SHARD_SUFFIX) and not info.key.startswith(INTERNAL)
-
-
-def is_older(info: ObjectInfo, since: float | None) -> bool:
-    """Whether an object was written before ``since``; never, where the store does not say when."""
-    # S3 gives whole seconds, rounded down: a shard must not be missed for that.
-    return since is not None and info.modified is not None and info.modified < math.floor(since)
-
-
-def to_shard(info: ObjectInfo) -> SourceShard:
-    return SourceShard(info.key, info.size, info.etag)
+    @classmethod
+    def from_json(cls, text: str) -> Unit:
+        """The inverse of `to_json`."""
+        name, parts, container = json.loads(text)
+        return cls(name, tuple(ObjectVersion(*part) for part in parts), container)

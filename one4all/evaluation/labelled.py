@@ -6,7 +6,6 @@ Shape suffixes: N images, H W image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -14,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from one4all.corpus import images_of, list_units, read_samples
 from one4all.corpus.packing import LabelledImage
-from one4all.corpus.tar import is_protectable, read_samples
-from one4all.corpus.units import list_shards
 from one4all.errors import BadImageError, ShardError, UsageError
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode
 from one4all.storage import open_storage
@@ -97,23 +95,22 @@ def read_corpus(
 def _samples(uri: str) -> Iterator[tuple[str, bytes, int, str]]:
     """Key, image file, class index and class name of each sample of a corpus of shards."""
     storage = open_storage(uri)
-    for shard in list_shards(storage):
-        with closing(storage.open(shard.name)) as reader:
-            for sample in read_samples(reader):
-                members = {m.name.rpartition(".")[2].lower(): m.payload for m in sample.members}
-                pictures = [m.payload for m in sample.members if is_protectable(m, ())]
-                if len(pictures) != 1 or "cls" not in members:
-                    raise ShardError(
-                        f"{shard.name}: sample {sample.key!r} needs one image and one .cls member"
-                    )
-                try:
-                    label = int(members["cls"])
-                except ValueError as error:
-                    raise ShardError(
-                        f"{shard.name}: sample {sample.key!r}: its .cls is not a class index"
-                    ) from error
-                class_name = members.get("txt", b"").decode("utf-8", "replace")
-                yield sample.key, pictures[0], label, class_name
+    for unit in list_units(storage):
+        for sample in read_samples(storage, unit):
+            members = {m.name.rpartition(".")[2].lower(): m.payload for m in sample.members}
+            pictures = [member.payload for member in images_of(sample)]
+            if len(pictures) != 1 or "cls" not in members:
+                raise ShardError(
+                    f"{unit.name}: sample {sample.key!r} needs one image and one .cls member"
+                )
+            try:
+                label = int(members["cls"])
+            except ValueError as error:
+                raise ShardError(
+                    f"{unit.name}: sample {sample.key!r}: its .cls is not a class index"
+                ) from error
+            class_name = members.get("txt", b"").decode("utf-8", "replace")
+            yield sample.key, pictures[0], label, class_name
 
 
 def _collect(

@@ -1,1 +1,24 @@
-"""What is done at a destination, and who is at work on it."""
+"""What is done at a destination, and who is at work on it.
+
+* `ledger`: the records below ``_one4all/``: binding, manifests, attempts.
+* `census`: the ledger held against the listing of the source.
+* `lease`: one run at a time.
+"""
+
+from one4all.ledger.census import Census, take_census
+from one4all.ledger.lease import Lease
+from one4all.ledger.ledger import MAX_ATTEMPTS, Ledger, read_binding
+from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "BadImage",
+    "Binding",
+    "Census",
+    "Lease",
+    "Ledger",
+    "Manifest",
+    "UnitDistances",
+    "read_binding",
+    "take_census",
+]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from one4all.corpus.units import SourceShard, is_older, is_shard, to_shard
+from one4all.corpus import Unit, find_container
 from one4all.ledger.ledger import Ledger
-from one4all.storage import INTERNAL, Storage
+from one4all.storage import Storage
 
 
 @dataclass
@@ -14,19 +14,19 @@ class Census:
     """The ledger of a destination held against the listing of its source.
 
     Attributes:
-        num_shards: Shards of the source that count: all, or those written since a given time.
+        num_units: Units of the source that count: all, or those written since a given time.
         num_done: Of these, with a manifest.
         pending: Without one, largest first, so that none is left alone at the end.
         quarantined: Given up: name to last reason.
-        num_others: Objects of the source that are no shards.
+        num_others: Objects of the source that are no units.
         other: The first of them.
-        num_older: Shards written before the given time, left out of all of the above.
+        num_older: Units written before the given time, left out of all of the above.
         older_done: Ids of those with a manifest.
     """
 
-    num_shards: int = 0
+    num_units: int = 0
     num_done: int = 0
-    pending: list[SourceShard] = field(default_factory=list)
+    pending: list[Unit] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     num_others: int = 0
     other: str = ""
@@ -39,32 +39,30 @@ class Census:
 
 
 def take_census(source: Storage, ledger: Ledger, *, since: float | None = None) -> Census:
-    """Tell what is done from listings alone, without reading any shard or manifest.
+    """Tell what is done from listings alone, without reading any unit or manifest.
 
-    With ``since``, in POSIX seconds, shards written before it are counted apart and left alone.
-    Memory grows with the number of manifests and of pending shards, by some 200 bytes each; time
+    With ``since``, in POSIX seconds, units written before it are counted apart and left alone.
+    Memory grows with the number of manifests and of pending units, by some 200 bytes each; time
     with the length of the listings.
     """
     done, given_up = ledger.done(), ledger.quarantined()
     census = Census()
-    for info in source.list():
-        if not is_shard(info):
-            if not info.key.startswith(INTERNAL):
-                census.num_others += 1
-                census.other = census.other or info.key
+    for found in find_container(source).scan(source):
+        if not isinstance(found, Unit):
+            census.num_others += 1
+            census.other = census.other or found.key
             continue
-        shard = to_shard(info)
-        if is_older(info, since):
+        if found.is_older(since):
             census.num_older += 1
-            if shard.id in done:
-                census.older_done.add(shard.id)
+            if found.id in done:
+                census.older_done.add(found.id)
             continue
-        census.num_shards += 1
-        if shard.id in done:
+        census.num_units += 1
+        if found.id in done:
             census.num_done += 1
-        elif (reason := given_up.get(shard.id)) is not None:
-            census.quarantined[shard.name] = reason
+        elif (reason := given_up.get(found.id)) is not None:
+            census.quarantined[found.name] = reason
         else:
-            census.pending.append(shard)
-    census.pending.sort(key=lambda shard: (-shard.size, shard.name))
+            census.pending.append(found)
+    census.pending.sort(key=lambda unit: (-unit.size, unit.name))
     return census

@@ -1,16 +1,16 @@
-"""What is done: prefix binding, shard manifests, attempts.
+"""What is done: prefix binding, manifests, attempts.
 
 Everything lives below ``_one4all/`` of the destination, as small JSON objects:
 
     binding.json                       what determines the bytes; created once, compared ever after
-    shards/<name>@<version>.json       manifest: this version of this shard is done
+    shards/<name>@<version>.json       manifest: this version of this unit is done
     bad/<name>@<version>.json          number of its bad images, if there are any
     attempts/<name>@<version>/<n>-<run>.json   an attempt that is running, or why it failed
     starts/<run>/<worker>              a worker that is loading the protector, or died of it
 
 A *version* is a digest of the source object's ETag and size, so what is done can be told from two
 listings, without opening a single manifest, and a changed source is simply another version. The
-manifest is the only truth of "done": a shard without one is written again.
+manifest is the only truth of "done": a unit without one is written again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from one4all.corpus.units import SourceShard
+from one4all.corpus import Unit
 from one4all.errors import (
     BindingError,
     ConflictError,
@@ -98,19 +98,19 @@ class Ledger:
             ) from error
 
     def done(self) -> set[str]:
-        """Ids (``name@version``) of the shards that have a manifest; one listing."""
+        """Ids (``name@version``) of the units that have a manifest; one listing."""
         return {
             info.key[len(_SHARDS) :].removesuffix(".json") for info in self._storage.list(_SHARDS)
         }
 
-    def manifest(self, shard: SourceShard | str) -> Manifest:
-        """Of a shard or of its id. Raises: NotFoundError; ShardError if it cannot be read."""
-        shard_id = shard if isinstance(shard, str) else shard.id
-        data = self._storage.read_bytes(f"{_SHARDS}{shard_id}.json")
+    def manifest(self, unit: Unit | str) -> Manifest:
+        """Of a unit or of its id. Raises: NotFoundError; ShardError if it cannot be read."""
+        unit_id = unit if isinstance(unit, str) else unit.id
+        data = self._storage.read_bytes(f"{_SHARDS}{unit_id}.json")
         try:
             return Manifest.model_validate_json(data)
         except ValueError as error:
-            raise ShardError(f"manifest of {shard_id} cannot be read: {error}") from error
+            raise ShardError(f"manifest of {unit_id} cannot be read: {error}") from error
 
     def manifests(self) -> Iterator[Manifest]:
         """All manifests, in key order."""
@@ -121,74 +121,74 @@ class Ledger:
                 raise ShardError(f"manifest {info.key} cannot be read: {error}") from error
 
     def record(self, manifest: Manifest) -> None:
-        """Declare a shard done; the data object must be complete before.
+        """Declare a unit done; the data object must be complete before.
 
         A lost conditional create means "somebody, maybe this very process before a retry". The
         same input and protector make the same bytes, so normally both manifests agree. Where they
         do not (two runs on different hardware), the manifest must describe the object that stands.
         """
-        shard, key = manifest.source, _manifest_key(manifest.source)
+        unit, key = manifest.unit, _manifest_key(manifest.unit)
         if manifest.bad_images:  # before the manifest: what is done must not hide what is bad
             count = json.dumps({"num_bad": len(manifest.bad_images)})
-            self._storage.write_bytes(_bad_key(shard), count.encode())
+            self._storage.write_bytes(_bad_key(unit), count.encode())
         try:
             self._storage.create(key, _to_json(manifest))
         except ConflictError:
-            standing = self._storage.head(shard.name)
-            if (
-                self.manifest(shard).output_sha256 != manifest.output_sha256
-                and standing.etag == manifest.output_etag
-            ):
+            if _content(self.manifest(unit)) != _content(manifest) and self._stand(manifest):
                 self._storage.write_bytes(key, _to_json(manifest))
-        self._delete_all(_attempts_prefix(shard))
+        self._delete_all(_attempts_prefix(unit))
+
+    def _stand(self, manifest: Manifest) -> bool:
+        """Whether the objects of a manifest are those at the destination."""
+        return all(self._storage.head(o.key).etag == o.etag for o in manifest.outputs)
 
     def num_bad_images(self) -> dict[str, int]:
-        """Bad images of each done shard that has any, by shard id; reads only those."""
+        """Bad images of each done unit that has any, by unit id; reads only those."""
         done = self.done()
         counts = {}
         for info, data in self._records(_BAD):
-            shard_id = info.key[len(_BAD) :].removesuffix(".json")
-            if shard_id in done:
-                counts[shard_id] = int(json.loads(data)["num_bad"])
+            unit_id = info.key[len(_BAD) :].removesuffix(".json")
+            if unit_id in done:
+                counts[unit_id] = int(json.loads(data)["num_bad"])
         return counts
 
-    def begin_attempt(self, shard: SourceShard, run_id: str) -> int:
-        """Record durably that an attempt starts, before a byte of the shard is looked at.
+    def begin_attempt(self, unit: Unit, run_id: str) -> int:
+        """Record durably that an attempt starts, before a byte of the unit is looked at.
 
         An attempt of the same run that never reported back has killed its process, and counts.
-        One of an earlier run does not: a killed driver or machine is not the shard's fault.
+        One of an earlier run does not: a killed driver or machine is not the unit's fault.
         Manifests of other versions are removed: from now on their bytes may be written over.
 
         Returns:
-            The number of this attempt, from 1. Above ``MAX_ATTEMPTS`` the shard is quarantined and
+            The number of this attempt, from 1. Above ``MAX_ATTEMPTS`` the unit is quarantined and
             must be left alone.
         """
         counted = 0
-        for info, data in self._records(_attempts_prefix(shard)):
+        for info, data in self._records(_attempts_prefix(unit)):
             attempt = json.loads(data)
             if not attempt["error"] and attempt["run_id"] == run_id:
                 attempt["error"] = "the worker process died"
                 self._storage.write_bytes(info.key, json.dumps(attempt).encode())
             counted += bool(attempt["error"])
         if counted < MAX_ATTEMPTS:
-            self._write_attempt(shard, counted + 1, run_id, error="")
+            self._write_attempt(unit, counted + 1, run_id, error="")
             for prefix in (_SHARDS, _BAD):
-                self._delete_all(f"{prefix}{shard.name}@", keep=shard.version)
+                self._delete_all(f"{prefix}{unit.name}@", keep=unit.version)
         return counted + 1
 
-    def fail_attempt(self, shard: SourceShard, number: int, run_id: str, error: str) -> None:
-        """Count an attempt against the shard, with its reason."""
-        self._write_attempt(shard, number, run_id, error)
+    def fail_attempt(self, unit: Unit, number: int, run_id: str, error: str) -> None:
+        """Count an attempt against the unit, with its reason."""
+        self._write_attempt(unit, number, run_id, error)
 
-    def withdraw_attempt(self, shard: SourceShard, number: int, run_id: str) -> None:
-        """Forget an attempt that failed through no fault of the shard."""
-        self._storage.delete(_attempt_key(shard, number, run_id))
+    def withdraw_attempt(self, unit: Unit, number: int, run_id: str) -> None:
+        """Forget an attempt that failed through no fault of the unit."""
+        self._storage.delete(_attempt_key(unit, number, run_id))
 
     def begin_start(self, run_id: str, worker: str) -> int:
         """Record that a worker begins to load; returns how many of the run are doing so, or died.
 
-        Ray starts a dead worker again without end. Those that die before they take a shard are
-        counted here, since there is no shard to count them against.
+        Ray starts a dead worker again without end. Those that die before they take a unit are
+        counted here, since there is no unit to count them against.
         """
         self._storage.write_bytes(f"{_STARTS}{run_id}/{worker}", b"")
         return sum(1 for _ in self._storage.list(f"{_STARTS}{run_id}/"))
@@ -202,19 +202,19 @@ class Ledger:
         self._delete_all(_STARTS)
 
     def failures(self) -> dict[str, list[str]]:
-        """Reasons of failed attempts, by id of shards not done; reads only what has failed."""
+        """Reasons of failed attempts, by id of units not done; reads only what has failed."""
         reasons: dict[str, list[str]] = defaultdict(list)
         for info, data in self._records(_ATTEMPTS):
             if error := json.loads(data)["error"]:
                 reasons[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].append(error)
         done = self.done() if reasons else set()
-        return {shard_id: why for shard_id, why in reasons.items() if shard_id not in done}
+        return {unit_id: why for unit_id, why in reasons.items() if unit_id not in done}
 
     def quarantined(self) -> dict[str, str]:
         """Shards given up after ``MAX_ATTEMPTS`` failures: id to last reason."""
         return {
-            shard_id: reasons[-1]
-            for shard_id, reasons in self.failures().items()
+            unit_id: reasons[-1]
+            for unit_id, reasons in self.failures().items()
             if len(reasons) >= MAX_ATTEMPTS
         }
 
@@ -227,9 +227,9 @@ class Ledger:
                 continue
             yield info, data
 
-    def _write_attempt(self, shard: SourceShard, number: int, run_id: str, error: str) -> None:
+    def _write_attempt(self, unit: Unit, number: int, run_id: str, error: str) -> None:
         attempt = {"run_id": run_id, "error": error}
-        self._storage.write_bytes(_attempt_key(shard, number, run_id), json.dumps(attempt).encode())
+        self._storage.write_bytes(_attempt_key(unit, number, run_id), json.dumps(attempt).encode())
 
     def _delete_all(self, prefix: str, *, keep: str = "") -> None:
         for info in self._storage.list(prefix):
@@ -245,20 +245,25 @@ def read_binding(destination: Storage) -> Binding:
         raise UsageError(f"{destination.uri} was not written by one4all protect") from error
 
 
-def _manifest_key(shard: SourceShard) -> str:
-    return f"{_SHARDS}{shard.id}.json"
+def _manifest_key(unit: Unit) -> str:
+    return f"{_SHARDS}{unit.id}.json"
 
 
-def _bad_key(shard: SourceShard) -> str:
-    return f"{_BAD}{shard.id}.json"
+def _bad_key(unit: Unit) -> str:
+    return f"{_BAD}{unit.id}.json"
 
 
-def _attempts_prefix(shard: SourceShard) -> str:
-    return f"{_ATTEMPTS}{shard.id}/"
+def _attempts_prefix(unit: Unit) -> str:
+    return f"{_ATTEMPTS}{unit.id}/"
 
 
-def _attempt_key(shard: SourceShard, number: int, run_id: str) -> str:
-    return f"{_attempts_prefix(shard)}{number}-{run_id}.json"
+def _attempt_key(unit: Unit, number: int, run_id: str) -> str:
+    return f"{_attempts_prefix(unit)}{number}-{run_id}.json"
+
+
+def _content(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the outputs of a manifest hold."""
+    return [(output.key, output.sha256) for output in manifest.outputs]
 
 
 def _to_json(record: BaseModel) -> bytes:

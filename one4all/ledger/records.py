@@ -1,12 +1,12 @@
-"""The records of a ledger: what a destination is bound to, and the proof that a shard is done."""
+"""The records of a ledger: what a destination is bound to, and the proof that a unit is done."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from one4all.corpus.units import SourceShard
+from one4all.corpus import ObjectVersion, OutputObject, Unit
 from one4all.images import OutputFormat
 
 
@@ -41,8 +41,8 @@ class BadImage(_Record):
     action: Literal["dropped", "passed through"]
 
 
-class Distances(_Record):
-    """Distances between clean and protected images of one shard; levels are 8-bit steps.
+class UnitDistances(_Record):
+    """Distances between clean and protected images of one unit; levels are 8-bit steps.
 
     Attributes:
         max_before_encoding: Largest |difference| before the output codec; never above the budget.
@@ -56,19 +56,63 @@ class Distances(_Record):
 
 
 class Manifest(_Record):
-    """The proof that one version of one shard was protected."""
+    """The proof that one version of one unit was protected.
 
-    format: Literal[1] = 1
-    source: SourceShard
-    output_etag: str
-    output_size: int
-    output_sha256: str
+    Attributes:
+        name, container: Name and container of the unit.
+        source: Objects of the unit, in the version that was read.
+        outputs: Objects that were written.
+        num_samples, num_images, num_protected, num_members: What the unit held, and of its images
+            how many were protected; members are those that were written.
+        bad_images: Images that could not be protected.
+        converted: Number of images by what had to be changed to protect them.
+        seconds: Time of each stage.
+        run_id: Run that wrote it.
+    """
+
+    format: Literal[2] = 2
+    name: str
+    container: str = "tar"
+    source: tuple[ObjectVersion, ...]
+    outputs: tuple[OutputObject, ...]
     num_samples: int
     num_images: int
     num_protected: int
     num_members: int
     bad_images: tuple[BadImage, ...] = ()
     converted: dict[str, int] = Field(default_factory=dict)
-    distances: Distances
+    distances: UnitDistances
     seconds: dict[str, float] = Field(default_factory=dict)
     run_id: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_object(cls, values: Any) -> Any:
+        """Format 1 knew units of one object, a tar shard, only."""
+        if not isinstance(values, dict) or values.get("format") != 1:
+            return values
+        values = dict(values)
+        shard = values.pop("source")
+        output = {name: values.pop(f"output_{name}") for name in ("size", "etag", "sha256")}
+        return values | {
+            "format": 2,
+            "name": shard["name"],
+            "source": [{"key": shard["name"], "size": shard["size"], "etag": shard["etag"]}],
+            "outputs": [{"key": shard["name"]} | output],
+        }
+
+    @property
+    def unit(self) -> Unit:
+        """The unit that was protected."""
+        return Unit(self.name, self.source, self.container)
+
+    @property
+    def output_unit(self) -> Unit:
+        """What was written, as a unit that can be read."""
+        written = (ObjectVersion(o.key, o.size, o.etag) for o in self.outputs)
+        return Unit(self.name, tuple(written), self.container)
+
+    @property
+    def output_size(self) -> int:
+        """Bytes written."""
+        return sum(output.size for output in self.outputs)

@@ -10,13 +10,21 @@ import json
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from one4all.encoders import EncoderConfig
 from one4all.errors import NotFoundError, ProtectorError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.codebook import CodebookConfig
-from one4all.protectors.generator import GeneratorConfig
+from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, parse_config
 from one4all.storage import open_storage
 
 CARD = "card.json"
@@ -29,13 +37,15 @@ class ProtectorCard(BaseModel):
     """What a protector is, and where it comes from.
 
     Attributes:
+        kind: Kind of protector; see `one4all.protectors.kinds`. Cards of before kinds had names
+            keep their hash.
         encoder: The frozen encoder it was trained against and must be used with.
         encoder_hash: `Encoder.content_hash` at training.
         golden_embedding: Digest of the embedding of a fixed test image. Catches what a hash of
             weights cannot: another activation, another library version.
         vocabulary, concept_bank_hash: Concepts of the training objective or of a codebook of names,
             and the identity of their text embeddings; empty for a codebook fitted to images.
-        generator: Of a trained network, or of a codebook.
+        generator: Configuration of that kind.
         working_size: Side in pixels of the copy that encoder and generator see.
         epsilon_levels: Budget in 8-bit levels.
         training: Free record: data, steps, seeds, objective, commit, command, final figures.
@@ -50,16 +60,31 @@ class ProtectorCard(BaseModel):
     golden_embedding: tuple[float, ...]
     vocabulary: str = ""
     concept_bank_hash: str = ""
-    generator: GeneratorConfig | CodebookConfig
+    kind: str = ""
+    generator: SerializeAsAny[BaseModel]
     working_size: Annotated[int, Field(ge=16, le=2048)]
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     weights_sha256: str = ""
     training: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_kind(cls, values: Any) -> Any:
+        """Cards did not always name their kind, and who makes one need not."""
+        if isinstance(values, dict) and "kind" not in values:
+            return {"kind": kind_of(values.get("generator")), **values}
+        return values
+
+    @field_validator("generator", mode="wrap")
+    @classmethod
+    def _of_that_kind(cls, value: Any, _handler: Any, info: ValidationInfo) -> BaseModel:
+        return parse_config(info.data.get("kind", ""), value)
+
     @property
     def content_hash(self) -> str:
         """Identity of the protector: all that determines its output, nothing that does not."""
-        content = self.model_dump(exclude={"name", "training", "golden_embedding"})
+        unnamed = {"kind"} if self.kind in UNNAMED_KINDS else set()
+        content = self.model_dump(exclude={"name", "training", "golden_embedding"} | unnamed)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,8 +93,10 @@ def load_card(protector: str) -> ProtectorCard:
     try:
         return ProtectorCard.model_validate_json(read_part(protector, CARD))
     except ValidationError as error:
-        last = error.errors()[-1]  # the first may be of the other kind of generator
+        last = error.errors()[-1]
         what = ": ".join([*map(str, last["loc"][-1:]), last["msg"]])
+        if last["type"] == "value_error":  # of a kind's configuration: it names its own key
+            what = str(last["ctx"]["error"])
         raise ProtectorError(
             f"{CARD} of protector {protector!r} is damaged, or of another version of one4all "
             f"({what}); copy the folder again, or make the protector again, by "

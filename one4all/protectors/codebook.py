@@ -25,15 +25,19 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from one4all.clustering import k_means, squared_distances, ward
 from one4all.encoders import EncoderConfig
 from one4all.errors import UsageError
+from one4all.perturbation import Levels, around_middle
+from one4all.protectors.model import PerturbationModel
 
 # Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
 DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
 PIXELS_PER_CELL = 8
+# The tree of concepts keeps the distances of all pairs: 8 bytes times their number squared.
+MAX_CONCEPTS = 20_000
 _MOST_LOOKS = 1 << 20  # of the rows of a level: they are shuffled in memory
 
 # Of all colours within the budget, those from which photos differ least among themselves.
@@ -53,8 +57,9 @@ class CodebookConfig(BaseModel):
     """Size of a codebook.
 
     Attributes:
-        num_concepts: K. Several for each kind of thing in the corpus: more are purer. A codebook of
-            names has one for each name, whatever this says.
+        num_concepts: Number K of concepts, at most `MAX_CONCEPTS`, whose tree takes 3 GB. Several
+            for each kind of thing in the corpus: more are purer. A codebook of names has one for
+            each name, whatever this says.
         groups: Groups of concepts at each level, the coarsest first; at most K count. The rows of
             cells are shared out evenly among the levels. One level: no group is like another.
         cells: Cells of a pattern a side; right mirrors left. Few and large ones are learnt fastest
@@ -65,7 +70,7 @@ class CodebookConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_concepts: Annotated[int, Field(ge=2, le=100_000)] = 400
+    num_concepts: Annotated[int, Field(ge=2, le=MAX_CONCEPTS)] = 400
     groups: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (16, 128)
     cells: Annotated[int, Field(ge=1, le=32)] = 4
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
@@ -96,7 +101,7 @@ class CodebookConfig(BaseModel):
 DEFAULT_CODEBOOK = CodebookConfig()
 
 
-class Codebook(nn.Module):
+class Codebook(PerturbationModel):
     """Embeddings in, perturbations within +-1 out; `Generator`'s interface.
 
     Args:
@@ -104,12 +109,15 @@ class Codebook(nn.Module):
         embedding_dim: Width D of the encoder's embedding.
     """
 
+    kind = "codebook"
+    config_type = CodebookConfig
+
     centres_KD: Tensor
     groups_LK: Tensor
     signs_KLrq: Tensor
 
     def __init__(self, config: CodebookConfig, embedding_dim: int) -> None:
-        super().__init__()
+        super().__init__(config, embedding_dim)
         self.config = config
         num_concepts, num_levels = config.num_concepts, len(config.groups)
         self.register_buffer("centres_KD", torch.zeros(num_concepts, embedding_dim))
@@ -129,6 +137,10 @@ class Codebook(nn.Module):
             float (B, 3, h, w) with h = w = 8 * ``config.cells``, each value -1 or 1.
         """
         return self.patterns(self.vote(embedding_BD)).to(embedding_BD)
+
+    def place(self, delta_hwC: Levels, height: int, width: int) -> Levels:
+        """See the base class: a pattern lies on the middle square (`around_middle`)."""
+        return around_middle(delta_hwC, height, width)
 
     def vote(self, embedding_BD: Tensor) -> Tensor:
         """The group of each image at each level, int64 (L, B), on the CPU.
@@ -200,8 +212,25 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
 
     Returns:
         A codebook of N concepts.
+
+    Raises:
+        UsageError: More than `MAX_CONCEPTS` names.
     """
+    check_num_concepts(len(embeddings_ND))
     return _codebook(embeddings_ND, config, seed)
+
+
+def check_num_concepts(count: int) -> None:
+    """Refuse, before the work, more concepts than a tree of them can be held in memory for.
+
+    Raises:
+        UsageError: There are more than `MAX_CONCEPTS`.
+    """
+    if count > MAX_CONCEPTS:
+        raise UsageError(
+            f"{count:,} concepts are too many: the tree of them would take "
+            f"{8 * count**2 / 1e9:.0f} GB of memory; at most {MAX_CONCEPTS:,} are possible"
+        )
 
 
 def _codebook(centres_KD: Tensor, config: CodebookConfig, seed: int) -> Codebook:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from one4all.errors import ConfigError
+from one4all.protectors.model import PerturbationModel
 
 
 class GeneratorConfig(BaseModel):
@@ -65,7 +66,7 @@ PRESETS: dict[str, GeneratorConfig] = {
 }
 
 
-class Generator(nn.Module):
+class Generator(PerturbationModel):
     """G(e, x) with its bound: embeddings and images in, perturbations within +-1 out.
 
     Args:
@@ -73,8 +74,11 @@ class Generator(nn.Module):
         embedding_dim: Width D of the encoder's embedding.
     """
 
+    kind = "generator"
+    config_type = GeneratorConfig
+
     def __init__(self, config: GeneratorConfig, embedding_dim: int) -> None:
-        super().__init__()
+        super().__init__(config, embedding_dim)
         self.config = config
         width, bottleneck = config.width, config.width * 2**config.num_downsamplings
         joined = config.embedding_channels or embedding_dim

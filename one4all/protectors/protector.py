@@ -1,9 +1,9 @@
 """The protector: the artefact that protects images.
 
 A folder with ``card.json`` (what it is, readable) and ``generator.safetensors`` (weights; nothing
-that unpickles). Frozen encoder, generator and budget together map images to perturbations:
+that unpickles). Frozen encoder E_I, model M and budget together map images to perturbations:
 
-    e = E_I(x);  delta = epsilon * tanh(G(e, x));  protected = clip(round(x + delta), x +- epsilon)
+    delta = epsilon * M(E_I(x), x);  protected = clip(round(x + delta), x +- epsilon)
 
 Source: paper Eq. 1 and 2.
 """
@@ -12,25 +12,35 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
+from pydantic import BaseModel
 from safetensors.torch import load, save_file
 
-from one4all.encoders import Encoder, load_encoder
-from one4all.errors import ProtectorError
-from one4all.images import Pixels, working_copy
-from one4all.perturbation import (
-    Levels,
-    apply_perturbation,
-    around_middle,
+from one4all.concepts import ConceptBank
+from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.errors import BadImageError, ProtectorError, UsageError
+from one4all.images import (
+    DEFAULT_MAX_PIXELS,
+    OutputFormat,
+    Pixels,
+    check_pixels,
+    decode,
+    from_pillow,
+    to_pillow,
+    working_copy,
 )
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, apply_perturbation
 from one4all.protectors.card import CARD, WEIGHTS, ProtectorCard, load_card, read_part
-from one4all.protectors.codebook import Codebook, CodebookConfig
-from one4all.protectors.generator import Generator, GeneratorConfig
+from one4all.protectors.kinds import build_model, kind_of
+from one4all.protectors.model import PerturbationModel
+from one4all.recode import recode
 from one4all.storage import Storage
 
 _GOLDEN_TOLERANCE = 1e-3
@@ -42,23 +52,62 @@ class Protector:
     Args:
         card: Description; its encoder must be the one given.
         encoder: Frozen encoder.
-        generator: Trained network or fitted codebook.
+        model: Trained network, fitted codebook, or whatever kind the card says.
     """
 
-    def __init__(
-        self, card: ProtectorCard, encoder: Encoder, generator: Generator | Codebook
-    ) -> None:
+    def __init__(self, card: ProtectorCard, encoder: Encoder, model: PerturbationModel) -> None:
         self.card = card
         self.encoder = encoder
-        self.generator = generator.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._device = torch.device("cpu")
         self.to("cpu")
+
+    @classmethod
+    def assemble(
+        cls,
+        encoder_config: EncoderConfig,
+        encoder: Encoder,
+        model: PerturbationModel,
+        *,
+        name: str,
+        working_size: int,
+        config: BaseModel,
+        epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
+        bank: ConceptBank | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A new protector, with its card.
+
+        Args:
+            encoder_config, encoder: Frozen encoder, on the CPU, and how it is loaded again.
+            model: Trained or fitted model.
+            name: Name for people.
+            working_size: Side in pixels of the copy that encoder and model see.
+            config: Configuration of the model.
+            epsilon_levels: Budget in 8-bit levels.
+            bank: Concepts it was trained against or fitted to, if they are names.
+            training: Record of where it comes from.
+        """
+        card = ProtectorCard(
+            name=name,
+            encoder=encoder_config,
+            encoder_hash=encoder.content_hash(),
+            golden_embedding=golden_embedding(encoder),
+            vocabulary=bank.vocabulary if bank else "",
+            concept_bank_hash=bank.hash if bank else "",
+            kind=kind_of(config),
+            generator=config,
+            working_size=working_size,
+            epsilon_levels=epsilon_levels,
+            training=dict(training or {}),
+        )
+        return cls(card, encoder, model)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to a device. On a GPU, inference runs in bfloat16 autocast."""
         self._device = torch.device(device)
         self.encoder.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.generator.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @torch.inference_mode()
@@ -76,19 +125,102 @@ class Protector:
         image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
         image = image.permute(0, 3, 1, 2).float() / 255
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            delta = self.generator(self.encoder.encode_image(image), image)
+            delta = self.model(self.encoder.encode_image(image), image)
         levels = delta.float() * self.card.epsilon_levels
         result: Levels = levels.permute(0, 2, 3, 1).cpu().numpy()
         return result
+
+    def protect_image(self, image: Image.Image) -> Image.Image:
+        """Protect a Pillow image.
+
+        Args:
+            image: Any mode of 8 bits a channel or fewer. As in the pipeline, a palette, one bit and
+                CMYK become true colour or gray, which a perturbation can be added to.
+
+        Returns:
+            A new image of the same size. Alpha, EXIF (less thumbnails), ICC profile and resolution
+            are kept, and Pillow writes them to a file if `Image.save` is given them:
+            ``save(path, exif=image.getexif(), icc_profile=image.info.get("icc_profile"))``.
+
+        Raises:
+            BadImageError: An image that cannot be protected; the text is the reason.
+            UsageError: No Pillow image.
+        """
+        return self.protect_images([image])[0]
+
+    def protect_images(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Protect several Pillow images, some in one forward pass; see `protect_image`."""
+        clean = [from_pillow(image) for image in images]
+        protected = self.protect([image.pixels for image in clean])
+        for before, after in zip(clean, protected, strict=True):
+            if np.array_equal(before.pixels, after):
+                raise BadImageError("the perturbation changes no pixel of it")
+        return [to_pillow(replace(c, pixels=p)) for c, p in zip(clean, protected, strict=True)]
+
+    def protect_file(
+        self,
+        data: bytes,
+        *,
+        output_format: OutputFormat = "match",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> bytes:
+        """Protect an image file: the bytes that the pipeline writes for it.
+
+        Args:
+            data: A JPEG, PNG, WebP, BMP or TIFF file.
+            output_format: "match" writes the same format; "lossless" writes a JPEG as PNG, so that
+                the budget holds bit for bit on what a reader decodes.
+            max_pixels: Refuse, before decoding, an image that declares more pixels than this.
+
+        Returns:
+            The protected file. It was decoded again, and what is promised of it was checked.
+
+        Raises:
+            BadImageError: A file that cannot be protected; the text is the reason.
+        """
+        return self.protect_files([data], output_format=output_format, max_pixels=max_pixels)[0]
+
+    def protect_files(
+        self,
+        files: Sequence[bytes],
+        *,
+        output_format: OutputFormat = "match",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> list[bytes]:
+        """Protect several image files, some in one forward pass; see `protect_file`."""
+        for data in files:
+            if not isinstance(data, bytes | bytearray | memoryview):
+                raise UsageError(
+                    f"a {type(data).__name__} is no image file; give its bytes, or a Pillow image "
+                    "to protect_image"
+                )
+        clean = [decode(bytes(data), max_pixels=max_pixels) for data in files]
+        return [
+            recode(
+                image,
+                pixels,
+                output_format=output_format,
+                epsilon_levels=self.card.epsilon_levels,
+                max_pixels=max_pixels,
+            ).payload
+            for image, pixels in zip(
+                clean, self.protect([image.pixels for image in clean]), strict=True
+            )
+        ]
 
     def protect(self, images: Sequence[Pixels], *, batch_size: int = 8) -> list[Pixels]:
         """Protect images of any size and layout; see `apply_perturbation` for the promise.
 
         Args:
-            images: (H, W, C) uint8 each, C in 1..4.
+            images: (H, W, C) uint8 each, C in 1..4: gray, gray and alpha, RGB, RGB and alpha.
             batch_size: Images a forward pass. The last batch is filled up, so that every pass has
                 the same shape and an image's result does not depend on its neighbours.
+
+        Raises:
+            UsageError: Something else than such arrays.
         """
+        for pixels in images:
+            check_pixels(pixels)
         protected: list[Pixels] = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -102,17 +234,15 @@ class Protector:
     def apply(self, clean: Pixels, delta_hwC: Levels) -> Pixels:
         """Add what `perturb` gave for an image to it; see `apply_perturbation`.
 
-        A codebook's pattern lies on the middle square of the image (`around_middle`). A network's
-        perturbation belongs to what it saw, the whole image, squashed.
+        Where on the image it lies is told by the kind (`PerturbationModel.place`).
         """
-        if isinstance(self.generator, Codebook):
-            delta_hwC = around_middle(delta_hwC, *clean.shape[:2])
+        delta_hwC = self.model.place(delta_hwC, *clean.shape[:2])
         return apply_perturbation(clean, delta_hwC, epsilon_levels=self.card.epsilon_levels)
 
     def save(self, folder: Path) -> ProtectorCard:
         """Write the artefact; returns the card with the digest of the weights filled in."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.cpu().contiguous() for name, t in self.generator.state_dict().items()}
+        weights = {name: t.cpu().contiguous() for name, t in self.model.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         self.card = self.card.model_copy(update={"weights_sha256": digest})
@@ -148,12 +278,12 @@ class Protector:
         weights = _load_weights(protector, card)
         encoder = encoder or load_encoder(card.encoder)
         _check_encoder(card, encoder)
-        generator = _build_generator(card.generator, encoder.embedding_dim)
+        model = build_model(card.generator, encoder.embedding_dim)
         try:
-            generator.load_state_dict(weights)
+            model.load_state_dict(weights)
         except RuntimeError as error:
             raise _other_tensors(protector) from error
-        return cls(card, encoder, generator)
+        return cls(card, encoder, model)
 
 
 def check_protector(protector: str) -> ProtectorCard:
@@ -167,7 +297,7 @@ def check_protector(protector: str) -> ProtectorCard:
     card = load_card(protector)
     weights = _load_weights(protector, card)
     with torch.device("meta"):  # names of tensors do not depend on the encoder's width
-        wanted = _build_generator(card.generator, embedding_dim=1).state_dict()
+        wanted = build_model(card.generator, embedding_dim=1).state_dict()
     if weights.keys() != wanted.keys():
         raise _other_tensors(protector)
     return card
@@ -207,14 +337,6 @@ def _other_tensors(protector: str) -> ProtectorError:
         "needs; make the protector again, by the command in its card, or use the version that made "
         "it"
     )
-
-
-def _build_generator(
-    config: GeneratorConfig | CodebookConfig, embedding_dim: int
-) -> Generator | Codebook:
-    if isinstance(config, CodebookConfig):
-        return Codebook(config, embedding_dim)
-    return Generator(config, embedding_dim)
 
 
 def _check_encoder(card: ProtectorCard, encoder: Encoder) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from one4all.corpus.tar import is_protectable, read_samples
-from one4all.corpus.units import list_shards
+from one4all.corpus import Unit, images_of, open_corpora, read_samples
 from one4all.errors import BadImageError, UsageError
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode, working_copy
 from one4all.storage import open_storage
@@ -101,9 +99,7 @@ class ImageStream:
         shuffle_buffer: int = 2000,
         num_threads: int = 1,
     ) -> None:
-        self._shards = [(uri, s.name) for uri in uris for s in list_shards(open_storage(uri))]
-        if not self._shards:
-            raise UsageError(f"no .tar shard in {', '.join(uris)}; one4all pack makes some")
+        self._units: list[tuple[str, Unit]] = open_corpora(uris)
         self._size, self._seed = size, seed
         self._shuffle_buffer = shuffle_buffer
         self._pool = ThreadPoolExecutor(num_threads, "loader")
@@ -173,18 +169,17 @@ class ImageStream:
             yield _draw(buffer, random)
 
     def _payloads(self, share: Share) -> Iterator[bytes]:
-        order = np.random.default_rng((self._seed, share.epoch)).permutation(len(self._shards))
-        by_shard = len(order) >= share.count
+        order = np.random.default_rng((self._seed, share.epoch)).permutation(len(self._units))
+        by_unit = len(order) >= share.count
         index = 0
-        for shard in order[share.index :: share.count] if by_shard else order:
-            uri, name = self._shards[shard]
-            with closing(open_storage(uri).open(name)) as reader:
-                for sample in read_samples(reader):
-                    for member in sample.members:
-                        if is_protectable(member, ()):
-                            index += 1
-                            if by_shard or index % share.count == share.index:
-                                yield member.payload
+        for position in order[share.index :: share.count] if by_unit else order:
+            uri, unit = self._units[position]
+            # A training run lasts longer than some corpora stay as they were listed.
+            for sample in read_samples(open_storage(uri), unit.latest):
+                for member in images_of(sample):
+                    index += 1
+                    if by_unit or index % share.count == share.index:
+                        yield member.payload
 
     def _crop(self, share: Share, index: int, payload: bytes) -> Pixels | None:
         """A random crop, resized, mirrored half of the time; None for an unreadable image."""

@@ -83,11 +83,11 @@ def protect(
             progress.say(f"{num_shards - len(todo)} of {num_shards} shards are done already")
         progress.start(len(todo))
 
-    def on_progress(row: dict[str, Any]) -> None:
-        if row["status"] == "done":
+    def on_progress(status: Any) -> None:
+        if status.outcome == "done":
             progress.advance()
         else:
-            progress.say(f"{row['status']}: {row['name']}: {row['error']}")
+            progress.say(f"{status.outcome}: {status.name}: {status.error}")
 
     with progress:
         result = run(
@@ -429,7 +429,7 @@ def main() -> None:
     """Entry point: every expected error is one sentence and an exit code."""
     _keep_native_messages_off_the_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    shards = logging.getLogger("one4all.corpus.tar")  # said on request: one JSON line each
+    shards = logging.getLogger("one4all.shards")  # said on request: one JSON line each
     shards.handlers = [logging.StreamHandler(sys.stderr)]
     shards.setLevel(logging.INFO)
     shards.propagate = False

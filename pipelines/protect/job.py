@@ -1,8 +1,8 @@
-"""Protect a corpus: plan, hand shards to workers through Ray Data, account for every one.
+"""Protect a corpus: plan, hand units to workers through Ray Data, account for every one.
 
-The shard is the unit of work: one row, one block, one actor call. Ray carries a plan row in and a
-status row out; pixels never leave the worker. Success is the ledger held against the source
-listing, never "Ray did not raise".
+One unit of work is one row, one block, one actor call. Ray carries a unit in and its status out;
+pixels never leave the worker. Success is the ledger held against the source listing, never "Ray did
+not raise".
 """
 
 from __future__ import annotations
@@ -13,36 +13,31 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from one4all.corpus.units import SourceShard, list_shards
+from one4all.corpus import Unit, find_container, list_units
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
-from one4all.ledger.census import Census, take_census
-from one4all.ledger.lease import Lease
-from one4all.ledger.ledger import MAX_ATTEMPTS, Ledger
-from one4all.ledger.records import Binding
-from one4all.protectors.card import load_card, locate
+from one4all.ledger import MAX_ATTEMPTS, Binding, Census, Lease, Ledger, take_census
+from one4all.protectors.card import locate
 from one4all.protectors.protector import check_protector
 from one4all.rewrite import STAGES
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import since_seconds
 
 _log = logging.getLogger(__name__)
-_shards_log = logging.getLogger("one4all.corpus.tar")
+_shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
 TRANSFORM_VERSION = 2  # gray images get green; patterns of codebooks lie on the middle square
 
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 
-Row = dict[str, Any]
-OnProgress = Callable[[Row], None]
-OnPlan = Callable[[Sequence[SourceShard], int], None]
+OnProgress = Callable[[UnitStatus], None]
+OnPlan = Callable[[Sequence[Unit], int], None]
 
 
 @dataclass
@@ -90,7 +85,7 @@ def protect(
     config: ProtectConfig,
     *,
     on_plan: OnPlan = lambda todo, num_shards: None,
-    on_progress: OnProgress = lambda row: None,
+    on_progress: OnProgress = lambda status: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectResult:
     """Protect every shard of a corpus that is not protected yet.
@@ -103,7 +98,7 @@ def protect(
         destination_uri: Folder or prefix; bound to this configuration by its first run.
         config: See there.
         on_plan: Called once with the shards to do and the number of all shards.
-        on_progress: Called with each status row of a worker.
+        on_progress: Called with what became of each attempt at a unit.
         on_wait: Called with a sentence before waiting for a run that may have died.
 
     Raises:
@@ -119,8 +114,8 @@ def protect(
     config = config.model_copy(update={"protector": locate(config.protector)})
     source.check(writable=False)
     destination.check(writable=True)
-    if next(list_shards(source), None) is None:
-        raise UsageError(f"source {source.uri} holds no .tar shard")
+    if next(list_units(source), None) is None:
+        raise UsageError(f"source {source.uri} holds no {find_container(source).unit_name}")
     ledger = Ledger(destination)
     binding = Binding(
         source_uri=source.uri,
@@ -136,7 +131,7 @@ def protect(
     ledger.is_bound(binding)  # before the probe, which writes
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger.bind(binding)
-    run = _Run(source, destination, config, ledger, uuid.uuid4().hex[:12], since)
+    run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
     try:
         with run.lease(on_wait):
             run.sweep()
@@ -156,11 +151,12 @@ class _Run:
         source: Storage,
         destination: Storage,
         config: ProtectConfig,
+        binding: Binding,
         ledger: Ledger,
         run_id: str,
         since: float | None,
     ) -> None:
-        self._since = since
+        self._binding, self._since = binding, since
         self._source, self._destination = source, destination
         self._config, self._ledger, self._run_id = config, ledger, run_id
         self._lease: Lease | None = None
@@ -184,25 +180,26 @@ class _Run:
         self._ledger.forget_starts()
         census = take_census(self._source, self._ledger, since=self._since)
         todo, barren_passes = census.pending, 0
-        on_plan(todo, census.num_shards)
+        on_plan(todo, census.num_units)
         while todo and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
                 num_pending = len(todo)
                 telemetry.show("one4all_pending_shards", num_pending)
-                for row in self._waves(todo):
-                    num_pending -= row["status"] == "done"
+                for status in self._waves(todo):
+                    done = status.outcome == "done"
+                    num_pending -= done
                     telemetry.show("one4all_pending_shards", num_pending)
                     if self._config.log_json:
-                        _shards_log.info(_log_line(row, self._run_id))
-                    on_progress(row)
-                    result.num_protected_now += row["status"] == "done"
-                    result.num_images += row["num_images"]
-                    errors[row["name"]] = row["error"]
-                    if row["status"] == "refused":
-                        refused.add(row["name"])
-            # A new census: a shard that changed while it was read is planned anew.
+                        _shards_log.info(_log_line(status, self._run_id))
+                    on_progress(status)
+                    result.num_protected_now += done
+                    result.num_images += status.num_images
+                    errors[status.name] = status.error
+                    if status.outcome == "refused":
+                        refused.add(status.name)
+            # A new census: a unit that changed while it was read is planned anew.
             census = take_census(self._source, self._ledger, since=self._since)
-            before, todo = len(todo), [s for s in census.pending if s.name not in refused]
+            before, todo = len(todo), [u for u in census.pending if u.name not in refused]
             barren_passes = 0 if len(todo) < before else barren_passes + 1
         return self._account(result, census, errors)
 
@@ -210,16 +207,16 @@ class _Run:
         self, result: ProtectResult, census: Census, errors: dict[str, str]
     ) -> ProtectResult:
         """Complete the result by what the ledger says, whatever the workers reported."""
-        result.num_shards, result.num_done = census.num_shards, census.num_done
+        result.num_shards, result.num_done = census.num_units, census.num_done
         result.num_others, result.other = census.num_others, census.other
         result.num_older, result.num_older_undone = census.num_older, census.num_older_undone
         bad = self._ledger.num_bad_images()
-        # Bad images of older shards are not this run's outcome.
+        # Bad images of older units are not this run's outcome.
         result.num_bad_images = sum(bad[id_] for id_ in bad.keys() - census.older_done)
         result.quarantined = census.quarantined
         result.failed = {
-            shard.name: errors.get(shard.name) or "no worker reported on it"
-            for shard in census.pending
+            unit.name: errors.get(unit.name) or "no worker reported on it"
+            for unit in census.pending
         }
         return result
 
@@ -232,33 +229,34 @@ class _Run:
         except One4AllError as error:
             _log.warning("left-overs of killed runs could not be removed: %s", error)
 
-    def _waves(self, todo: Sequence[SourceShard]) -> Iterator[Row]:
+    def _waves(self, todo: Sequence[Unit]) -> Iterator[UnitStatus]:
         size = self._config.wave_shards
         for start in range(0, len(todo), size):
-            for row in _run_wave(
+            for status in _run_wave(
                 todo[start : start + size],
                 self._source,
                 self._destination,
                 self._config,
                 self._run_id,
+                protector_sha256=self._binding.protector_sha256,
             ):
-                yield row
+                yield status
                 if self._lease is not None:
                     self._lease.check()
 
 
-def _log_line(row: Row, run_id: str) -> str:
-    """One attempt at one shard, as JSON."""
+def _log_line(status: UnitStatus, run_id: str) -> str:
+    """One attempt at one unit, as JSON."""
     line = {
         "run": run_id,
-        "name": row["name"],
-        "status": row["status"],
-        "images": row["num_images"],
-        "bad_images": row["num_bad"],
-        "bytes": row["num_bytes"],
-        "bytes_written": row["num_bytes_written"],
-        "seconds": {stage: row[f"{stage}_seconds"] for stage in STAGES},
-        "error": row["error"],
+        "name": status.name,
+        "status": status.outcome,
+        "images": status.num_images,
+        "bad_images": status.num_bad,
+        "bytes": status.num_bytes,
+        "bytes_written": status.num_bytes_written,
+        "seconds": {stage: status.seconds.get(stage, 0.0) for stage in STAGES},
+        "error": status.error,
     }
     return json.dumps(line)
 
@@ -286,13 +284,19 @@ def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:
 
 
 def _run_wave(
-    wave: Sequence[SourceShard],
+    wave: Sequence[Unit],
     source: Storage,
     destination: Storage,
     config: ProtectConfig,
     run_id: str,
-) -> Iterator[Row]:
-    """One Ray Data execution; yields a status row for each shard that came back."""
+    *,
+    protector_sha256: str,
+) -> Iterator[UnitStatus]:
+    """One Ray Data execution; yields the status of each unit that came back.
+
+    ``protector_sha256`` is that of the binding: whatever lies at the protector's place by now, no
+    worker writes with another one.
+    """
     import ray
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
@@ -302,9 +306,8 @@ def _run_wave(
     )
 
     source_uri, destination_uri = source.uri, destination.uri
-    protector_sha256 = load_card(config.protector).content_hash
 
-    class Worker(ShardWorker):
+    class Worker(ProtectWorker):
         # Arguments are bound here because Ray prints a warning, in C++, about restartable actors
         # whose constructor takes any.
         def __init__(self) -> None:
@@ -319,10 +322,10 @@ def _run_wave(
                 max_starts=num_workers + MAX_DEAD_STARTS,
             )
 
-    Worker.__name__ = Worker.__qualname__ = ShardWorker.__name__
-    # Ray restarts a dead actor and retries its shard without end, and offers no bound. Ours are
-    # durable: attempts at a shard, and starts of workers that never came to look at one.
-    rows = [asdict(shard) for shard in wave]
+    Worker.__name__ = Worker.__qualname__ = ProtectWorker.__name__
+    # Ray restarts a dead actor and retries its unit without end, and offers no bound. Ours are
+    # durable: attempts at a unit, and starts of workers that never came to look at one.
+    rows = [{"unit": unit.to_json()} for unit in wave]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         batch_size=1,
@@ -333,7 +336,8 @@ def _run_wave(
         ),
     )
     try:
-        yield from dataset.iter_rows()
+        for row in dataset.iter_rows():
+            yield row["status"]
     except RayError as error:  # what did not come back is planned again from the ledger
         reason = str(error).splitlines()[-1].strip().partition(". ")[0]
         _log.warning("Ray gave up on a part of this pass: %s", reason)

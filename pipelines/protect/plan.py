@@ -17,8 +17,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from one4all.corpus.tar import BLOCK, Sample, ShardWriter, is_protectable, read_samples
-from one4all.corpus.units import SourceShard, is_older, is_shard, to_shard
+from one4all.corpus import (
+    Sample,
+    Unit,
+    find_container,
+    images_of,
+    list_units,
+    read_samples,
+    write_unit,
+)
 from one4all.errors import One4AllError, ShardError, UsageError
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
@@ -26,7 +33,7 @@ from one4all.protectors.card import load_card, locate
 from one4all.storage import Storage, open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import start_of
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker
 from pipelines.ray_session import ray_session, worker_layout
 
 _log = logging.getLogger(__name__)
@@ -64,7 +71,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ProtectEstimate:
     """Time and worker-hours with a number of workers."""
 
     num_workers: int
@@ -100,7 +107,7 @@ class Plan:
     relative_high: float | None = None
     limited_by: str = ""
     sampled: list[Sampled] = field(default_factory=list)
-    estimates: list[Estimate] = field(default_factory=list)
+    estimates: list[ProtectEstimate] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,7 +139,8 @@ def plan(
     load_card(config.protector)
     shards, num_done = _shards_to_do(source, destination_uri, start_of(config))
     if not shards and not num_done:
-        raise UsageError(f"source {source.uri} holds no .tar shard that counts")
+        kind = find_container(source).unit_name
+        raise UsageError(f"source {source.uri} holds no {kind} that counts")
     total = sum(shard.size for shard in shards)
     if not shards:
         return Plan(source.uri, 0, 0, num_done)
@@ -160,13 +168,13 @@ def plan(
 
 def _shards_to_do(
     source: Storage, destination_uri: str | None, since: float | None
-) -> tuple[list[SourceShard], int]:
+) -> tuple[list[Unit], int]:
     """Shards that count, largest first, and the number of those that are done."""
     if destination_uri is not None:
         census = take_census(source, Ledger(open_storage(destination_uri)), since=since)
         return census.pending, census.num_done
-    infos = (info for info in source.list() if is_shard(info) and not is_older(info, since))
-    return sorted(map(to_shard, infos), key=lambda shard: -shard.size), 0
+    units = (unit for unit in list_units(source) if not unit.is_older(since))
+    return sorted(units, key=lambda unit: -unit.size), 0
 
 
 def choose(items: Sequence[_Item], count: int) -> list[_Item]:
@@ -196,7 +204,7 @@ def extrapolate(
     estimates = []
     for count in workers:
         wall = max(seconds / min(count, plan.num_shards), seconds_per_byte * largest)
-        estimates.append(Estimate(count, wall, count * wall / 3600))
+        estimates.append(ProtectEstimate(count, wall, count * wall / 3600))
     return replace(
         plan,
         num_images=num_images,
@@ -210,7 +218,7 @@ def extrapolate(
 
 
 def measure(
-    source_uri: str, shards: Sequence[SourceShard], config: ProtectConfig, cpus: int, device: str
+    source_uri: str, shards: Sequence[Unit], config: ProtectConfig, cpus: int, device: str
 ) -> list[Sampled]:
     """Send a sample of each shard through a worker that has been warmed up.
 
@@ -224,7 +232,7 @@ def measure(
         if not heads:
             raise UsageError(f"no image in the first {MAX_BYTES >> 20} MiB of the sampled shards")
         copies = open_storage(str(Path(scratch) / "in"))
-        worker = ShardWorker(
+        worker = ProtectWorker(
             config,
             copies.uri,
             str(Path(scratch) / "out"),
@@ -233,7 +241,7 @@ def measure(
             num_threads=cpus,
             device=device,
         )
-        by_name = {info.key: to_shard(info) for info in copies.list()}
+        by_name = {unit.name: unit for unit in list_units(copies)}
         _run(worker, by_name[heads[0].name])
         return [replace(head, seconds=_run(worker, by_name[head.name])) for head in heads]
 
@@ -250,18 +258,16 @@ def _share_of_this_machine(config: ProtectConfig) -> tuple[int, float]:
     return config.cpus_per_worker or max(1, int(cpus * gpus / num_gpus)), gpus
 
 
-def _copy_sample(
-    source: Storage, shard: SourceShard, folder: Path, config: ProtectConfig
-) -> Sampled:
+def _copy_sample(source: Storage, shard: Unit, folder: Path, config: ProtectConfig) -> Sampled:
     """Write some samples of the beginning of a shard, evenly chosen, to a shard of that name."""
     samples: list[Sample] = []
     num_bytes = 0
     start = time.perf_counter()
-    with closing(source.open(shard.name, etag=shard.etag)) as reader:
+    with closing(read_samples(source, shard, max_sample_bytes=config.max_sample_bytes)) as found:
         try:
-            for sample in read_samples(reader, max_sample_bytes=config.max_sample_bytes):
+            for sample in found:
                 samples.append(sample)
-                num_bytes += _bytes_in_shard(sample)
+                num_bytes += sum(member.stored_bytes for member in sample.members)
                 if num_bytes >= MAX_BYTES:
                     break
         except ShardError as error:  # protect will say so; what was whole will do here
@@ -269,12 +275,10 @@ def _copy_sample(
     read_seconds = time.perf_counter() - start
     with_images = [sample for sample in samples if _num_images(sample, config)]
     chosen = choose(with_images, IMAGES_PER_SHARD)
-    with open_storage(str(folder)).writer(shard.name) as writer:
-        output = ShardWriter(writer)
+    with write_unit(open_storage(str(folder)), shard) as output:
         for member in (member for sample in chosen for member in sample.members):
             output.copy(member)
-        output.close()
-        writer.commit()
+        output.commit()
     return Sampled(
         shard.name,
         num_bytes,
@@ -285,25 +289,20 @@ def _copy_sample(
 
 
 def _num_images(sample: Sample, config: ProtectConfig) -> int:
-    return sum(is_protectable(member, config.sidecar_patterns) for member in sample.members)
+    return len(images_of(sample, config.sidecar_patterns))
 
 
-def _bytes_in_shard(sample: Sample) -> int:
-    """With headers, and padding to whole blocks."""
-    return sum(len(m.header) + -(-len(m.payload) // BLOCK) * BLOCK for m in sample.members)
-
-
-def _run(worker: ShardWorker, shard: SourceShard) -> float:
+def _run(worker: ProtectWorker, shard: Unit) -> float:
     """Seconds that a worker takes for a shard."""
     start = time.perf_counter()
-    row = worker.protect(shard)
-    if row["status"] != "done":
-        raise One4AllError(f"the sample of {shard.name} was not protected: {row['error']}")
+    status = worker.protect(shard)
+    if status.outcome != "done":
+        raise One4AllError(f"the sample of {shard.name} was not protected: {status.error}")
     return time.perf_counter() - start
 
 
 def _measure_on_cluster(
-    source_uri: str, shards: Sequence[SourceShard], config: ProtectConfig
+    source_uri: str, shards: Sequence[Unit], config: ProtectConfig
 ) -> tuple[list[Sampled], int, float]:
     """`measure` as a task with the resources of one worker; these are returned too."""
     with ray_session(config.ray):

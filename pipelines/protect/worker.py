@@ -1,6 +1,6 @@
-"""What one worker does with a shard: attempt it, record it, tell what became of it.
+"""What one worker does with a unit: attempt it, record it, tell what became of it.
 
-One worker is one process with the protector loaded once; `shard_rewrite` is what it does to bytes.
+One worker is one process with the protector loaded once; `one4all.rewrite` handles the bytes.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import resource
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
-from one4all.corpus.tar import printable
-from one4all.corpus.units import SourceShard
+from one4all.corpus import Unit, printable
 from one4all.errors import (
     One4AllError,
     PerturbationError,
@@ -23,19 +24,45 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.ledger.ledger import MAX_ATTEMPTS, Ledger
-from one4all.ledger.records import Manifest
+from one4all.ledger import MAX_ATTEMPTS, Ledger, Manifest
 from one4all.protectors.protector import Protector
-from one4all.rewrite import STAGES, BadImagePolicyError, protect_shard
+from one4all.rewrite import BadImagePolicyError, rewrite_unit
 from one4all.storage import open_storage
 from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
 
 _log = logging.getLogger(__name__)
 
+Outcome = Literal["done", "failed", "refused", "quarantined"]
 
-class ShardWorker:
-    """Protects one shard at a time. A Ray Data actor, and a plain object in tests.
+
+@dataclass(frozen=True)
+class UnitStatus:
+    """What became of one attempt at one unit.
+
+    Attributes:
+        name: Name of the unit.
+        outcome: "done"; "failed"; "refused" by the bad-image policy; "quarantined" before.
+        num_images, num_bad: Images of the unit, and those of them that could not be protected.
+        num_bytes, num_bytes_written: Size of the unit, and of what was written.
+        seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
+        peak_bytes: Peak memory of the worker until now.
+        error: Why it is not done; "" if it is.
+    """
+
+    name: str
+    outcome: Outcome = "done"
+    num_images: int = 0
+    num_bad: int = 0
+    num_bytes: int = 0
+    num_bytes_written: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    error: str = ""
+
+
+class ProtectWorker:
+    """Protects one unit at a time. A Ray Data actor, and a plain object in tests.
 
     Args:
         config: The run's configuration.
@@ -45,7 +72,7 @@ class ShardWorker:
         num_threads: Threads for codecs, and for the device when that is the CPU.
         device: "cpu" or "cuda".
         max_starts: Workers of this run that may be loading, or have died of it, before this one
-            gives up; it then answers every shard with "failed".
+            gives up; it then answers every unit with "failed".
 
     Raises:
         ProtectorError: The protector found here is not the one that the destination is bound to.
@@ -77,49 +104,36 @@ class ShardWorker:
             self._ledger.end_start(run_id, worker)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Protect the one shard of a Ray Data batch; never raises for what a shard can cause.
+        """Protect the one unit of a Ray Data batch; never raises for what a unit can cause.
 
         Args:
-            batch: Columns ``name``, ``size``, ``etag``, one row each.
+            batch: Column ``unit``: one `Unit` as JSON.
 
         Returns:
-            One status row: ``name``, ``status`` (done, failed, refused or quarantined),
-            ``num_images``, ``num_bad``, ``num_bytes``, ``num_bytes_written``, seconds of each stage
-            (``read_seconds``, ...), ``peak_bytes`` of this process, ``error``.
+            Column ``status``: one `UnitStatus`.
         """
-        shard = SourceShard.from_columns(batch)
-        row = self.protect(shard) | {"peak_bytes": _peak_bytes()}
-        return {key: [value] for key, value in row.items()}
+        return {"status": [self.protect(Unit.from_json(str(batch["unit"][0])))]}
 
-    def protect(self, shard: SourceShard) -> dict[str, Any]:
-        """Attempt one shard; the outcome as a status row."""
-        row: dict[str, Any] = {
-            "name": shard.name,
-            "status": "done",
-            "num_images": 0,
-            "num_bad": 0,
-            "num_bytes": shard.size,
-            "num_bytes_written": 0,
-            **{f"{stage}_seconds": 0.0 for stage in STAGES},
-            "peak_bytes": 0,
-            "error": "",
-        }
-        row |= self._attempt(shard)
-        telemetry.count("one4all_shards", status=row["status"])
-        return row
+    def protect(self, unit: Unit) -> UnitStatus:
+        """Attempt one unit, and say what became of it."""
+        status = self._attempt(unit)
+        telemetry.count("one4all_shards", status=status.outcome)
+        return replace(status, peak_bytes=_peak_bytes())
 
-    def _attempt(self, shard: SourceShard) -> dict[str, Any]:
-        """What an attempt changes in the status row."""
-        number = 0
+    def _attempt(self, unit: Unit) -> UnitStatus:
+        status = UnitStatus(unit.name, num_bytes=unit.size)
         if self._protector is None:
-            return {"status": "failed", "error": "workers die while they load the protector"}
+            reason = "workers die while they load the protector"
+            return replace(status, outcome="failed", error=reason)
+        number = 0
         try:
-            attempt = self._ledger.begin_attempt(shard, self._run_id)
+            attempt = self._ledger.begin_attempt(unit, self._run_id)
             if attempt > MAX_ATTEMPTS:
-                return {"status": "quarantined", "error": "quarantined after 3 attempts"}
+                reason = f"quarantined after {MAX_ATTEMPTS} attempts"
+                return replace(status, outcome="quarantined", error=reason)
             number = attempt
-            manifest = protect_shard(
-                shard,
+            manifest = rewrite_unit(
+                unit,
                 self._source,
                 self._destination,
                 self._protector,
@@ -129,39 +143,29 @@ class ShardWorker:
                 on_batch=lambda seconds: telemetry.observe("one4all_batch_seconds", seconds),
             )
             self._ledger.record(manifest)
-            return self._tell(manifest)
-        except Exception as error:  # one shard must not end the run, whatever is wrong with it
+            _tell(manifest)
+            return replace(
+                status,
+                num_images=manifest.num_images,
+                num_bad=len(manifest.bad_images),
+                num_bytes_written=manifest.output_size,
+                seconds=manifest.seconds,
+            )
+        except Exception as error:  # one unit must not end the run, whatever is wrong with it
             reason = printable(f"{error}" or type(error).__name__)
             if not isinstance(error, One4AllError):
                 reason = f"{type(error).__name__}: {reason}"
             if number:
-                self._close_attempt(shard, number, error, reason)
-            status = "refused" if isinstance(error, BadImagePolicyError) else "failed"
+                self._close_attempt(unit, number, error, reason)
             telemetry.count("one4all_failures", kind=type(error).__name__)
-            return {"status": status, "error": reason}
+            refused = isinstance(error, BadImagePolicyError)
+            return replace(status, outcome="refused" if refused else "failed", error=reason)
 
-    def _tell(self, manifest: Manifest) -> dict[str, Any]:
-        """A shard that is done: its metrics, and its part of the status row."""
-        telemetry.count("one4all_images", manifest.num_protected)
-        telemetry.count("one4all_bad_images", len(manifest.bad_images))
-        telemetry.count("one4all_bytes_read", manifest.source.size)
-        telemetry.count("one4all_bytes_written", manifest.output_size)
-        for stage, seconds in manifest.seconds.items():
-            telemetry.observe("one4all_stage_seconds", seconds, stage=stage)
-        return {
-            "num_images": manifest.num_images,
-            "num_bad": len(manifest.bad_images),
-            "num_bytes_written": manifest.output_size,
-            **{f"{stage}_seconds": manifest.seconds.get(stage, 0.0) for stage in STAGES},
-        }
-
-    def _close_attempt(
-        self, shard: SourceShard, number: int, error: Exception, reason: str
-    ) -> None:
-        """Count the attempt against the shard, unless the fault lies elsewhere.
+    def _close_attempt(self, unit: Unit, number: int, error: Exception, reason: str) -> None:
+        """Count the attempt against the unit, unless the fault lies elsewhere.
 
         An outage of a store, expired credentials, a full disk or the policy "fail" must not end in
-        quarantine: the same shard may be fine tomorrow.
+        quarantine: the same unit may be fine tomorrow.
         """
         elsewhere = (
             StorageError,
@@ -173,11 +177,21 @@ class ShardWorker:
         )
         try:
             if isinstance(error, elsewhere):
-                self._ledger.withdraw_attempt(shard, number, self._run_id)
+                self._ledger.withdraw_attempt(unit, number, self._run_id)
             else:
-                self._ledger.fail_attempt(shard, number, self._run_id, reason)
+                self._ledger.fail_attempt(unit, number, self._run_id, reason)
         except (One4AllError, OSError) as problem:
-            _log.warning("recording a failed attempt at %s: %s", shard.name, problem)
+            _log.warning("recording a failed attempt at %s: %s", unit.name, problem)
+
+
+def _tell(manifest: Manifest) -> None:
+    """The metrics of a unit that is done."""
+    telemetry.count("one4all_images", manifest.num_protected)
+    telemetry.count("one4all_bad_images", len(manifest.bad_images))
+    telemetry.count("one4all_bytes_read", manifest.unit.size)
+    telemetry.count("one4all_bytes_written", manifest.output_size)
+    for stage, seconds in manifest.seconds.items():
+        telemetry.observe("one4all_stage_seconds", seconds, stage=stage)
 
 
 def _load(protector: str, sha256: str) -> Protector:

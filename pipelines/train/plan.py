@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from one4all.corpus.units import list_shards
+from one4all.corpus import list_units
 from one4all.errors import NotFoundError, UsageError
 from one4all.storage import Storage, open_storage
 from one4all.training.cost import ImageCost, cost_of_an_image
@@ -101,7 +101,7 @@ def plan_training(
     sources = [open_storage(uri.strip()) for uri in config.source.split(",")]
     for source in sources:
         source.check(writable=False)
-    sizes = [shard.size for source in sources for shard in list_shards(source)]
+    sizes = [shard.size for source in sources for shard in list_units(source)]
     if not sizes:
         raise UsageError(f"no .tar shard in {config.source}; one4all pack makes some")
     cost = cost_of_an_image(config)

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from support.builders import first_shard, make_samples, make_tar
+from support.builders import first_unit, make_samples, make_tar
 
-from one4all.audit import audit_shard
+from one4all.audit import audit_unit
 from one4all.errors import AccessError, ConflictError, NotFoundError
 from one4all.ledger.ledger import Ledger
 from one4all.ledger.records import Binding
@@ -19,7 +19,7 @@ from one4all.protectors.card import load_card
 from one4all.storage import open_storage
 from one4all.storage.s3 import PART_BYTES
 from pipelines.protect.config import ProtectConfig
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker
 
 pytestmark = pytest.mark.ceph
 
@@ -96,7 +96,7 @@ def test_corpus_is_protected_and_verified(ceph_uri, protector_folder):
     source, out = open_storage(f"{ceph_uri}/in"), open_storage(f"{ceph_uri}/out")
     large = ("sample0004.bin", os.urandom(2 * PART_BYTES))  # the shard goes up in parts
     source.write_bytes("s.tar", make_tar([*make_samples(5), large]))
-    shard = first_shard(source)
+    shard = first_unit(source)
     config = ProtectConfig(protector=str(protector_folder), batch_size=4)
     card = load_card(config.protector)
     binding = Binding(
@@ -113,15 +113,15 @@ def test_corpus_is_protected_and_verified(ceph_uri, protector_folder):
     ledger = Ledger(out)
     ledger.bind(binding)
     ledger.bind(binding)  # the next run finds it bound
-    worker = ShardWorker(
+    worker = ProtectWorker(
         config, source.uri, out.uri, "run", protector_sha256=card.content_hash, num_threads=1
     )
-    row = worker.protect(shard)
-    assert (row["status"], row["num_images"], row["error"]) == ("done", 5, "")
+    status = worker.protect(shard)
+    assert (status.outcome, status.num_images, status.error) == ("done", 5, "")
     assert ledger.done() == {shard.id}
     assert ledger.failures() == {}
     manifest = ledger.manifest(shard)
-    audit = audit_shard(shard, manifest, source, out, ledger.binding())
+    audit = audit_unit(shard, manifest, source, out, ledger.binding())
     assert audit.problems == []
     assert (len(audit.images), audit.num_sidecars) == (5, 16)
-    assert manifest.output_etag == out.head("s.tar").etag
+    assert manifest.outputs[0].etag == out.head("s.tar").etag

@@ -123,8 +123,7 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
     assert code == 0, printed
     assert re.search(r"7 of 7 shards protected \([24] now,", printed), printed
     runs = {
-        manifest.source.name: manifest.run_id
-        for manifest in Ledger(open_storage(destination)).manifests()
+        manifest.name: manifest.run_id for manifest in Ledger(open_storage(destination)).manifests()
     }
     assert len(runs) == 7
     assert len(set(runs.values())) == 2, "the slot that overlapped has done something"

@@ -68,7 +68,7 @@ def test_every_shard_survives_the_death_of_its_worker(tmp_path, config, monkeypa
     corpus = write_corpus(tmp_path / "in", num_shards=3)
     marks = tmp_path / "killed"
     marks.mkdir()
-    monkeypatch.setattr(protecting, "ShardWorker", faulty_workers.OnceKilledWorker.into(marks))
+    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.OnceKilledWorker.into(marks))
     result = protect(str(corpus), str(tmp_path / "out"), config)
     assert len(list(marks.iterdir())) == 3, "the fault was never injected"
     assert (result.exit_code, result.num_done) == (0, 3)
@@ -80,7 +80,7 @@ def test_every_shard_survives_the_death_of_its_worker(tmp_path, config, monkeypa
 def test_poison_shard_is_given_up_after_three_attempts(tmp_path, config, monkeypatch):
     corpus = write_corpus(tmp_path / "in", num_shards=2)
     (corpus / "poison.tar").write_bytes((corpus / "shard-000.tar").read_bytes())
-    monkeypatch.setattr(protecting, "ShardWorker", faulty_workers.PoisonedWorker)
+    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.PoisonedWorker)
     result = protect(str(corpus), str(tmp_path / "out"), config)
     assert (result.exit_code, result.num_done) == (3, 2)
     assert result.quarantined == {"poison.tar": "the worker process died"}
@@ -92,7 +92,7 @@ def test_poison_shard_is_given_up_after_three_attempts(tmp_path, config, monkeyp
 @fault("worker that dies before it takes a shard")
 def test_workers_that_cannot_start_end_the_run(tmp_path, config, monkeypatch):
     corpus = write_corpus(tmp_path / "in", num_shards=1)
-    monkeypatch.setattr(protecting, "ShardWorker", faulty_workers.StillbornWorker)
+    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.StillbornWorker)
     monkeypatch.setattr(protecting, "MAX_DEAD_STARTS", 1)
     result = protect(str(corpus), str(tmp_path / "out"), config)
     assert result.exit_code == 1
@@ -126,7 +126,7 @@ def test_driver_killed_ten_times_then_the_output_of_an_undisturbed_run(
         time.sleep(chance.uniform(2, max(10, whole_run)))
         driver.kill()
         driver.communicate()
-        now = {m.source.name: m.run_id for m in ledger.manifests()}
+        now = {m.name: m.run_id for m in ledger.manifests()}
         assert done.items() <= now.items(), "something done was done again"
         visible = outputs(s3_uri)
         assert now.keys() <= visible.keys()

@@ -36,10 +36,10 @@ def config(protector_folder):
 def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):
     corpus = write_corpus(tmp_path / "in", num_shards=4)
     source, target = upload(corpus, f"{s3_uri}/in"), f"{s3_uri}/out"
-    rows = []
-    result = protect(source, target, config, on_progress=rows.append)
+    statuses = []
+    result = protect(source, target, config, on_progress=statuses.append)
     assert (result.exit_code, result.num_done, result.num_images) == (0, 4, 20)
-    assert {row["status"] for row in rows} == {"done"}
+    assert {status.outcome for status in statuses} == {"done"}
     audit = verify(source, target, VerifyConfig())
     assert audit.ok, audit.problems
     assert (audit.num_images, audit.num_sidecars) == (20, 60)

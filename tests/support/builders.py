@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from one4all.concepts import ConceptBank
-from one4all.corpus.units import SourceShard, list_shards
+from one4all.corpus import Unit, list_units
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.images import Pixels
 from one4all.protectors.card import ProtectorCard
@@ -142,5 +142,5 @@ def make_protector(*, seed: int = 0, epsilon_levels: int = 8) -> Protector:
     return Protector(card, encoder, Generator(TINY_GENERATOR, encoder.embedding_dim))
 
 
-def first_shard(storage: Storage) -> SourceShard:
-    return next(list_shards(storage))
+def first_unit(storage: Storage) -> Unit:
+    return next(list_units(storage))

@@ -7,9 +7,9 @@ import signal
 import time
 from pathlib import Path
 
-from one4all import rewrite as shard_rewrite
+from one4all.corpus.tar import TarWriter
 from pipelines.protect.job import worker as shard_worker
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker
 
 
 def _die() -> None:
@@ -17,26 +17,26 @@ def _die() -> None:
     time.sleep(60)
 
 
-class PoisonedWorker(ShardWorker):
+class PoisonedWorker(ProtectWorker):
     """A shard whose name starts with "poison" kills its process, when it is half written."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        original = shard_rewrite.ShardWriter.replace
+        original = TarWriter.replace
 
         def replace(writer, member, **changes):
             original(writer, member, **changes)
             if self._current.startswith("poison"):
                 _die()
 
-        shard_rewrite.ShardWriter.replace = replace
+        TarWriter.replace = replace
 
-    def protect(self, shard):
-        self._current = shard.name
-        return super().protect(shard)
+    def protect(self, unit):
+        self._current = unit.name
+        return super().protect(unit)
 
 
-class OnceKilledWorker(ShardWorker):
+class OnceKilledWorker(ProtectWorker):
     """Dies in the middle of every shard the first time; what was killed is noted in a folder."""
 
     @staticmethod
@@ -45,7 +45,7 @@ class OnceKilledWorker(ShardWorker):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        original = shard_rewrite.ShardWriter.replace
+        original = TarWriter.replace
 
         def replace(writer, member, **changes):
             original(writer, member, **changes)
@@ -54,14 +54,14 @@ class OnceKilledWorker(ShardWorker):
                 mark.touch()
                 _die()
 
-        shard_rewrite.ShardWriter.replace = replace
+        TarWriter.replace = replace
 
-    def protect(self, shard):
-        self._current = shard.name
-        return super().protect(shard)
+    def protect(self, unit):
+        self._current = unit.name
+        return super().protect(unit)
 
 
-class StillbornWorker(ShardWorker):
+class StillbornWorker(ProtectWorker):
     """Dies while it loads the protector, before it can say which shard it works on."""
 
     def __init__(self, *args, **options):

@@ -28,13 +28,12 @@ from support.fault_proxy import Fault, FaultProxy
 
 from one4all.errors import BindingError, StorageError
 from one4all.ledger.ledger import Ledger
-from one4all.protectors.card import load_card
 from one4all.storage import INTERNAL, open_storage
 from one4all.storage.s3 import PART_BYTES
 from pipelines import verify as verifying
 from pipelines.protect import job as protecting
 from pipelines.protect.config import ProtectConfig
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker
 from pipelines.verify import VerifyConfig
 
 fault = pytest.mark.fault
@@ -46,16 +45,16 @@ OUTPUT = r"/out/shard-\d+\.tar"
 def protect(monkeypatch, protector_folder):
     """`pipelines.protect.job.protect` with its workers in this process."""
 
-    def run_wave(wave, source, destination, config, run_id):
-        worker = ShardWorker(
+    def run_wave(wave, source, destination, config, run_id, *, protector_sha256):
+        worker = ProtectWorker(
             config,
             source.uri,
             destination.uri,
             run_id,
-            protector_sha256=load_card(config.protector).content_hash,
+            protector_sha256=protector_sha256,
             num_threads=2,
         )
-        yield from (worker.protect(shard) for shard in wave)
+        yield from (worker.protect(unit) for unit in wave)
 
     monkeypatch.setattr(protecting, "_run_wave", run_wave)
     monkeypatch.setattr(protecting, "ray_session", lambda config: nullcontext())
@@ -71,9 +70,9 @@ def protect(monkeypatch, protector_folder):
 def problems(monkeypatch):
     """What `verify` finds wrong, its tasks in this process; and uploads left open."""
 
-    def audit_all(shards, source_uri, destination_uri, binding, config):
-        for shard in shards:
-            yield verifying.audit_one(shard, source_uri, destination_uri, binding)
+    def audit_all(units, source_uri, destination_uri, binding, config):
+        for unit in units:
+            yield verifying.audit_one(unit, source_uri, destination_uri, binding)
 
     monkeypatch.setattr(verifying, "_audit_all", audit_all)
 
@@ -330,7 +329,7 @@ def test_full_disk_leaves_nothing_and_the_rest_can_follow(tmp_path, protect, pro
         assert Ledger(open_storage(str(out))).quarantined() == {}
         assert not [p for p in out.rglob("*") if p.name.endswith("-tmp")]
         visible = {p.name for p in out.glob("*.tar")}
-        assert visible == {m.source.name for m in Ledger(open_storage(str(out))).manifests()}
+        assert visible == {m.name for m in Ledger(open_storage(str(out))).manifests()}
         subprocess.run(["mount", "-o", "remount,size=64m", str(out)], check=True)
         assert protect(corpus, out, output_format="lossless").exit_code == 0
         assert problems(corpus, out) == []
@@ -352,7 +351,7 @@ def test_run_that_was_taken_over_leaves_the_other_ones_uploads_alone(s3_uri, pro
     """The lease changes hands while the last shard is written."""
     corpus = write_corpus(tmp_path / "in", num_shards=1)
     destination = open_storage(s3_uri)
-    original = ShardWorker.protect
+    original = ProtectWorker.protect
 
     def taken_over_meanwhile(worker, shard):
         row = original(worker, shard)
@@ -363,7 +362,7 @@ def test_run_that_was_taken_over_leaves_the_other_ones_uploads_alone(s3_uri, pro
         return row
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardWorker, "protect", taken_over_meanwhile)
+        patch.setattr(ProtectWorker, "protect", taken_over_meanwhile)
         protect(corpus, s3_uri)
     listed = destination._client.list_multipart_uploads(
         Bucket=destination._bucket, Prefix=destination._prefix

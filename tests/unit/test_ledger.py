@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from one4all.corpus.units import SourceShard, is_older, list_shards
+from one4all.corpus import ObjectVersion, OutputObject, Unit, list_units
 from one4all.errors import BindingError, NotFoundError
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import MAX_ATTEMPTS, Ledger
-from one4all.ledger.records import BadImage, Binding, Distances, Manifest
+from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
 from one4all.storage import ObjectInfo, open_storage
 
 BINDING = Binding(
@@ -22,20 +22,20 @@ BINDING = Binding(
     sidecar_patterns=(),
     transform_version=1,
 )
-SHARD = SourceShard(name="a/b.tar", size=10, etag='"x"')
+SHARD = Unit("a/b.tar", (ObjectVersion("a/b.tar", 10, '"x"'),))
+CHANGED = Unit("a/b.tar", (ObjectVersion("a/b.tar", 10, '"y"'),))
 
 
-def manifest_of(shard: SourceShard, sha256: str = "00", etag: str = "e") -> Manifest:
+def manifest_of(shard: Unit, sha256: str = "00", etag: str = "e") -> Manifest:
     return Manifest(
-        source=shard,
-        output_etag=etag,
-        output_size=1,
-        output_sha256=sha256,
+        name=shard.name,
+        source=shard.objects,
+        outputs=(OutputObject(shard.name, 1, etag, sha256),),
         num_samples=1,
         num_images=1,
         num_protected=1,
         num_members=1,
-        distances=Distances(),
+        distances=UnitDistances(),
     )
 
 
@@ -59,11 +59,10 @@ def test_data_of_somebody_else_is_not_written_over(storage):
 def test_done_is_told_from_listings_and_a_changed_source_is_not_done(storage):
     ledger = Ledger(storage)
     ledger.record(manifest_of(SHARD))
-    changed = SourceShard(name=SHARD.name, size=10, etag='"y"')
-    ledger.begin_attempt(changed, "run")  # from here the old bytes may be written over
+    ledger.begin_attempt(CHANGED, "run")  # from here the old bytes may be written over
     assert ledger.done() == set()
-    ledger.record(manifest_of(changed))
-    assert ledger.done() == {changed.id}
+    ledger.record(manifest_of(CHANGED))
+    assert ledger.done() == {CHANGED.id}
 
 
 def test_manifest_that_is_there_already_is_accepted_if_it_says_the_same(storage):
@@ -71,7 +70,7 @@ def test_manifest_that_is_there_already_is_accepted_if_it_says_the_same(storage)
     storage.write_bytes(SHARD.name, b"x")
     ledger.record(manifest_of(SHARD))
     ledger.record(manifest_of(SHARD))
-    assert ledger.manifest(SHARD).output_sha256 == "00"
+    assert ledger.manifest(SHARD).outputs[0].sha256 == "00"
 
 
 def test_manifest_describes_the_object_that_stands(storage):
@@ -80,9 +79,9 @@ def test_manifest_describes_the_object_that_stands(storage):
     ledger.record(manifest_of(SHARD, "first", storage.head(SHARD.name).etag))
     storage.write_bytes(SHARD.name, b"second one")
     ledger.record(manifest_of(SHARD, "second", storage.head(SHARD.name).etag))
-    assert ledger.manifest(SHARD).output_sha256 == "second"
+    assert ledger.manifest(SHARD).outputs[0].sha256 == "second"
     ledger.record(manifest_of(SHARD, "a loser", "of bytes that are gone"))
-    assert ledger.manifest(SHARD).output_sha256 == "second"
+    assert ledger.manifest(SHARD).outputs[0].sha256 == "second"
 
 
 def test_shard_is_quarantined_after_three_failures(storage):
@@ -138,9 +137,8 @@ def test_bad_images_of_what_is_done_are_remembered(storage):
     bad = BadImage(key="a", member="a.jpg", reason="garbage", action="dropped")
     ledger.record(manifest_of(SHARD).model_copy(update={"bad_images": (bad, bad)}))
     assert ledger.num_bad_images() == {SHARD.id: 2}
-    changed = SourceShard(name=SHARD.name, size=10, etag='"y"')
-    ledger.begin_attempt(changed, "run")
-    ledger.record(manifest_of(changed))
+    ledger.begin_attempt(CHANGED, "run")
+    ledger.record(manifest_of(CHANGED))
     assert ledger.num_bad_images() == {}
 
 
@@ -150,13 +148,13 @@ def test_census_holds_the_ledger_against_the_listing(tmp_path):
         source.write_bytes(key, b"")
     source.write_bytes("large.tar", b"large")
     ledger = Ledger(destination)
-    shards = {shard.name: shard for shard in list_shards(source)}
+    shards = {shard.name: shard for shard in list_units(source)}
     assert list(shards) == ["a.tar", "large.tar", "x/y.tar", "z.tar"]
     ledger.record(manifest_of(shards["a.tar"]))
     for number in range(MAX_ATTEMPTS):
         ledger.fail_attempt(shards["z.tar"], number, "run", "damaged")
     census = take_census(source, ledger)
-    assert (census.num_shards, census.num_done, census.num_others) == (4, 1, 2)
+    assert (census.num_units, census.num_done, census.num_others) == (4, 1, 2)
     assert census.pending == [shards["large.tar"], shards["x/y.tar"]]
     assert census.quarantined == {"z.tar": "damaged"}
     source.write_bytes("a.tar", b"changed")
@@ -169,10 +167,10 @@ def test_census_leaves_older_shards_out(tmp_path):
     for name, written in (("done.tar", 900), ("old.tar", 999.9), ("new.tar", 1000.2)):
         source.write_bytes(name, b"x")
         os.utime(tmp_path / "in" / name, (written, written))
-    shards = {shard.name: shard for shard in list_shards(source)}
+    shards = {shard.name: shard for shard in list_units(source)}
     ledger.record(manifest_of(shards["done.tar"]))
     census = take_census(source, ledger, since=1000.9)  # S3 would say 1000 for new.tar
-    assert (census.num_shards, census.pending) == (1, [shards["new.tar"]])
+    assert (census.num_units, census.pending) == (1, [shards["new.tar"]])
     assert (census.num_older, census.num_older_undone) == (2, 1)
     # A store that gives no times must not make a shard disappear.
-    assert not is_older(ObjectInfo("a.tar", 1, "x"), since=1000.0)
+    assert not Unit.of_object(ObjectInfo("a.tar", 1, "x")).is_older(1000.0)

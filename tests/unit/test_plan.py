@@ -3,14 +3,14 @@
 import pytest
 from support.builders import make_samples, make_tar, write_corpus
 
-from one4all.corpus.units import SourceShard, list_shards
+from one4all.corpus import Unit, list_units
 from one4all.errors import UsageError
 from one4all.storage import open_storage
 from pipelines.protect import plan as planning
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.plan import Plan, Sampled, choose, extrapolate
 from pipelines.protect.plan import plan as make_plan
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker
 
 
 def sampled(*, num_bytes=1_000_000, num_images=10, seconds=1.0, read_seconds=0.0, measured=5):
@@ -75,21 +75,21 @@ def test_plan_measures_the_real_worker_and_leaves_what_is_done(
     assert [estimate.num_workers for estimate in found.estimates] == [1, 4, 16]
     assert not out.exists()
 
-    shards = {shard.name: shard for shard in list_shards(open_storage(str(corpus)))}
+    shards = {shard.name: shard for shard in list_units(open_storage(str(corpus)))}
     protect_one(corpus, out, shards["shard-001.tar"], config)
     rest = make_plan(str(corpus), config, destination_uri=str(out))
     assert (rest.num_shards, rest.num_done) == (3, 1)
     assert rest.num_bytes == found.num_bytes - shards["shard-001.tar"].size
 
 
-def protect_one(corpus, out, shard: SourceShard, config) -> None:
+def protect_one(corpus, out, shard: Unit, config) -> None:
     from one4all.protectors.card import load_card
 
     digest = load_card(config.protector).content_hash
-    worker = ShardWorker(
+    worker = ProtectWorker(
         config, str(corpus), str(out), "run", protector_sha256=digest, num_threads=1
     )
-    assert worker.protect(shard)["status"] == "done"
+    assert worker.protect(shard).outcome == "done"
 
 
 def test_sample_reads_only_the_beginning_of_a_large_shard(tmp_path, protector_folder, monkeypatch):
@@ -100,7 +100,7 @@ def test_sample_reads_only_the_beginning_of_a_large_shard(tmp_path, protector_fo
     monkeypatch.setattr(planning, "IMAGES_PER_SHARD", 3)
     config = ProtectConfig(protector=str(protector_folder), batch_size=4)
     source = open_storage(str(corpus))
-    (part,) = planning.measure(source.uri, list(list_shards(source)), config, 1, "cpu")
+    (part,) = planning.measure(source.uri, list(list_units(source)), config, 1, "cpu")
     assert 20_000 <= part.num_bytes < 40_000
     assert part.num_measured == 3 < part.num_images < 40
 

@@ -48,7 +48,7 @@ def test_every_layout_and_size_is_protected_within_budget(protector, shape):
 def test_budget_of_the_card_is_used():
     clean = np.full((64, 64, 3), 128, np.uint8)
     protector = make_protector(epsilon_levels=2)
-    protector.generator.head.weight.data *= 1000
+    protector.model.head.weight.data *= 1000
     assert np.abs(protector.protect([clean])[0].astype(int) - clean).max() == 2
 
 
@@ -67,7 +67,7 @@ def test_what_ships_is_what_its_command_makes():
     assert isinstance(config, CodebookConfig)
     bank = ConceptBank.build(protector.card.vocabulary, protector.encoder)
     again = name_codebook(bank.embeddings, config, seed=protector.card.training["seed"])
-    shipped = protector.generator.state_dict()
+    shipped = protector.model.state_dict()
     torch.testing.assert_close(shipped["centres_KD"], again.centres_KD)
     for name in ("groups_LK", "signs_KLrq"):
         assert torch.equal(shipped[name], getattr(again, name))

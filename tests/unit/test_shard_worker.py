@@ -9,7 +9,7 @@ import pytest
 import torch
 import webdataset
 from support.builders import (
-    first_shard,
+    first_unit,
     make_16_bit_png,
     make_bomb_png,
     make_image,
@@ -19,17 +19,18 @@ from support.builders import (
     write_corpus,
 )
 
-from one4all.audit import audit_shard
+from one4all.audit import audit_unit
+from one4all.corpus import list_units
 from one4all.errors import PerturbationError, ProtectorError, ShardError
 from one4all.images import decode
 from one4all.ledger.ledger import Ledger
 from one4all.ledger.records import Binding
 from one4all.protectors.card import load_card
 from one4all.protectors.protector import Protector
-from one4all.rewrite import protect_shard
+from one4all.rewrite import rewrite_unit
 from one4all.storage import open_storage
 from pipelines.protect.config import ProtectConfig
-from pipelines.protect.worker import ShardWorker
+from pipelines.protect.worker import ProtectWorker
 
 SMALL = {"batch_size": 4}
 
@@ -44,7 +45,7 @@ def run(tmp_path, protector, pool):
         (tmp_path / "in" / "s.tar").write_bytes(tar)
         config = ProtectConfig(**(SMALL | options))
         source, out = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
-        manifest = protect_shard(first_shard(source), source, out, protector, config, pool=pool)
+        manifest = rewrite_unit(first_unit(source), source, out, protector, config, pool=pool)
         binding = Binding(
             source_uri=source.uri,
             protector="tiny",
@@ -56,7 +57,7 @@ def run(tmp_path, protector, pool):
             sidecar_patterns=config.sidecar_patterns,
             transform_version=1,
         )
-        audit = audit_shard(first_shard(source), manifest, source, out, binding)
+        audit = audit_unit(first_unit(source), manifest, source, out, binding)
         written = (tmp_path / "out" / "s.tar").read_bytes()
         return manifest, read_members(written), audit
 
@@ -103,7 +104,7 @@ def test_same_shard_makes_the_same_bytes_whatever_the_threads(run):
     for num_threads in (1, 4):
         torch.set_num_threads(num_threads)
         with ThreadPoolExecutor(num_threads) as pool:
-            digests.add(run(files, pool=pool)[0].output_sha256)
+            digests.add(run(files, pool=pool)[0].outputs[0].sha256)
     assert len(digests) == 1
 
 
@@ -229,7 +230,7 @@ def test_audit_finds_what_was_tampered_with(run, tmp_path):
 
     def problems(tar: bytes) -> str:
         path.write_bytes(tar)
-        return "\n".join(audit_shard(first_shard(source), manifest, source, out, binding).problems)
+        return "\n".join(audit_unit(first_unit(source), manifest, source, out, binding).problems)
 
     assert problems(honest) == ""
     members = read_members(honest)
@@ -261,21 +262,21 @@ def test_generator_of_broken_weights_publishes_nothing(tmp_path, protector_folde
     """NaN cast to integers is 0: images would leave clean and be called protected."""
     corpus = open_storage(str(write_corpus(tmp_path / "in", num_shards=1)))
     broken = Protector.load(str(protector_folder))
-    broken.generator.head.bias.data.fill_(float("nan"))
+    broken.model.head.bias.data.fill_(float("nan"))
     out = open_storage(str(tmp_path / "out"))
     with pytest.raises(PerturbationError, match="not numbers"):
-        protect_shard(first_shard(corpus), corpus, out, broken, ProtectConfig(**SMALL), pool=pool)
+        rewrite_unit(first_unit(corpus), corpus, out, broken, ProtectConfig(**SMALL), pool=pool)
     assert list(out.list()) == []
 
 
 def test_image_that_would_leave_unchanged_is_a_bad_image(tmp_path, protector_folder, pool):
     corpus = open_storage(str(write_corpus(tmp_path / "in", num_shards=1)))
     idle = Protector.load(str(protector_folder))
-    idle.generator.head.weight.data.fill_(0)
-    idle.generator.head.bias.data.fill_(0)
+    idle.model.head.weight.data.fill_(0)
+    idle.model.head.bias.data.fill_(0)
     out = open_storage(str(tmp_path / "out"))
-    manifest = protect_shard(
-        first_shard(corpus), corpus, out, idle, ProtectConfig(**SMALL), pool=pool
+    manifest = rewrite_unit(
+        first_unit(corpus), corpus, out, idle, ProtectConfig(**SMALL), pool=pool
     )
     assert manifest.num_protected == 0
     assert {bad.reason for bad in manifest.bad_images} == {
@@ -304,16 +305,16 @@ def test_names_that_are_no_utf8_and_links_with_an_images_name(run):
 def test_worker_refuses_a_protector_that_is_not_the_bound_one(tmp_path, protector_folder):
     config = ProtectConfig(protector=str(protector_folder))
     with pytest.raises(ProtectorError, match="changed, or another copy"):
-        ShardWorker(
+        ProtectWorker(
             config, str(tmp_path), str(tmp_path), "run", protector_sha256="00", num_threads=1
         )
 
 
-def test_worker_reports_a_status_row_and_records_it(tmp_path, protector_folder):
+def test_worker_reports_a_status_and_records_it(tmp_path, protector_folder):
     source_uri = str(write_corpus(tmp_path / "in", num_shards=1))
     (tmp_path / "in" / "broken.tar").write_bytes(b"garbage" * 1000)
     config = ProtectConfig(protector=str(protector_folder), **SMALL)
-    worker = ShardWorker(
+    worker = ProtectWorker(
         config,
         source_uri,
         str(tmp_path / "out"),
@@ -321,24 +322,21 @@ def test_worker_reports_a_status_row_and_records_it(tmp_path, protector_folder):
         protector_sha256=load_card(str(protector_folder)).content_hash,
         num_threads=1,
     )
-    rows = []
-    for info in open_storage(source_uri).list():
-        row = worker({"name": [info.key], "size": [info.size], "etag": [info.etag]})
-        rows.append({key: values[0] for key, values in row.items()})
-    broken, good = rows
-    assert (good["status"], good["num_images"], good["error"]) == ("done", 5, "")
-    assert broken["status"] == "failed"
-    assert "garbled header" in broken["error"]
+    batches = ({"unit": [unit.to_json()]} for unit in list_units(open_storage(source_uri)))
+    broken, good = (worker(batch)["status"][0] for batch in batches)
+    assert (good.outcome, good.num_images, good.error) == ("done", 5, "")
+    assert broken.outcome == "failed"
+    assert "garbled header" in broken.error
     ledger = Ledger(open_storage(str(tmp_path / "out")))
     assert len(ledger.done()) == 1
-    assert list(ledger.failures().values()) == [[broken["error"]]]
+    assert list(ledger.failures().values()) == [[broken.error]]
     assert not (tmp_path / "out" / "broken.tar").exists()
 
 
 def test_outage_of_the_source_is_not_held_against_a_shard(tmp_path, protector_folder):
     source_uri = str(write_corpus(tmp_path / "in", num_shards=1))
     card = load_card(str(protector_folder))
-    worker = ShardWorker(
+    worker = ProtectWorker(
         ProtectConfig(protector=str(protector_folder), **SMALL),
         source_uri,
         str(tmp_path / "out"),
@@ -346,11 +344,11 @@ def test_outage_of_the_source_is_not_held_against_a_shard(tmp_path, protector_fo
         protector_sha256=card.content_hash,
         num_threads=1,
     )
-    shard = first_shard(open_storage(source_uri))
+    shard = first_unit(open_storage(source_uri))
     (tmp_path / "in").rename(tmp_path / "unmounted")
     for _ in range(4):
-        row = worker.protect(shard)
-        assert row["status"] == "failed"
-        assert "no such file" in row["error"]
+        status = worker.protect(shard)
+        assert status.outcome == "failed"
+        assert "no such file" in status.error
     (tmp_path / "unmounted").rename(tmp_path / "in")
-    assert worker.protect(shard)["status"] == "done"
+    assert worker.protect(shard).outcome == "done"

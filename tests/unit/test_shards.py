@@ -7,7 +7,7 @@ import pytest
 from support.builders import make_samples, make_tar, read_members
 
 from one4all.corpus import tar as shards
-from one4all.corpus.tar import ShardWriter, read_samples, write_shard
+from one4all.corpus.tar import TarWriter, read_tar, write_shard
 from one4all.errors import ShardError
 
 LONG = "folder/" + "x" * 300 + ".jpg"
@@ -15,7 +15,7 @@ LONG = "folder/" + "x" * 300 + ".jpg"
 
 def copy_of(tar: bytes) -> bytes:
     sink = io.BytesIO()
-    writer = ShardWriter(sink)
+    writer = TarWriter(sink)
     for member in shards.read_members(io.BytesIO(tar)):
         writer.copy(member)
     writer.close()
@@ -83,7 +83,7 @@ def test_garbled_header_is_refused():
 )
 def test_damaged_shard_is_refused_with_a_reason(tar, reason):
     with pytest.raises(ShardError, match=reason):
-        list(read_samples(io.BytesIO(tar)))
+        list(read_tar(io.BytesIO(tar)))
 
 
 def test_member_over_the_limit_is_refused_before_it_is_read():
@@ -95,12 +95,12 @@ def test_member_over_the_limit_is_refused_before_it_is_read():
 def test_sample_that_could_not_be_held_in_memory_is_refused():
     frames = make_tar([(f"video.{i:05d}.jpg", b"x") for i in range(300)])
     with pytest.raises(ShardError, match="ends at the first dot"):
-        list(read_samples(io.BytesIO(frames)))
+        list(read_tar(io.BytesIO(frames)))
 
 
 def test_members_that_start_with_a_dot_stand_alone():
     files = [("._a.jpg", b"1"), ("a.jpg", b"2"), ("._b.jpg", b"3"), ("b.jpg", b"4")]
-    samples = read_samples(io.BytesIO(make_tar(files)))
+    samples = read_tar(io.BytesIO(make_tar(files)))
     assert [sample.key for sample in samples] == ["._a.jpg", "a", "._b.jpg", "b"]
 
 
@@ -113,12 +113,12 @@ def test_endless_extension_headers_are_refused():
 
 
 def test_empty_shard_is_whole():
-    assert list(read_samples(io.BytesIO(bytes(1024)))) == []
+    assert list(read_tar(io.BytesIO(bytes(1024)))) == []
 
 
 def test_keys_are_those_of_webdataset():
     names = ["a/b.jpg", "a/b.seg.png", "c.x.y.jpg", "README", "d.tar.d/e"]
-    samples = list(read_samples(io.BytesIO(make_tar([(n, b"") for n in names]))))
+    samples = list(read_tar(io.BytesIO(make_tar([(n, b"") for n in names]))))
     assert [s.key for s in samples] == ["a/b", "c", "README", "d.tar.d/e"]
 
 
@@ -126,7 +126,7 @@ def test_keys_are_those_of_webdataset():
 def test_replaced_member_keeps_everything_but_payload_and_name(format):
     tar = make_tar([("a.jpg", b"old"), ("a.cls", b"1")], format=format)
     sink = io.BytesIO()
-    writer = ShardWriter(sink)
+    writer = TarWriter(sink)
     for member in shards.read_members(io.BytesIO(tar)):
         if member.name == "a.jpg":
             writer.replace(member, name="a.png", payload=b"a new payload")
@@ -148,7 +148,7 @@ def test_replaced_member_keeps_everything_but_payload_and_name(format):
 def test_long_and_unicode_names_survive_a_replacement():
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         sink = io.BytesIO()
-        writer = ShardWriter(sink)
+        writer = TarWriter(sink)
         for member in shards.read_members(
             io.BytesIO(make_tar([("ü" + LONG, b"x")], format=format))
         ):

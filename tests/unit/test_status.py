@@ -3,7 +3,7 @@
 import pytest
 from test_ledger import BINDING, manifest_of
 
-from one4all.corpus.units import SourceShard, list_shards
+from one4all.corpus import ObjectVersion, Unit, list_units
 from one4all.ledger.ledger import Ledger
 from one4all.storage import open_storage
 from pipelines import status as looking
@@ -19,7 +19,7 @@ def half_done(tmp_path):
         source.write_bytes(f"{name}.tar", b"x")
     ledger = Ledger(open_storage(str(tmp_path / "out")))
     ledger.bind(BINDING.model_copy(update={"source_uri": source.uri}))
-    shards = list(list_shards(source))
+    shards = list(list_units(source))
     for shard in shards[:2]:
         ledger.record(manifest_of(shard))
     return str(tmp_path / "out"), ledger, shards
@@ -55,7 +55,7 @@ def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkey
     images = manifest_of(shards[0]).num_images
     per_second = 1 / 10
     assert looks[1][1].images_per_second == pytest.approx(images * per_second)
-    size = manifest_of(SourceShard("a", 1, "x")).source.size
+    size = manifest_of(Unit("a", (ObjectVersion("a", 1, "x"),))).unit.size
     assert looks[1][1].seconds_left == pytest.approx(1 / (size * per_second))
     assert looks[2][1].num_done == 2
     cli_operate._watch(looks)

@@ -1,0 +1,65 @@
+"""The containers there are, and how everybody lists, reads and writes units through them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+from one4all.corpus.container import Container, Opener, UnitWriter
+from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Sample
+from one4all.corpus.tar import TarContainer
+from one4all.corpus.units import Unit
+from one4all.errors import UsageError
+from one4all.storage import Storage, open_storage
+
+# In the order in which `find_container` asks them.
+CONTAINERS: dict[str, Container] = {container.name: container for container in (TarContainer(),)}
+
+
+def find_container(source: Storage) -> Container:
+    """The container of a corpus: the first that finds a unit in it; the first of all, if none does.
+
+    Raises:
+        AccessError: The source cannot be listed.
+    """
+    for container in CONTAINERS.values():
+        if any(isinstance(found, Unit) for found in container.scan(source)):
+            return container
+    return next(iter(CONTAINERS.values()))
+
+
+def list_units(source: Storage) -> Iterator[Unit]:
+    """Units of a corpus, in name order."""
+    return (found for found in find_container(source).scan(source) if isinstance(found, Unit))
+
+
+def open_corpora(uris: Sequence[str]) -> list[tuple[str, Unit]]:
+    """(URI, unit) of each unit of some corpora, in name order within each.
+
+    Args:
+        uris: Folders or s3:// prefixes.
+
+    Raises:
+        UsageError: None of them holds a unit.
+        AccessError: One cannot be read.
+    """
+    found = []
+    for uri in uris:
+        storage = open_storage(uri.strip())
+        storage.check(writable=False)
+        found += [(storage.uri, unit) for unit in list_units(storage)]
+    if not found:
+        known = " or ".join(container.unit_name for container in CONTAINERS.values())
+        raise UsageError(f"no {known} in {', '.join(uris)}; one4all pack makes some")
+    return found
+
+
+def read_samples(
+    store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+) -> Generator[Sample]:
+    """Samples of a unit, whatever it is made of; see `Container.read`."""
+    return CONTAINERS[unit.container].read(store, unit, max_sample_bytes=max_sample_bytes)
+
+
+def write_unit(destination: Storage, unit: Unit) -> UnitWriter:
+    """Begin the copy of a unit; see `Container.write`."""
+    return CONTAINERS[unit.container].write(destination, unit)

@@ -1,0 +1,82 @@
+"""Samples and their members: what every container is read as.
+
+Names are data: nothing is extracted, nothing is unpickled, no name is ever used as a path.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from one4all.images import is_image
+
+DEFAULT_MAX_SAMPLE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One file of a sample, with its content in memory.
+
+    Attributes:
+        name: Name in its container.
+        payload: Content; empty unless it is a regular file.
+        envelope: All that a copy must keep beside the content, byte for byte, such as a tar header.
+        is_file: Whether it is a regular file; a folder or a link is not.
+    """
+
+    name: str
+    payload: bytes = field(repr=False)
+    envelope: bytes = field(default=b"", repr=False)
+    is_file: bool = True
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes in its container."""
+        return len(self.envelope) + len(self.payload)
+
+    @property
+    def key(self) -> str:
+        """WebDataset key: the name up to the first dot of its last component.
+
+        A name that starts with a dot has no key there; it stands alone, under its whole name.
+        """
+        folder, slash, base = self.name.rpartition("/")
+        return folder + slash + (base.partition(".")[0] or base)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Consecutive members that share a key. A member that is no file stands alone."""
+
+    key: str
+    members: tuple[Member, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of content."""
+        return sum(len(member.payload) for member in self.members)
+
+
+def is_protectable(member: Member, sidecar_patterns: Sequence[str] = ()) -> bool:
+    """Whether a member is an image that must be protected; everything else is a sidecar.
+
+    Args:
+        member: One member.
+        sidecar_patterns: Images to leave alone, such as ``*.seg.png``; matched, with case, against
+            the last component of the name.
+    """
+    base = member.name.rpartition("/")[2]
+    if not member.is_file or any(fnmatch.fnmatchcase(base, p) for p in sidecar_patterns):
+        return False
+    return is_image(member.name, member.payload[:32])
+
+
+def images_of(sample: Sample, sidecar_patterns: Sequence[str] = ()) -> list[Member]:
+    """Members of a sample that are images to be protected, or learnt from; see `is_protectable`."""
+    return [member for member in sample.members if is_protectable(member, sidecar_patterns)]
+
+
+def printable(text: str) -> str:
+    """Text that any encoding can hold: bytes of a name that are no UTF-8 become ``\\xe9``."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

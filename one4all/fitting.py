@@ -1,0 +1,115 @@
+"""Fitting a codebook to images in this process: no labels, no training, no Ray.
+
+`pipelines.fit` does the same to corpora of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.errors import UsageError
+from one4all.images import Pixels, check_pixels, decode, from_pillow, working_copy
+from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.protectors.codebook import (
+    DEFAULT_CODEBOOK,
+    DEFAULT_ENCODER,
+    CodebookConfig,
+    fit_codebook,
+)
+from one4all.protectors.protector import Protector
+
+Embeddings: TypeAlias = npt.NDArray[np.float32]
+
+_BATCH = 32
+_IMAGES_PER_CONCEPT = 2  # at least, where nobody says how many concepts
+
+
+def fit(
+    images: Iterable[Image.Image | bytes | Pixels],
+    *,
+    num_concepts: int | None = None,
+    codebook: CodebookConfig = DEFAULT_CODEBOOK,
+    encoder: EncoderConfig = DEFAULT_ENCODER,
+    epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
+    seed: int = 0,
+    name: str = "codebook",
+    on_image: Callable[[int], None] = lambda count: None,
+) -> Protector:
+    """Fit a codebook to images, and return a protector with it.
+
+    Args:
+        images: Pillow images, image files as bytes, or (H, W, C) uint8 arrays; read once, and only
+            a few are in memory at a time.
+        num_concepts: Number of clusters of images; default: that of ``codebook``, or one for two
+            images if there are fewer.
+        codebook: Other settings of it.
+        encoder: Encoder whose embeddings are clustered.
+        epsilon_levels: Budget in 8-bit levels.
+        seed: Seed of the clusters' starts and of the patterns.
+        name: Name for people.
+        on_image: Called with the number of images embedded so far.
+
+    Raises:
+        UsageError: Fewer than two images, or fewer than ``num_concepts``.
+        BadImageError: An image that cannot be read; leave it out, and fit again.
+    """
+    loaded = load_encoder(encoder)
+    working = (working_copy(_pixels(image), loaded.input_size) for image in images)
+    parts: list[Embeddings] = []
+    count = 0
+    while batch := list(islice(working, _BATCH)):
+        parts.append(embed(loaded, np.stack(batch)))
+        count += len(batch)
+        on_image(count)
+    if count < 2:
+        raise UsageError(f"a codebook needs two images or more, and here are {count}")
+    if num_concepts is None:
+        num_concepts = min(codebook.num_concepts, max(2, count // _IMAGES_PER_CONCEPT))
+    config = CodebookConfig.model_validate(codebook.model_dump() | {"num_concepts": num_concepts})
+    fitted, _ = fit_codebook(torch.from_numpy(np.concatenate(parts)), config, seed=seed)
+    return Protector.assemble(
+        encoder,
+        loaded,
+        fitted,
+        name=name,
+        working_size=loaded.input_size,
+        config=fitted.config,
+        epsilon_levels=epsilon_levels,
+        training={"num_images": count, "seed": seed},
+    )
+
+
+@torch.inference_mode()
+def embed(
+    encoder: Encoder, image_BHWC: Pixels, *, device: torch.device | str = "cpu"
+) -> Embeddings:
+    """Embeddings of working copies.
+
+    Args:
+        encoder: Frozen encoder, on ``device``.
+        image_BHWC: (B, S, S, 3) uint8.
+        device: Where it computes.
+
+    Returns:
+        (B, D) float32, L2-normalised.
+    """
+    batch = torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).to(device)
+    result: Embeddings = encoder.encode_image(batch).cpu().numpy()
+    return result
+
+
+def _pixels(image: Any) -> Pixels:
+    """Pixels of whatever an image may be given as."""
+    if isinstance(image, bytes):
+        return decode(image).pixels
+    if isinstance(image, np.ndarray):
+        return check_pixels(image)
+    return from_pillow(image).pixels

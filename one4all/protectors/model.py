@@ -1,0 +1,54 @@
+"""What every kind of protector computes: embeddings and images in, perturbations out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from one4all.perturbation import Levels
+
+
+class PerturbationModel(nn.Module, ABC):
+    """A kind of protector, without encoder and budget.
+
+    It is built as ``Model(config, embedding_dim)``, and what it has learnt or was fitted to is in
+    its state dictionary.
+
+    Attributes:
+        kind: Name in protector cards.
+        config_type: Class of its configuration.
+    """
+
+    kind: ClassVar[str]
+    config_type: ClassVar[type[BaseModel]]
+
+    @abstractmethod
+    def __init__(self, config: BaseModel, embedding_dim: int) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, embedding_BD: Tensor, image_BCHW: Tensor) -> Tensor:
+        """Perturbations on the scale of the budget.
+
+        Args:
+            embedding_BD: L2-normalised image embeddings, float (B, D).
+            image_BCHW: Clean images, float (B, 3, H, W) in [0, 1].
+
+        Returns:
+            float (B, 3, h, w) in [-1, 1], on a grid of its own; multiply by epsilon.
+        """
+
+    def place(self, delta_hwC: Levels, height: int, width: int) -> Levels:
+        """Lay a perturbation on an image of any shape; the whole of it, squashed, unless told else.
+
+        Args:
+            delta_hwC: (h, w, 3) float32, from `forward`.
+            height, width: Size of the image in pixels.
+
+        Returns:
+            (h', w', 3) float32, to be resized to the image.
+        """
+        return delta_hwC
