@@ -95,6 +95,19 @@ def test_damaged_shard_is_left_out_and_named(tmp_path):
     assert "left out: " in describe(result, config)
 
 
+def test_masks_and_depth_maps_are_not_learnt_as_photos(tmp_path):
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    files = []
+    for index in range(4):
+        files.append((f"{index}.jpg", make_image(seed=index)))
+        files.append((f"{index}.seg.png", make_image("PNG", seed=index + 50)))
+    (corpus / "a.tar").write_bytes(make_tar(files))
+    everything = fit(config_for(corpus, tmp_path / "all"))
+    photos = fit(config_for(corpus, tmp_path / "photos", sidecar_patterns=("*.seg.png",)))
+    assert (everything.num_images, photos.num_images) == (8, 4)
+
+
 def test_sample_is_drawn_evenly_from_every_shard(tmp_path):
     corpus = write_corpus(tmp_path / "in", num_shards=3)
     result = fit(config_for(corpus, tmp_path / "book", images_per_shard=2))

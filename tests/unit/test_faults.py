@@ -26,7 +26,7 @@ from support.builders import (
 )
 from support.fault_proxy import Fault, FaultProxy
 
-from one4all.errors import BindingError, StorageError
+from one4all.errors import BindingError, ProtectorError, StorageError
 from one4all.ledger.ledger import Ledger
 from one4all.storage import INTERNAL, open_storage
 from one4all.storage.s3 import PART_BYTES
@@ -345,6 +345,26 @@ def test_prefix_of_another_protector_is_refused(tmp_path, protect, problems):
     with pytest.raises(BindingError, match="protector_sha256"):
         protect(corpus, tmp_path / "out", protector=str(tmp_path / "other"))
     assert problems(corpus, tmp_path / "out") == []
+
+
+@fault("protector replaced in mid-run")
+def test_protector_that_is_replaced_in_mid_run_writes_nothing(tmp_path, protect, problems):
+    """It is fitted again into the same folder, after the destination was bound."""
+    corpus = write_corpus(tmp_path / "in", num_shards=1)
+    folder, out = tmp_path / "protector", tmp_path / "out"
+    make_protector(seed=1).save(folder)
+
+    def fit_again(todo, num_shards):
+        make_protector(seed=2).save(folder)
+
+    with pytest.raises(ProtectorError, match="changed"):
+        protecting.protect(
+            str(corpus), str(out), ProtectConfig(protector=str(folder)), on_plan=fit_again
+        )
+    assert not list(out.glob("*.tar"))
+    make_protector(seed=1).save(folder)
+    assert protect(corpus, out, protector=str(folder)).exit_code == 0
+    assert problems(corpus, out) == []
 
 
 def test_run_that_was_taken_over_leaves_the_other_ones_uploads_alone(s3_uri, protect, tmp_path):

@@ -7,14 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from support.builders import make_pixels, make_protector
+from torch import nn
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
-from one4all.protectors.card import CARD, WEIGHTS, load_card
+from one4all.protectors.card import CARD, WEIGHTS, ProtectorCard, load_card
 from one4all.protectors.codebook import CodebookConfig, name_codebook
+from one4all.protectors.kinds import KINDS
+from one4all.protectors.model import PerturbationModel
 from one4all.protectors.protector import Protector, check_protector
 
 
@@ -132,3 +136,70 @@ def test_encoder_that_computes_otherwise_is_refused(protector_folder, monkeypatc
     monkeypatch.setattr(encoder, "_mean", encoder._mean + 0.3)
     with pytest.raises(ProtectorError, match="embed its test image differently"):
         Protector.load(str(protector_folder), encoder=encoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "content_hash"),
+    [
+        (
+            "default",
+            "codebook",
+            "7f62b9a7e33b797560a8655858ad089aa13e04722b1ac9bacf222e14e61f4d98",
+        ),
+        ("14a", "generator", "14e5b568df6ed88957b221c5261b2d3368307435823c61ef35e86d1a18f57f12"),
+    ],
+)
+def test_cards_of_before_kinds_had_names_keep_their_hash(name, kind, content_hash):
+    card = load_card(name)
+    assert (card.kind, card.content_hash) == (kind, content_hash)
+    again = ProtectorCard.model_validate_json(card.model_dump_json())
+    assert (again.kind, again.content_hash) == (kind, content_hash)
+
+
+class FlatConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float = 1.0
+
+
+class Flat(PerturbationModel):
+    """A kind of protector that is all a new one has to be: one colour, on the upper half only."""
+
+    kind = "flat"
+    config_type = FlatConfig
+
+    def __init__(self, config, embedding_dim):
+        super().__init__(config, embedding_dim)
+        self.colour = nn.Parameter(torch.full((3,), config.share))
+
+    def forward(self, embedding_BD, image_BCHW):
+        return self.colour[:, None, None].expand(len(image_BCHW), 3, 2, 2)
+
+    def place(self, delta_hwC, height, width):
+        return np.concatenate([delta_hwC, 0 * delta_hwC])
+
+
+def test_a_new_kind_is_a_class_and_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, Flat.kind, Flat)
+    encoder = load_encoder(EncoderConfig(input_size=32))
+    config = FlatConfig(share=0.5)
+    made = Protector.assemble(
+        EncoderConfig(input_size=32),
+        encoder,
+        Flat(config, encoder.embedding_dim),
+        name="flat",
+        working_size=32,
+        config=config,
+    )
+    made.save(tmp_path / "flat")
+    assert json.loads((tmp_path / "flat" / CARD).read_text())["kind"] == "flat"
+    clean = np.full((40, 20, 3), 100, np.uint8)
+    protected = Protector.load(str(tmp_path / "flat")).protect([clean])[0]
+    assert (protected[:15] == 104).all()
+    assert (protected[25:] == 100).all()
+    assert made.card.content_hash != load_card("14a").content_hash
+    monkeypatch.delitem(KINDS, Flat.kind)
+    with pytest.raises(
+        ProtectorError, match="no kind of protector 'flat', only generator, codebook"
+    ):
+        check_protector(str(tmp_path / "flat"))

@@ -1,4 +1,4 @@
-"""A unit of work is a list of objects, and what is done stays done across versions of the ledger."""
+"""A unit is a list of objects; what is done stays done across versions of the ledger."""
 
 import json
 
