@@ -82,9 +82,11 @@ class ImageStream:
     Args:
         uris: Folders or s3:// prefixes of shards.
         size: Side of the crops in pixels.
-        seed: Of everything random here.
+        seed: Seed of everything random here.
         shuffle_buffer: Encoded images held to draw from.
-        num_threads: For decoding.
+        sidecar_patterns: Images that are no photos, such as ``*.seg.png``, and are not learnt
+            from; matched against the last component of the name.
+        num_threads: Threads that decode.
 
     Raises:
         UsageError: No shards.
@@ -97,11 +99,13 @@ class ImageStream:
         size: int,
         seed: int = 0,
         shuffle_buffer: int = 2000,
+        sidecar_patterns: Sequence[str] = (),
         num_threads: int = 1,
     ) -> None:
         self._units: list[tuple[str, Unit]] = open_corpora(uris)
         self._size, self._seed = size, seed
         self._shuffle_buffer = shuffle_buffer
+        self._sidecar_patterns = tuple(sidecar_patterns)
         self._pool = ThreadPoolExecutor(num_threads, "loader")
 
     def batches(self, batch_size: int, shares: Shares) -> Iterator[tuple[Shares, Pixels]]:
@@ -176,7 +180,7 @@ class ImageStream:
             uri, unit = self._units[position]
             # A training run lasts longer than some corpora stay as they were listed.
             for sample in read_samples(open_storage(uri), unit.latest):
-                for member in images_of(sample):
+                for member in images_of(sample, self._sidecar_patterns):
                     index += 1
                     if by_unit or index % share.count == share.index:
                         yield member.payload

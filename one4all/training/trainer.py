@@ -64,6 +64,8 @@ class TrainerConfig(BaseModel):
             those of workers are. Like them, each has its own "ratio" weight and batch statistics.
         learning_rate, weight_decay: Of Adam; warm-up over 1 % of the steps, then cosine to 0.
         shuffle_buffer: Encoded images that a rank holds to draw from.
+        sidecar_patterns: Images that are no photos, such as masks and depth maps, and are not
+            learnt from: ``*.seg.png``; matched against the last component of the name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +84,7 @@ class TrainerConfig(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
     shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
+    sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
 
     @property
@@ -129,6 +132,7 @@ class GeneratorTrainer:
             size=self.working_size,
             seed=config.seed,
             shuffle_buffer=config.shuffle_buffer,
+            sidecar_patterns=config.sidecar_patterns,
             num_threads=num_threads,
         )
         self._rank, self._world_size = rank, world_size

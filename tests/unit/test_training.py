@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.builders import TINY_ENCODER, TINY_GENERATOR, make_tar, write_corpus
+from support.builders import TINY_ENCODER, TINY_GENERATOR, make_image, make_tar, write_corpus
 
 from one4all.errors import UsageError
 from one4all.evaluation.methods.controls import class_patterns, uniform_noise
@@ -95,6 +95,17 @@ def test_dealing_changes_nothing_while_the_number_of_ranks_is_the_same():
     of_ranks = [(Share(3, 0, 2, 7),), (Share(2, 1, 2, 30), Share(3, 1, 2))]
     assert deal(of_ranks, 2) == of_ranks
     assert deal([(Share(0, 0, 2),), (Share(0, 1, 2),)], 1) == [(Share(0, 0, 1),)]
+
+
+def test_masks_and_depth_maps_are_not_learnt_as_photos(tmp_path):
+    photo, mask = make_image(), make_image("PNG")
+    members = [(f"{i}.{name}", data) for i in range(4) for name, data in
+               (("jpg", photo), ("seg.png", mask), ("depth.png", mask))]  # fmt: skip
+    (tmp_path / "shard-000.tar").write_bytes(make_tar(members))
+    stream = ImageStream([str(tmp_path)], size=16, sidecar_patterns=("*.seg.png", "*.depth.png"))
+    assert list(stream._shuffled(Share(0, 0, 1))) == [photo] * 4
+    config = config_for(str(tmp_path), sidecar_patterns=["*.png"])
+    assert list(GeneratorTrainer(config)._stream._shuffled(Share(0, 0, 1))) == [photo] * 4
 
 
 def test_too_few_images_are_named(corpus, tmp_path):
