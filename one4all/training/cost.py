@@ -24,14 +24,17 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class ImageCost:
-    """Of one image in one step.
+    """Memory and arithmetic of one image in one step.
+
+    The objective is taken for one that encodes the protected image, as Eq. 4 does, which costs most
+    by far; networks of its own are not counted.
 
     Attributes:
-        working_size: Side in pixels.
+        working_size: Side of the image in pixels.
         encoder_bytes: Weights of the encoder, its text side included, in float32.
         generator_bytes: Weights of the generator, their gradients, and Adam's two moments.
-        activation_bytes: Kept from the forward for the backward pass, in float32.
-        flops: Of forward and backward pass; a multiply-add is two.
+        activation_bytes: Tensors kept from the forward for the backward pass, in float32.
+        flops: Floating-point operations of both passes; a multiply-add is two.
     """
 
     working_size: int

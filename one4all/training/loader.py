@@ -27,7 +27,7 @@ from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode, working_c
 from one4all.storage import open_storage
 
 MIN_CROP_AREA = 0.4  # share of the image; paper-like RandomResizedCrop (docs/method.md, 19)
-_SHUFFLE_BYTES = 256 << 20
+SHUFFLE_BYTES = 256 << 20  # encoded images held to draw from, at most
 
 
 @dataclass(frozen=True, order=True)
@@ -35,9 +35,10 @@ class Share:
     """What is left of one rank's part of an epoch.
 
     Attributes:
-        epoch: From 0.
-        index, count: Part ``index`` of ``count``.
-        position: Images of it that are done with.
+        epoch: Number of the epoch, from 0.
+        index: Number of the part, from 0.
+        count: Number of parts that the epoch was split into.
+        position: Images of the part that are done with.
     """
 
     epoch: int
@@ -54,11 +55,11 @@ def deal(of_ranks: Sequence[Shares], world_size: int) -> list[Shares]:
 
     Args:
         of_ranks: What each rank was at, by rank; none for a new run.
-        world_size: Ranks from now on.
+        world_size: Number of ranks from now on.
 
     Returns:
-        By rank. The same as before if the number of ranks is; otherwise what is left of all epochs
-        that were begun, and then a share of the next one.
+        Shares of each rank. The same as before if the number of ranks is; otherwise what is left of
+        all epochs that were begun, and then a share of the next one.
     """
     if len(of_ranks) == world_size:
         return list(of_ranks)
@@ -165,7 +166,7 @@ class ImageStream:
         for payload in self._payloads(share):
             buffer.append(payload)
             num_bytes += len(payload)
-            while len(buffer) > self._shuffle_buffer or num_bytes > _SHUFFLE_BYTES:
+            while len(buffer) > self._shuffle_buffer or num_bytes > SHUFFLE_BYTES:
                 drawn = _draw(buffer, random)
                 num_bytes -= len(drawn)
                 yield drawn
