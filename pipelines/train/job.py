@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
 from one4all.storage import Storage, open_storage
 from one4all.training.trainer import GeneratorTrainer
+from pipelines.provenance import commit
 from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.settings import absolute_path, absolute_weights
 from pipelines.train.config import TrainConfig
@@ -164,7 +164,7 @@ def _export(
         "objective": config.objective.model_dump(),
         "first_metrics": history[0] if history else {},
         "last_metrics": history[-1] if history else {},
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
     }
     name = Path(config.output.rstrip("/")).name
@@ -250,22 +250,3 @@ def _root_cause(error: BaseException) -> str:
     """The last line of the innermost failure: what a user can act on."""
     text = str(error).strip().splitlines()
     return text[-1] if text else type(error).__name__
-
-
-def _commit() -> str:
-    """The commit of the code, if it runs from a checkout; with "+" if the checkout is dirty."""
-    try:
-        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
