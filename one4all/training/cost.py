@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError
-from one4all.protectors.generator import Generator
+from one4all.protectors.kinds import build_model
 from one4all.training.trainer import TrainerConfig
 
 _FLOAT = 4  # bytes
@@ -65,7 +65,7 @@ def cost_of_an_image(config: TrainerConfig) -> ImageCost:
         with counter:
             with torch.no_grad():
                 embedding_BD = encode(_resized(clean_BCHW, encoder_size))
-            generator = Generator(config.generator, embedding_dim=embedding_BD.shape[1])
+            generator = build_model(config.generator, embedding_dim=embedding_BD.shape[1])
             weights = {p.untyped_storage()._cdata for p in _tensors(generator, tower)}
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 delta_BCHW = _resized(generator(embedding_BD, clean_BCHW), size)

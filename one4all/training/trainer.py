@@ -15,17 +15,23 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, resize_perturbation
-from one4all.protectors.card import ProtectorCard
-from one4all.protectors.generator import PRESETS as GENERATORS
-from one4all.protectors.generator import Generator, GeneratorConfig
-from one4all.protectors.protector import Protector, golden_embedding
+from one4all.protectors import Generator, GeneratorConfig, Protector
+from one4all.protectors.kinds import KINDS, build_model, parse_config
 from one4all.training.loader import ImageStream, Share, Shares, deal
 from one4all.training.objectives import (
     DEFAULT_OBJECTIVE,
@@ -41,19 +47,6 @@ from one4all.training.objectives import (
 _STATE_FILE = "state.pt"
 
 
-def _preset(presets: dict[str, Any]) -> BeforeValidator:
-    """Let a field be given as the name of a preset."""
-
-    def look_up(value: object) -> object:
-        if isinstance(value, str):
-            if value not in presets:
-                raise ValueError(f"no preset {value!r}, only {', '.join(sorted(presets))}")
-            return presets[value]
-        return value
-
-    return BeforeValidator(look_up)
-
-
 class TrainerConfig(BaseModel):
     """What a generator learns from, and how.
 
@@ -62,7 +55,8 @@ class TrainerConfig(BaseModel):
         vocabulary: Shipped vocabulary or text file, for objectives that have concepts.
         templates: Prompt templates; empty means the encoder's own.
         encoder: Frozen encoder that says what an image is of.
-        generator: Architecture of the generator, or the name of a preset.
+        kind: Kind of protector that is trained; see `one4all.protectors.kinds`.
+        generator: Configuration of that kind, or the name of one of its presets.
         objective: What it is trained for: settings, or the name of an objective or a preset; see
             `one4all.training.objectives`.
         epsilon_levels: Budget of the perturbation, in 8-bit levels.
@@ -85,7 +79,8 @@ class TrainerConfig(BaseModel):
     vocabulary: str = "imagenet1k"
     templates: tuple[str, ...] = ()
     encoder: EncoderConfig = EncoderConfig()
-    generator: Annotated[GeneratorConfig, _preset(GENERATORS)] = GeneratorConfig()
+    kind: str = Generator.kind
+    generator: SerializeAsAny[BaseModel] = GeneratorConfig()
     objective: AnyObjectiveConfig = DEFAULT_OBJECTIVE
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     working_size: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -97,6 +92,25 @@ class TrainerConfig(BaseModel):
     shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
     sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_that_kind(cls, values: Any) -> Any:
+        """Who names a kind and no configuration means the default of that kind."""
+        if isinstance(values, dict) and "kind" in values:
+            return {"generator": {}, **values}
+        return values
+
+    @field_validator("generator", mode="wrap")
+    @classmethod
+    def _of_that_kind(cls, value: Any, _handler: Any, info: ValidationInfo) -> BaseModel:
+        kind = info.data.get("kind", "")
+        if isinstance(value, str) and kind in KINDS:
+            presets = KINDS[kind].presets
+            if value not in presets:
+                raise ValueError(f"no preset {value!r}, only {', '.join(sorted(presets))}")
+            value = presets[value]
+        return parse_config(kind, value)
 
     @property
     def images_per_step(self) -> int:
@@ -132,6 +146,11 @@ class GeneratorTrainer:
         device: Device that it computes on.
         num_threads: Threads that decode images.
         wrap: Makes a module data-parallel, on the device.
+
+    Raises:
+        ConfigError: A vocabulary that cannot be embedded, or a kind of protector without weights.
+        UsageError: A source without images.
+        ProtectorError: The encoder's weights cannot be loaded here.
     """
 
     def __init__(
@@ -148,7 +167,12 @@ class GeneratorTrainer:
         self.device = torch.device(device)
         self.encoder = load_encoder(config.encoder)
         torch.manual_seed(config.seed)  # the same start on every rank
-        self.generator = Generator(config.generator, self.encoder.embedding_dim)
+        self.generator = build_model(config.generator, self.encoder.embedding_dim)
+        if not any(parameter.requires_grad for parameter in self.generator.parameters()):
+            raise ConfigError(
+                f"a protector of kind {config.kind!r} has nothing to train; one4all fit makes some "
+                "that are not trained"
+            )
         self.objective = build_objective(config.objective, self._context())
         self.encoder.to(self.device)
         whole = _Pass(self.generator, self.objective, config.epsilon_levels / 255)
@@ -282,20 +306,18 @@ class GeneratorTrainer:
 
     def protector(self, name: str, training: dict[str, Any]) -> Protector:
         """The trained protector, with its card."""
-        config, bank = self.config, self.objective.bank
-        card = ProtectorCard(
+        config = self.config
+        return Protector.assemble(
+            config.encoder,
+            self.encoder.cpu(),
+            self.generator,
             name=name,
-            encoder=config.encoder,
-            encoder_hash=self.encoder.content_hash(),
-            golden_embedding=golden_embedding(self.encoder.cpu()),
-            vocabulary=bank.vocabulary if bank else "",
-            concept_bank_hash=bank.hash if bank else "",
-            generator=config.generator,
             working_size=self.working_size,
+            config=config.generator,
             epsilon_levels=config.epsilon_levels,
+            bank=self.objective.bank,
             training=training,
         )
-        return Protector(card, self.encoder, self.generator)
 
     def _context(self) -> ObjectiveContext:
         config, encoder = self.config, self.encoder

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from one4all.corpus import list_units
+from one4all.corpus import open_corpora
 from one4all.errors import NotFoundError, UsageError
 from one4all.storage import Storage, open_storage
 from one4all.training.cost import ImageCost, cost_of_an_image
@@ -103,18 +103,14 @@ def plan_training(
     """
     if not config.source:
         raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
-    sources = [open_storage(uri.strip()) for uri in config.source.split(",")]
-    for source in sources:
-        source.check(writable=False)
-    sizes = [shard.size for source in sources for shard in list_units(source)]
-    if not sizes:
-        raise UsageError(f"no .tar shard in {config.source}; one4all pack makes some")
+    uris = config.source.split(",")
+    sizes = [unit.size for _, unit in open_corpora(uris)]
     cost = cost_of_an_image(config)
     on_gpu = config.gpus_per_worker > 0 or (
         config.gpus_per_worker < 0 and torch.cuda.is_available()
     )
     if num_images is None:
-        counted = [_counted(source) for source in sources]
+        counted = [_counted(open_storage(uri.strip())) for uri in uris]
         known = [count for count in counted if count is not None]
         num_images = sum(known) if len(known) == len(counted) else None
     speed, speed_from = _speed(config, cost, on_gpu, images_per_second)
