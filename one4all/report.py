@@ -237,6 +237,7 @@ def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Sec
 
 
 def to_png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

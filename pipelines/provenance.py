@@ -1,4 +1,4 @@
-"""Where a result comes from: the code that made it."""
+"""Where a result comes from: the commit of the code that made it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the checkout that the code runs from.
+    """Commit of the checkout that this runs from; "" if it is installed.
 
-    Returns:
-        Its hash, with "+" if files differ from it; "" if the code runs from no checkout.
+    A "+" behind it says that files which the commit holds have been changed.
     """
     try:
-        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
+        # An installed package may lie below somebody else's checkout, such as in its .venv.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        head = _git("rev-parse", "HEAD")
+        return head + "+" if _git("status", "--porcelain", "--untracked-files=no") else head
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return ""
 
 

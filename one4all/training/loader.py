@@ -1,7 +1,7 @@
-"""Training images from WebDataset shards: split by rank, shuffled, resumable at a position.
+"""Training images from the units of corpora: split by rank, shuffled, resumable at a position.
 
 An epoch is split into as many shares as there are ranks. The stream of a share is a function of
-(seed, epoch, index, count) and the corpus alone: the order of shards, the shuffle and every random
+(seed, epoch, index, count) and the corpus alone: the order of units, the shuffle and every random
 crop are drawn from generators seeded with them. A position is a number of images within a share;
 starting there decodes nothing that came before.
 
@@ -81,7 +81,7 @@ class ImageStream:
     """Random crops of the images of one or more corpora, for one rank.
 
     Args:
-        uris: Folders or s3:// prefixes of shards.
+        uris: Folders or s3:// prefixes of corpora.
         size: Side of the crops in pixels.
         seed: Seed of everything random here.
         shuffle_buffer: Encoded images held to draw from.
@@ -90,7 +90,7 @@ class ImageStream:
         num_threads: Threads that decode.
 
     Raises:
-        UsageError: No shards.
+        UsageError: There is no unit in them.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ImageStream:
     def batches(self, batch_size: int, shares: Shares) -> Iterator[tuple[Shares, Pixels]]:
         """Batches without end: of these shares, then of the last one's epoch after epoch.
 
-        With fewer shards than shares, each share reads all shards and keeps its part of the images.
+        With fewer units than shares, each share reads all units and keeps its part of the images.
         Images that are left at the end of a share and fill no batch are left out.
 
         Yields:

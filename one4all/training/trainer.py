@@ -70,7 +70,8 @@ class TrainerConfig(BaseModel):
         shuffle_buffer: Encoded images that a rank holds to draw from.
         sidecar_patterns: Images that are no photos, such as masks and depth maps, and are not
             learnt from: ``*.seg.png``; matched against the last component of the name.
-        seed: Seed of everything random: weights at the start, order of images, crops.
+        seed: Seed of everything random: weights at the start, order of images, crops, and what the
+            objective draws.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

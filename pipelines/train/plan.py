@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from one4all.storage import Storage, open_storage
 from one4all.training.cost import ImageCost, cost_of_an_image
 from one4all.training.loader import SHUFFLE_BYTES
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import METRICS_FILE
+from pipelines.train.progress import METRICS_FILE, Entry
 
 SIZES_FILE = "sizes.json"  # of the webdataset world: images of each shard, by name
 _PROCESS_BYTES = 1 << 30  # measured: Python with PyTorch and Ray, 0.7 to 1.0 GB
@@ -179,7 +178,7 @@ def _speed(
         lines = open_storage(config.run_folder).read_bytes(METRICS_FILE).decode().splitlines()
     except NotFoundError:
         lines = []
-    entries: list[dict[str, Any]] = [json.loads(line) for line in lines[-100:]]
+    entries: list[Entry] = [json.loads(line) for line in lines[-100:]]
     speeds = [e["images_per_second"] / e["world_size"] for e in entries if "world_size" in e]
     if speeds:
         return median(speeds), f"measured by the run in {config.run_folder}"

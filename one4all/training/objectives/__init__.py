@@ -56,7 +56,7 @@ def objective_presets() -> dict[str, ObjectiveConfig]:
 
 
 def _read(value: object) -> object:
-    """Settings of the right class, from a name or a mapping; looked up when it is asked."""
+    """Settings of the right class, from a name or a mapping."""
     presets = objective_presets()
     if isinstance(value, str):
         if value in presets:

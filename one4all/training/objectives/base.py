@@ -80,9 +80,9 @@ class Objective(nn.Module, ABC):
     """What a generator is trained for: a loss of a batch, and figures to watch.
 
     A module, so that an objective may hold networks of its own: their parameters are trained with
-    the generator's, by the same optimiser, and everything in `state_dict` is in the checkpoints.
-    Random numbers may be drawn from torch's global generator, which the trainer seeds anew for
-    each step: a resumed training draws the same.
+    the generator's, by the same optimiser, and its `state_dict`, as it is on rank 0, goes into the
+    checkpoints. Random numbers may be drawn from torch's global generator, which the trainer seeds
+    anew for each step: a resumed training draws the same.
 
     Attributes:
         config_type: Class of the settings.

@@ -1,4 +1,4 @@
-"""The training objective: concept-wise discriminant loss, Eq. 4 of the paper.
+"""The paper's objective: concept-wise discriminant loss, Eq. 4.
 
     L = l1 - lambda * l2
     l1 = d(E_I(x'), E_T(opposite))              to the most dissimilar concept: pulled together
@@ -29,7 +29,7 @@ from one4all.training.objectives.base import (
     TrainingBatch,
 )
 
-_RECENT_IMAGES = 64
+_RECENT_IMAGES = 64  # whose opposites are counted for the entropy
 
 
 class ConceptObjectiveConfig(ObjectiveConfig):
