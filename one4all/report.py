@@ -20,11 +20,7 @@ from one4all.images import Pixels, colour
 
 AMPLIFICATION = 12
 _MOST_NUMBERED_CLASSES = 20
-_CURVES = (
-    ("l1 and l2 of Eq. 4", ("l1", "l2")),
-    ("cosine of protected images to concepts", ("cosine_own", "cosine_opposite")),
-    ("entropy of chosen opposites (1 = spread evenly)", ("opposite_entropy",)),
-)
+_CURVE_COLUMNS = 3
 
 
 def contact_sheet(
@@ -107,22 +103,23 @@ def _fit(pixels: Pixels, tile: int) -> Image.Image:
 
 
 def plot_loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss terms over steps, as a PNG file.
+    """What was logged of a training, over its steps, as a PNG file: a panel for each name.
 
     Args:
-        history: Metrics in step order, as logged by training.
+        history: Figures by name, in the order of their "step", which every entry has. Other names
+            may be missing here and there.
         path: File to write.
     """
-    figure = _figure(len(_CURVES) * 4.2, 3.2)
-    steps = [entry["step"] for entry in history]
-    for index, (title, names) in enumerate(_CURVES):
-        axes = figure.add_subplot(1, len(_CURVES), index + 1)
-        for name in names:
-            axes.plot(steps, [entry[name] for entry in history], label=name, marker=".")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("step")
+    names = list(dict.fromkeys(name for entry in history for name in entry if name != "step"))
+    rows = math.ceil(len(names) / _CURVE_COLUMNS)
+    figure = _figure(_CURVE_COLUMNS * 4.2, rows * 2.6)
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(rows, _CURVE_COLUMNS, index + 1)
+        logged = [entry for entry in history if name in entry]
+        axes.plot([e["step"] for e in logged], [e[name] for e in logged], marker=".")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -180,7 +177,7 @@ def plot_confusion(confusion: npt.ArrayLike, *, title: str, names: Sequence[str]
     Args:
         confusion: (K, K) counts; a row is the true class, a column the answer.
         title: Above the plot.
-        names: Of the K classes; numbers from 0 if not given.
+        names: Names of the K classes; numbers from 0 if not given.
 
     Raises:
         UsageError: Not square, or another number of names.
@@ -240,6 +237,7 @@ def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Sec
 
 
 def to_png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

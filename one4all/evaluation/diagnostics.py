@@ -32,7 +32,7 @@ from one4all.evaluation.labelled import LabelledImages, Labels
 from one4all.images import DecodedImage, decode, encode
 from one4all.perturbation import Levels
 from one4all.training.objectives.concept import (
-    ObjectiveConfig,
+    ConceptObjectiveConfig,
     concept_objective,
     normalised_entropy,
     select_targets,
@@ -353,7 +353,7 @@ def _losses(
 ) -> tuple[LossAtK, ...]:
     losses = []
     for k in ks:
-        config = ObjectiveConfig(num_similar=k, centre_concepts=centre)
+        config = ConceptObjectiveConfig(num_similar=k, centre_concepts=centre)
         terms = concept_objective(clean_ND, protected_ND, bank.embeddings.cpu(), config)
         l1, l2 = float(terms.l1), float(terms.l2)
         losses.append(LossAtK(k, l1, l2, float(np.log(max(l1, 1e-6) / max(l2, 1e-6)))))

@@ -13,7 +13,8 @@ bottleneck (paper Figure 2). Two presets of one class:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -76,6 +77,7 @@ class Generator(PerturbationModel):
 
     kind = "generator"
     config_type = GeneratorConfig
+    presets: ClassVar[Mapping[str, BaseModel]] = PRESETS
 
     def __init__(self, config: GeneratorConfig, embedding_dim: int) -> None:
         super().__init__(config, embedding_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -20,10 +21,12 @@ class PerturbationModel(nn.Module, ABC):
     Attributes:
         kind: Name in protector cards.
         config_type: Class of its configuration.
+        presets: Configurations that have a name.
     """
 
     kind: ClassVar[str]
     config_type: ClassVar[type[BaseModel]]
+    presets: ClassVar[Mapping[str, BaseModel]] = {}
 
     @abstractmethod
     def __init__(self, config: BaseModel, embedding_dim: int) -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError
-from one4all.protectors.generator import Generator
+from one4all.protectors.kinds import build_model
 from one4all.training.trainer import TrainerConfig
 
 _FLOAT = 4  # bytes
@@ -24,14 +24,17 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class ImageCost:
-    """Of one image in one step.
+    """Memory and arithmetic of one image in one step.
+
+    The objective is taken for one that encodes the protected image, as Eq. 4 does, which costs most
+    by far; networks of its own are not counted.
 
     Attributes:
-        working_size: Side in pixels.
+        working_size: Side of the image in pixels.
         encoder_bytes: Weights of the encoder, its text side included, in float32.
         generator_bytes: Weights of the generator, their gradients, and Adam's two moments.
-        activation_bytes: Kept from the forward for the backward pass, in float32.
-        flops: Of forward and backward pass; a multiply-add is two.
+        activation_bytes: Tensors kept from the forward for the backward pass, in float32.
+        flops: Floating-point operations of both passes; a multiply-add is two.
     """
 
     working_size: int
@@ -62,7 +65,7 @@ def cost_of_an_image(config: TrainerConfig) -> ImageCost:
         with counter:
             with torch.no_grad():
                 embedding_BD = encode(_resized(clean_BCHW, encoder_size))
-            generator = Generator(config.generator, embedding_dim=embedding_BD.shape[1])
+            generator = build_model(config.generator, embedding_dim=embedding_BD.shape[1])
             weights = {p.untyped_storage()._cdata for p in _tensors(generator, tower)}
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 delta_BCHW = _resized(generator(embedding_BD, clean_BCHW), size)

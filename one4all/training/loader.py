@@ -1,7 +1,7 @@
-"""Training images from WebDataset shards: split by rank, shuffled, resumable at a position.
+"""Training images from the units of corpora: split by rank, shuffled, resumable at a position.
 
 An epoch is split into as many shares as there are ranks. The stream of a share is a function of
-(seed, epoch, index, count) and the corpus alone: the order of shards, the shuffle and every random
+(seed, epoch, index, count) and the corpus alone: the order of units, the shuffle and every random
 crop are drawn from generators seeded with them. A position is a number of images within a share;
 starting there decodes nothing that came before.
 
@@ -27,7 +27,7 @@ from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode, working_c
 from one4all.storage import open_storage
 
 MIN_CROP_AREA = 0.4  # share of the image; paper-like RandomResizedCrop (docs/method.md, 19)
-_SHUFFLE_BYTES = 256 << 20
+SHUFFLE_BYTES = 256 << 20  # encoded images held to draw from, at most
 
 
 @dataclass(frozen=True, order=True)
@@ -35,9 +35,10 @@ class Share:
     """What is left of one rank's part of an epoch.
 
     Attributes:
-        epoch: From 0.
-        index, count: Part ``index`` of ``count``.
-        position: Images of it that are done with.
+        epoch: Number of the epoch, from 0.
+        index: Number of the part, from 0.
+        count: Number of parts that the epoch was split into.
+        position: Images of the part that are done with.
     """
 
     epoch: int
@@ -54,11 +55,11 @@ def deal(of_ranks: Sequence[Shares], world_size: int) -> list[Shares]:
 
     Args:
         of_ranks: What each rank was at, by rank; none for a new run.
-        world_size: Ranks from now on.
+        world_size: Number of ranks from now on.
 
     Returns:
-        By rank. The same as before if the number of ranks is; otherwise what is left of all epochs
-        that were begun, and then a share of the next one.
+        Shares of each rank. The same as before if the number of ranks is; otherwise what is left of
+        all epochs that were begun, and then a share of the next one.
     """
     if len(of_ranks) == world_size:
         return list(of_ranks)
@@ -80,14 +81,16 @@ class ImageStream:
     """Random crops of the images of one or more corpora, for one rank.
 
     Args:
-        uris: Folders or s3:// prefixes of shards.
+        uris: Folders or s3:// prefixes of corpora.
         size: Side of the crops in pixels.
-        seed: Of everything random here.
+        seed: Seed of everything random here.
         shuffle_buffer: Encoded images held to draw from.
-        num_threads: For decoding.
+        sidecar_patterns: Images that are no photos, such as ``*.seg.png``, and are not learnt
+            from; matched against the last component of the name.
+        num_threads: Threads that decode.
 
     Raises:
-        UsageError: No shards.
+        UsageError: There is no unit in them.
     """
 
     def __init__(
@@ -97,17 +100,19 @@ class ImageStream:
         size: int,
         seed: int = 0,
         shuffle_buffer: int = 2000,
+        sidecar_patterns: Sequence[str] = (),
         num_threads: int = 1,
     ) -> None:
         self._units: list[tuple[str, Unit]] = open_corpora(uris)
         self._size, self._seed = size, seed
         self._shuffle_buffer = shuffle_buffer
+        self._sidecar_patterns = tuple(sidecar_patterns)
         self._pool = ThreadPoolExecutor(num_threads, "loader")
 
     def batches(self, batch_size: int, shares: Shares) -> Iterator[tuple[Shares, Pixels]]:
         """Batches without end: of these shares, then of the last one's epoch after epoch.
 
-        With fewer shards than shares, each share reads all shards and keeps its part of the images.
+        With fewer units than shares, each share reads all units and keeps its part of the images.
         Images that are left at the end of a share and fill no batch are left out.
 
         Yields:
@@ -161,7 +166,7 @@ class ImageStream:
         for payload in self._payloads(share):
             buffer.append(payload)
             num_bytes += len(payload)
-            while len(buffer) > self._shuffle_buffer or num_bytes > _SHUFFLE_BYTES:
+            while len(buffer) > self._shuffle_buffer or num_bytes > SHUFFLE_BYTES:
                 drawn = _draw(buffer, random)
                 num_bytes -= len(drawn)
                 yield drawn
@@ -176,7 +181,7 @@ class ImageStream:
             uri, unit = self._units[position]
             # A training run lasts longer than some corpora stay as they were listed.
             for sample in read_samples(open_storage(uri), unit.latest):
-                for member in images_of(sample):
+                for member in images_of(sample, self._sidecar_patterns):
                     index += 1
                     if by_unit or index % share.count == share.index:
                         yield member.payload

@@ -9,44 +9,42 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, resize_perturbation
-from one4all.protectors.card import ProtectorCard
-from one4all.protectors.generator import PRESETS as GENERATORS
-from one4all.protectors.generator import Generator, GeneratorConfig
-from one4all.protectors.protector import Protector, golden_embedding
+from one4all.protectors import Generator, GeneratorConfig, Protector
+from one4all.protectors.kinds import KINDS, build_model, parse_config
 from one4all.training.loader import ImageStream, Share, Shares, deal
-from one4all.training.objectives.concept import PRESETS as OBJECTIVES
-from one4all.training.objectives.concept import (
-    ObjectiveConfig,
-    ObjectiveTerms,
-    concept_objective,
-    normalised_entropy,
+from one4all.training.objectives import (
+    DEFAULT_OBJECTIVE,
+    RESERVED_SCALARS,
+    AnyObjectiveConfig,
+    Objective,
+    ObjectiveContext,
+    Scalars,
+    TrainingBatch,
+    build_objective,
 )
 
 _STATE_FILE = "state.pt"
-
-
-def _preset(presets: dict[str, Any]) -> BeforeValidator:
-    """Let a field be given as the name of a preset."""
-
-    def look_up(value: object) -> object:
-        if isinstance(value, str):
-            if value not in presets:
-                raise ValueError(f"no preset {value!r}, only {', '.join(sorted(presets))}")
-            return presets[value]
-        return value
-
-    return BeforeValidator(look_up)
 
 
 class TrainerConfig(BaseModel):
@@ -54,16 +52,26 @@ class TrainerConfig(BaseModel):
 
     Attributes:
         source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas.
-        vocabulary: Shipped vocabulary or text file.
+        vocabulary: Shipped vocabulary or text file, for objectives that have concepts.
         templates: Prompt templates; empty means the encoder's own.
-        encoder, generator, objective: See there; generator and objective also take a preset name.
-        working_size: Side in pixels; 0 means the encoder's input size.
-        steps: Optimiser steps.
+        encoder: Frozen encoder that says what an image is of.
+        kind: Kind of protector that is trained; see `one4all.protectors.kinds`.
+        generator: Configuration of that kind, or the name of one of its presets.
+        objective: What it is trained for: settings, or the name of an objective or a preset; see
+            `one4all.training.objectives`.
+        epsilon_levels: Budget of the perturbation, in 8-bit levels.
+        working_size: Side in pixels of the images in training; 0 means the encoder's input size.
+        steps: Number of optimiser steps.
         batch_size: Images of a worker that are computed at once.
         accumulate_batches: Batches of a worker that make one step; their gradients are averaged, as
             those of workers are. Like them, each has its own "ratio" weight and batch statistics.
-        learning_rate, weight_decay: Of Adam; warm-up over 1 % of the steps, then cosine to 0.
+        learning_rate: Highest step size of Adam: warm-up over 1 % of the steps, then cosine to 0.
+        weight_decay: Weight of Adam's L2 penalty.
         shuffle_buffer: Encoded images that a rank holds to draw from.
+        sidecar_patterns: Images that are no photos, such as masks and depth maps, and are not
+            learnt from: ``*.seg.png``; matched against the last component of the name.
+        seed: Seed of everything random: weights at the start, order of images, crops, and what the
+            objective draws.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,8 +80,9 @@ class TrainerConfig(BaseModel):
     vocabulary: str = "imagenet1k"
     templates: tuple[str, ...] = ()
     encoder: EncoderConfig = EncoderConfig()
-    generator: Annotated[GeneratorConfig, _preset(GENERATORS)] = GeneratorConfig()
-    objective: Annotated[ObjectiveConfig, _preset(OBJECTIVES)] = ObjectiveConfig()
+    kind: str = Generator.kind
+    generator: SerializeAsAny[BaseModel] = GeneratorConfig()
+    objective: AnyObjectiveConfig = DEFAULT_OBJECTIVE
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     working_size: Annotated[int, Field(ge=0, le=1024)] = 0
     steps: Annotated[int, Field(ge=1)] = 1000
@@ -82,23 +91,67 @@ class TrainerConfig(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
     shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
+    sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_that_kind(cls, values: Any) -> Any:
+        """Who names a kind and no configuration means the default of that kind."""
+        if isinstance(values, dict) and "kind" in values:
+            return {"generator": {}, **values}
+        return values
+
+    @field_validator("generator", mode="wrap")
+    @classmethod
+    def _of_that_kind(cls, value: Any, _handler: Any, info: ValidationInfo) -> BaseModel:
+        kind = info.data.get("kind", "")
+        if isinstance(value, str) and kind in KINDS:
+            presets = KINDS[kind].presets
+            if value not in presets:
+                raise ValueError(f"no preset {value!r}, only {', '.join(sorted(presets))}")
+            value = presets[value]
+        return parse_config(kind, value)
 
     @property
     def images_per_step(self) -> int:
-        """Of one worker."""
+        """Images of one worker in one optimiser step."""
         return self.batch_size * self.accumulate_batches
+
+
+class _Pass(nn.Module):
+    """From clean images to the loss: everything that is trained, for data parallelism to wrap."""
+
+    def __init__(self, generator: nn.Module, objective: Objective, epsilon: float) -> None:
+        super().__init__()
+        self.generator, self.objective = generator, objective
+        self._epsilon = epsilon
+
+    def forward(self, clean_BCHW: Tensor, embedding_BD: Tensor) -> tuple[Tensor, Scalars]:
+        delta_BChw = self._epsilon * self.generator(embedding_BD, clean_BCHW).float()
+        height, width = clean_BCHW.shape[-2:]
+        protected_BCHW = (clean_BCHW + resize_perturbation(delta_BChw, (height, width))).clamp(0, 1)
+        result: tuple[Tensor, Scalars] = self.objective(
+            TrainingBatch(clean_BCHW, embedding_BD, delta_BChw, protected_BCHW)
+        )
+        return result
 
 
 class GeneratorTrainer:
     """One rank's training state: a step at a time, savable and loadable.
 
     Args:
-        config: See there.
-        rank, world_size: This worker.
-        device: Where it computes.
-        num_threads: For decoding images.
-        wrap: Makes the model data-parallel.
+        config: What is learnt from, and how.
+        rank: Number of this worker, from 0.
+        world_size: Number of workers.
+        device: Device that it computes on.
+        num_threads: Threads that decode images.
+        wrap: Makes a module data-parallel, on the device.
+
+    Raises:
+        ConfigError: A vocabulary that cannot be embedded, or a kind of protector without weights.
+        UsageError: A source without images.
+        ProtectorError: The encoder's weights cannot be loaded here.
     """
 
     def __init__(
@@ -114,14 +167,21 @@ class GeneratorTrainer:
         self.config = config
         self.device = torch.device(device)
         self.encoder = load_encoder(config.encoder)
-        self.bank = ConceptBank.build(config.vocabulary, self.encoder, templates=config.templates)
-        self.encoder.to(self.device)
-        self._concepts_ND = self.bank.embeddings.to(self.device)
         torch.manual_seed(config.seed)  # the same start on every rank
-        self.generator = Generator(config.generator, self.encoder.embedding_dim).to(self.device)
-        self._model = wrap(self.generator)
+        self.generator = build_model(config.generator, self.encoder.embedding_dim)
+        if not any(parameter.requires_grad for parameter in self.generator.parameters()):
+            raise ConfigError(
+                f"a protector of kind {config.kind!r} has nothing to train; one4all fit makes some "
+                "that are not trained"
+            )
+        self.objective = build_objective(config.objective, self._context())
+        self.encoder.to(self.device)
+        whole = _Pass(self.generator, self.objective, config.epsilon_levels / 255)
+        self._model = wrap(whole.to(self.device))
         self.optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            [parameter for parameter in whole.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate_at)
         self._stream = ImageStream(
@@ -129,15 +189,18 @@ class GeneratorTrainer:
             size=self.working_size,
             seed=config.seed,
             shuffle_buffer=config.shuffle_buffer,
+            sidecar_patterns=config.sidecar_patterns,
             num_threads=num_threads,
         )
         self._rank, self._world_size = rank, world_size
         self.step_number = 0
         self.shares = deal([], world_size)[rank]
-        self._opposites_N = torch.zeros(len(self.bank.concepts))
+        self._loss: Tensor | float = math.nan  # of the last batch
+        self._scalars: Scalars = {}
 
     @property
     def working_size(self) -> int:
+        """Side in pixels of the images in training."""
         return self.config.working_size or self.encoder.input_size
 
     @torch.no_grad()
@@ -147,37 +210,38 @@ class GeneratorTrainer:
         Raises:
             ConfigError: Working size, vocabulary and objective do not fit together.
         """
+        self.objective.check()
         size = self.working_size
         clean = torch.zeros(1, 3, size, size, device=self.device)
-        embedding = self.encoder.encode_image(clean)
-        self.generator.eval()(embedding, clean)
-        concept_objective(embedding, embedding, self._concepts_ND, self.config.objective)
+        _, scalars = self._model.eval()(clean, self.encoder.encode_image(clean))
+        if taken := RESERVED_SCALARS & scalars.keys():
+            raise ConfigError(
+                f"objective {self.config.objective.name!r} names a scalar {min(taken)!r}, as "
+                "something that is logged for every objective; give it another name"
+            )
 
-    def steps(self) -> Iterator[tuple[int, ObjectiveTerms]]:
-        """Train to the end, yielding ``(step, terms)`` after each step."""
+    def steps(self) -> Iterator[int]:
+        """Train to the end, yielding the number of each step when it is done, from 1."""
         self._model.train()
         batches = self._stream.batches(self.config.images_per_step, self.shares)
         while self.step_number < self.config.steps:
             self.shares, image_BHWC = next(batches)
-            terms = self.step(torch.from_numpy(image_BHWC))
+            self.step(torch.from_numpy(image_BHWC))
             self.step_number += 1
-            yield self.step_number, terms
+            yield self.step_number
 
-    def step(self, image_BHWC: Tensor) -> ObjectiveTerms:
-        """One optimiser step on clean images, uint8 (B, S, S, 3), ``batch_size`` at once.
-
-        Returns:
-            The terms of the last batch.
-        """
+    def step(self, image_BHWC: Tensor) -> None:
+        """One optimiser step on clean images, uint8 (B, S, S, 3), ``batch_size`` at once."""
+        # What is random in a step depends on nothing that came before: resumed is uninterrupted.
+        torch.manual_seed(self._seed_of_step())
         self.optimizer.zero_grad(set_to_none=True)
         batches = torch.split(image_BHWC, self.config.batch_size)
         for batch_BHWC in batches[:-1]:
             with self._without_exchange():
                 self._backward(batch_BHWC, 1 / len(batches))
-        terms = self._backward(batches[-1], 1 / len(batches))
+        self._backward(batches[-1], 1 / len(batches))
         self.optimizer.step()
         self._schedule.step()
-        return terms
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         """Workers exchange gradients once a step, with its last batch."""
@@ -185,40 +249,25 @@ class GeneratorTrainer:
         context: AbstractContextManager[None] = no_sync()
         return context
 
-    def _backward(self, image_BHWC: Tensor, weight: float) -> ObjectiveTerms:
+    def _backward(self, image_BHWC: Tensor, weight: float) -> None:
         """Add the gradients of one batch of clean images, uint8 (B, S, S, 3)."""
         # Collated with channels last, permuted here: that is the fast memory layout.
         clean = image_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-        epsilon = self.config.epsilon_levels / 255
         gpu = self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
             with torch.no_grad():
                 clean_BD = self.encoder.encode_image(clean)
-            delta = epsilon * self._model(clean_BD, clean).float()
-            height, width = clean.shape[-2:]
-            protected = (clean + resize_perturbation(delta, (height, width))).clamp(0, 1)
-            protected_BD = self.encoder.encode_image(protected)
-        terms = concept_objective(clean_BD, protected_BD, self._concepts_ND, self.config.objective)
-        (weight * terms.loss).backward()  # type: ignore[no-untyped-call]
-        self._opposites_N += torch.bincount(
-            terms.targets.opposite.cpu(), minlength=len(self._opposites_N)
-        )
-        return terms
+            loss, self._scalars = self._model(clean, clean_BD)
+        (weight * loss).backward()
+        self._loss = loss.detach()
 
-    def metrics(self, terms: ObjectiveTerms) -> dict[str, float]:
-        """Loggable figures of the last step; resets the histogram of opposites."""
-        entropy = normalised_entropy(self._opposites_N)
-        self._opposites_N.zero_()
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last step: of its last batch, the loss and the objective's scalars."""
         return {
             "step": self.step_number,
             "epoch": self.shares[0].epoch,
-            "loss": terms.loss.item(),
-            "l1": float(terms.l1),
-            "l2": float(terms.l2),
-            "lambda": float(terms.lambda_),
-            "cosine_own": float(terms.cosine_own),
-            "cosine_opposite": float(terms.cosine_opposite),
-            "opposite_entropy": entropy,
+            "loss": float(self._loss),
+            **{name: float(value) for name, value in self._scalars.items()},
             "learning_rate": float(self._schedule.get_last_lr()[0]),
         }
 
@@ -226,11 +275,12 @@ class GeneratorTrainer:
         """Write all that resuming needs; a file of tensors and numbers only.
 
         Args:
-            folder: Where.
+            folder: Folder to write to.
             of_ranks: The ``shares`` of every rank, by rank; of this one, if it is alone.
         """
         state = {
             "generator": self.generator.state_dict(),
+            "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "step": self.step_number,
@@ -247,6 +297,8 @@ class GeneratorTrainer:
                 "folder, or delete it to start again"
             )
         self.generator.load_state_dict(state["generator"])
+        # Before there was a choice of objectives, there was one, which has no state.
+        self.objective.load_state_dict(state.get("objective", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.step_number = state["step"]
@@ -256,19 +308,33 @@ class GeneratorTrainer:
     def protector(self, name: str, training: dict[str, Any]) -> Protector:
         """The trained protector, with its card."""
         config = self.config
-        card = ProtectorCard(
+        return Protector.assemble(
+            config.encoder,
+            self.encoder.cpu(),
+            self.generator,
             name=name,
-            encoder=config.encoder,
-            encoder_hash=self.encoder.content_hash(),
-            golden_embedding=golden_embedding(self.encoder.cpu()),
-            vocabulary=config.vocabulary,
-            concept_bank_hash=self.bank.hash,
-            generator=config.generator,
             working_size=self.working_size,
+            config=config.generator,
             epsilon_levels=config.epsilon_levels,
+            bank=self.objective.bank,
             training=training,
         )
-        return Protector(card, self.encoder, self.generator)
+
+    def _context(self) -> ObjectiveContext:
+        config, encoder = self.config, self.encoder
+        return ObjectiveContext(
+            encode_image=encoder.encode_image,
+            embedding_dim=encoder.embedding_dim,
+            concept_bank=partial(
+                ConceptBank.build, config.vocabulary, encoder, templates=config.templates
+            ),
+            working_size=self.working_size,
+            epsilon_levels=config.epsilon_levels,
+        )
+
+    def _seed_of_step(self) -> int:
+        words = np.random.SeedSequence((self.config.seed, self._rank, self.step_number))
+        return int(words.generate_state(1, np.uint64)[0] >> 1)
 
     def _rate_at(self, step: int) -> float:
         """Warm-up over 1 % of the steps, then cosine to 0."""

@@ -24,17 +24,21 @@ class TrainConfig(TrainerConfig, JobConfig):
 
     Attributes:
         output: Protector folder or URI to write.
-        run_folder: Checkpoints, metrics.jsonl, TensorBoard files and curves; s3:// for several
-            nodes. The same folder resumes.
-        log_every, checkpoint_every: Steps.
+        run_folder: Folder of checkpoints, metrics.jsonl, TensorBoard files and curves; s3:// for
+            several nodes. The same folder resumes.
+        log_every: Steps from one entry of metrics.jsonl to the next.
+        checkpoint_every: Steps from one checkpoint to the next.
         num_workers: Ray Train workers: a number, or the range [least, most], within which Ray takes
-            as many as fit, when it starts and after each lost node. Each takes ``gpus_per_worker``
-            GPUs (below 0: 1 if there is any) and ``cpus_per_worker`` CPUs.
+            as many as fit, when it starts and after each lost node.
+        cpus_per_worker: CPUs that each worker takes.
+        gpus_per_worker: GPUs that each worker takes; below 0 means 1 if there is any.
         resize_seconds: How often a group of a range looks whether more workers fit. Growing costs a
             restart, and the steps since the last checkpoint.
-        max_failures: Restarts after a lost worker; of nodes whose end was announced, any number.
+        max_failures: Restarts after lost workers; one more, and training has failed. A node whose
+            end was announced is not counted.
         lease_seconds: Life of the lease that keeps a second run off the run folder; renewed four
             times in it.
+        ray: How to reach Ray.
     """
 
     output: str = "protector"
@@ -51,8 +55,10 @@ class TrainConfig(TrainerConfig, JobConfig):
 
     @property
     def min_workers(self) -> int:
+        """The least number of workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
+        """The largest number of workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,15 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from one4all.errors import ConflictError, One4AllError, UsageError
 from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
-from one4all.storage import open_storage
+from one4all.storage import Storage, open_storage
 from one4all.training.trainer import GeneratorTrainer
+from pipelines.provenance import commit
 from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.settings import absolute_path, absolute_weights
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import RunLog, progress_board
+from pipelines.train.progress import Entry, RunLog, progress_board
 from pipelines.train.worker import train_loop
 
 _RUN_FILE = "run.json"
@@ -37,16 +39,16 @@ def train(
     *,
     command: str = "",
     on_start: Callable[[], None] = lambda: None,
-    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_metrics: Callable[[Entry], None] = lambda entry: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
 
     Args:
-        config: See there.
-        command: Recorded in the card.
+        config: What to learn from, how, and with which workers.
+        command: Command line, for the record in the card.
         on_start: Called when all checks have passed.
-        on_metrics: Called on the driver with the metrics of rank 0, every ``log_every`` steps.
+        on_metrics: Called on the driver with what rank 0 logs, every ``log_every`` steps.
         on_wait: Called with a sentence before waiting for a run that may have died.
 
     Raises:
@@ -77,12 +79,12 @@ def train(
             return _export(config, given.source, Path(folder), log.history, command)
 
 
-def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[dict[str, float]], None]) -> Any:
+def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[Entry], None]) -> Any:
     """Run Ray Train to the end; its last checkpoint."""
 
-    def on_entry(metrics: dict[str, float]) -> None:
-        log.add(metrics)
-        on_metrics(metrics)
+    def on_entry(entry: Entry) -> None:
+        log.add(entry)
+        on_metrics(entry)
 
     with ray_session(config.ray), log, progress_board(on_entry) as board:
         from ray.exceptions import RayError
@@ -146,7 +148,7 @@ def _export(
     config: TrainConfig,
     source: str,
     checkpoint: Path,
-    history: list[dict[str, float]],
+    history: list[Entry],
     command: str,
 ) -> ProtectorCard:
     """Write the protector folder from the last checkpoint."""
@@ -162,7 +164,7 @@ def _export(
         "objective": config.objective.model_dump(),
         "first_metrics": history[0] if history else {},
         "last_metrics": history[-1] if history else {},
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
     }
     name = Path(config.output.rstrip("/")).name
@@ -198,23 +200,33 @@ def _refuse_other_run(config: TrainConfig) -> None:
         "lease_seconds",
     }
     wanted = config.model_dump(mode="json", exclude=free)
-    data = json.dumps(wanted, indent=1, sort_keys=True).encode()
-    # What an older version did not know of, it did as the default does.
-    defaults = TrainConfig().model_dump(mode="json")
     try:
-        storage.create(_RUN_FILE, data)
+        storage.create(_RUN_FILE, json.dumps(wanted, indent=1, sort_keys=True).encode())
     except ConflictError:
-        found = json.loads(storage.read_bytes(_RUN_FILE))
+        found = _begun_run(storage).model_dump(mode="json", exclude=free)
         changes = [
-            f"{key} {found.get(key, defaults[key])!r} -> {value!r}"
-            for key, value in json.loads(data).items()
-            if found.get(key, defaults[key]) != value
+            f"{key} {found[key]!r} -> {value!r}"
+            for key, value in sorted(wanted.items())
+            if found[key] != value
         ]
         if changes:
             raise UsageError(
                 f"run folder {config.run_folder} belongs to another run ({'; '.join(changes)}); "
                 "choose another run_folder, or delete it to start again"
             ) from None
+
+
+def _begun_run(run_folder: Storage) -> TrainConfig:
+    """The settings that a run began with; where it knew none, it did as the default does."""
+    try:
+        return TrainConfig.model_validate_json(run_folder.read_bytes(_RUN_FILE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise UsageError(
+            f"{_RUN_FILE} in run folder {run_folder.uri} is damaged, or of another version of "
+            f"one4all ({what}); choose another run_folder, or delete it to start again"
+        ) from error
 
 
 def _ray_storage(run_folder: str) -> dict[str, Any]:
@@ -238,22 +250,3 @@ def _root_cause(error: BaseException) -> str:
     """The last line of the innermost failure: what a user can act on."""
     text = str(error).strip().splitlines()
     return text[-1] if text else type(error).__name__
-
-
-def _commit() -> str:
-    """The commit of the code, if it runs from a checkout; with "+" if the checkout is dirty."""
-    try:
-        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()

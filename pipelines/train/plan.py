@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
-from one4all.corpus import list_units
+from one4all.corpus import open_corpora
 from one4all.errors import NotFoundError, UsageError
 from one4all.storage import Storage, open_storage
 from one4all.training.cost import ImageCost, cost_of_an_image
+from one4all.training.loader import SHUFFLE_BYTES
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import METRICS_FILE
+from pipelines.train.progress import METRICS_FILE, Entry
 
 SIZES_FILE = "sizes.json"  # of the webdataset world: images of each shard, by name
-_BUFFER_BYTES = 256 << 20  # one4all.training.loader's, at most
 _PROCESS_BYTES = 1 << 30  # measured: Python with PyTorch and Ray, 0.7 to 1.0 GB
 # Sustained by one worker, guessed low: an A100 in bfloat16 can do six times as much, and two CPU
 # cores of a shared machine did this.
@@ -29,14 +28,17 @@ _GPU_FLOPS, _CPU_FLOPS = 50e12, 0.03e12
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Of a number of workers.
+class TrainEstimate:
+    """What training takes with one number of workers.
 
     Attributes:
-        images_per_step: Of all of them.
-        epochs: None if the number of images is not known.
-        gpu_hours: None on CPUs.
-        price: None if nobody said what an hour of a worker costs.
+        num_workers: Number of workers.
+        images_per_step: Images of all of them in one step.
+        epochs: Times that the source is gone through; None if its number of images is not known.
+        seconds: Time from the first step to the last.
+        worker_hours: Hours of all workers together.
+        gpu_hours: Hours of all GPUs together; None on CPUs.
+        price: Price of the worker-hours; None if nobody said what one costs.
     """
 
     num_workers: int
@@ -53,16 +55,17 @@ class TrainPlan:
     """What a run would take.
 
     Attributes:
-        steps: Optimiser steps in all.
-        num_shards, num_bytes: Of the source.
-        num_images: Of the source; None if neither told nor written down there.
-        cost: Of one image.
+        steps: Number of optimiser steps.
+        num_shards: Number of shards of the source.
+        num_bytes: Bytes of the source.
+        num_images: Images of the source; None if neither told nor written down there.
+        cost: Memory and arithmetic of one image.
         on_gpu: Whether workers have GPUs, and compute in bfloat16.
         device_bytes: Weights, optimiser and activations of one batch; on a CPU, in its memory.
-        host_bytes: The process and its images.
-        images_per_second: Of one worker.
-        speed_from: Where that is from.
-        estimates: For the least and the most workers.
+        host_bytes: Memory of a worker's process and the images that it holds.
+        images_per_second: Speed of one worker.
+        speed_from: Where that speed is from, in words.
+        estimates: Time and price with the least and with the most workers.
     """
 
     steps: int
@@ -75,7 +78,7 @@ class TrainPlan:
     host_bytes: int
     images_per_second: float
     speed_from: str
-    estimates: tuple[Estimate, ...]
+    estimates: tuple[TrainEstimate, ...]
 
 
 def plan_training(
@@ -88,28 +91,25 @@ def plan_training(
     """Count, trace and multiply.
 
     Args:
-        config: As for `train`.
-        num_images: Of the source; default: the sum of its ``sizes.json``, if it has one.
-        images_per_second: Of one worker; default: see `TrainPlan.speed_from`.
-        price_per_hour: Of one worker, in any currency.
+        config: Settings, as for `train`.
+        num_images: Images of the source; default: the sum of its ``sizes.json``, if it has one.
+        images_per_second: Speed of one worker; default: measured or guessed, as
+            `TrainPlan.speed_from` says.
+        price_per_hour: Price of an hour of one worker, in any currency.
 
     Raises:
         UsageError: No source, no shards, or settings that do not fit together.
     """
     if not config.source:
         raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
-    sources = [open_storage(uri.strip()) for uri in config.source.split(",")]
-    for source in sources:
-        source.check(writable=False)
-    sizes = [shard.size for source in sources for shard in list_units(source)]
-    if not sizes:
-        raise UsageError(f"no .tar shard in {config.source}; one4all pack makes some")
+    uris = config.source.split(",")
+    sizes = [unit.size for _, unit in open_corpora(uris)]
     cost = cost_of_an_image(config)
     on_gpu = config.gpus_per_worker > 0 or (
         config.gpus_per_worker < 0 and torch.cuda.is_available()
     )
     if num_images is None:
-        counted = [_counted(source) for source in sources]
+        counted = [_counted(open_storage(uri.strip())) for uri in uris]
         known = [count for count in counted if count is not None]
         num_images = sum(known) if len(known) == len(counted) else None
     speed, speed_from = _speed(config, cost, on_gpu, images_per_second)
@@ -123,7 +123,7 @@ def plan_training(
         cost=cost,
         on_gpu=on_gpu,
         device_bytes=device_bytes,
-        host_bytes=_PROCESS_BYTES + min(_BUFFER_BYTES, sum(sizes)),
+        host_bytes=_PROCESS_BYTES + min(SHUFFLE_BYTES, sum(sizes)),
         images_per_second=speed,
         speed_from=speed_from,
         estimates=tuple(
@@ -140,12 +140,12 @@ def _estimate(
     speed: float,
     price_per_hour: float | None,
     on_gpu: bool,
-) -> Estimate:
+) -> TrainEstimate:
     images_per_step = config.images_per_step * num_workers
     seconds = config.steps * config.images_per_step / speed
     worker_hours = seconds * num_workers / 3600
     gpus = config.gpus_per_worker if config.gpus_per_worker > 0 else 1.0
-    return Estimate(
+    return TrainEstimate(
         num_workers=num_workers,
         images_per_step=images_per_step,
         epochs=config.steps * images_per_step / num_images if num_images else None,
@@ -178,7 +178,7 @@ def _speed(
         lines = open_storage(config.run_folder).read_bytes(METRICS_FILE).decode().splitlines()
     except NotFoundError:
         lines = []
-    entries: list[dict[str, Any]] = [json.loads(line) for line in lines[-100:]]
+    entries: list[Entry] = [json.loads(line) for line in lines[-100:]]
     speeds = [e["images_per_second"] / e["world_size"] for e in entries if "world_size" in e]
     if speeds:
         return median(speeds), f"measured by the run in {config.run_folder}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from one4all.errors import NotFoundError
 from one4all.report import plot_loss_curves
@@ -19,23 +19,29 @@ from one4all.storage import LocalStorage, open_storage
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "loss_curves.png"
 _REST = 20  # times as long as writing the log took, until it is written again
+_NOT_PLOTTED = ("epoch", "world_size", "images_per_second")  # of the run, not of what it learns
+
+Entry: TypeAlias = dict[str, float]
+"""Figures of one step by name: those of `RESERVED_SCALARS`, and the objective's own scalars."""
 
 
 class ProgressBoard:
     """Ray actor that workers write to and the driver reads."""
 
     def __init__(self) -> None:
-        self._entries: list[dict[str, Any]] = []
+        self._entries: list[Entry] = []
 
-    def post(self, entry: dict[str, Any]) -> None:
+    def post(self, entry: Entry) -> None:
+        """Add an entry."""
         self._entries.append(entry)
 
-    def since(self, start: int) -> list[dict[str, Any]]:
+    def since(self, start: int) -> list[Entry]:
+        """The entries from number ``start`` on, counted from 0."""
         return self._entries[start:]
 
 
 @contextmanager
-def progress_board(on_entry: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
+def progress_board(on_entry: Callable[[Entry], None]) -> Iterator[Any]:
     """A board for workers; ``on_entry`` is called on the driver with each entry, in order."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -66,7 +72,7 @@ def progress_board(on_entry: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
 
 
 class RunLog:
-    """metrics.jsonl, TensorBoard files and loss curves of a training run.
+    """metrics.jsonl, TensorBoard files and curves of a training run: of whatever is logged.
 
     A resumed run continues the log it finds; steps that are trained again replace their entries.
 
@@ -81,28 +87,30 @@ class RunLog:
             lines = self._storage.read_bytes(METRICS_FILE).decode().splitlines()
         except NotFoundError:
             lines = []
-        self._by_step = {entry["step"]: entry for entry in map(json.loads, lines)}
+        self._by_step: dict[float, Entry] = {
+            entry["step"]: entry for entry in map(json.loads, lines)
+        }
         self._board: Any = None
         self._next_write = 0.0
 
     @property
-    def history(self) -> list[dict[str, float]]:
+    def history(self) -> list[Entry]:
         """Entries in step order."""
         return [self._by_step[step] for step in sorted(self._by_step)]
 
-    def add(self, metrics: dict[str, float]) -> None:
-        """Log the metrics of one step; written at once, unless writing takes too much time.
+    def add(self, entry: Entry) -> None:
+        """Log the figures of one step; written at once, unless writing takes too much time.
 
         The file is written whole, since objects of S3 cannot grow.
         """
-        self._by_step[metrics["step"]] = metrics
+        self._by_step[entry["step"]] = entry
         start = time.monotonic()
         if start >= self._next_write:
             self._write()
             self._next_write = time.monotonic() + _REST * (time.monotonic() - start)
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, int(metrics["step"]))
+            for name, value in entry.items():
+                self._board.add_scalar(name, value, int(entry["step"]))
 
     def _write(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
@@ -128,5 +136,9 @@ class RunLog:
         if len(self._by_step) > 1:
             with tempfile.TemporaryDirectory() as folder:
                 curves = Path(folder) / CURVES_FILE
-                plot_loss_curves(self.history, curves)
+                learnt = [
+                    {name: value for name, value in entry.items() if name not in _NOT_PLOTTED}
+                    for entry in self.history
+                ]
+                plot_loss_curves(learnt, curves)
                 self._storage.write_bytes(CURVES_FILE, curves.read_bytes())

@@ -14,6 +14,7 @@ from one4all.training.loader import Shares
 from one4all.training.trainer import GeneratorTrainer
 from pipelines import telemetry
 from pipelines.train.config import TrainConfig
+from pipelines.train.progress import Entry
 
 _NOTICE_SECONDS = 5.0  # between two questions; Ray looks for news as often
 
@@ -43,14 +44,14 @@ def train_loop(settings: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
-    pace = _Pace(trainer.step_number, config.images_per_step * world_size)
+    stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
-    for step, terms in trainer.steps():
+    for step in trainer.steps():
         telemetry.count("one4all_trained_images", config.images_per_step)
-        entry: dict[str, float] = {}
+        entry: Entry = {}
         if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
-            seconds, images_per_second = pace.since_last(step)
-            entry = trainer.metrics(terms) | {
+            seconds, images_per_second = stopwatch.since_last(step)
+            entry = trainer.metrics() | {
                 "world_size": world_size,
                 "images_per_second": images_per_second,
             }
@@ -72,12 +73,12 @@ def train_loop(settings: dict[str, Any]) -> None:
                 )
 
 
-class _Pace:
+class _Stopwatch:
     """Speed of the run between two entries of its log.
 
     Args:
-        step: At which the run, or this sitting of it, begins.
-        images_per_step: Of all workers.
+        step: Step at which the run, or this sitting of it, begins.
+        images_per_step: Images of all workers in one step.
     """
 
     def __init__(self, step: int, images_per_step: int) -> None:

@@ -10,7 +10,7 @@ from one4all.errors import ConfigError
 from one4all.protectors.generator import PRESETS, Generator, GeneratorConfig, count_multiply_adds
 from one4all.training.objectives.concept import PRESETS as OBJECTIVES
 from one4all.training.objectives.concept import (
-    ObjectiveConfig,
+    ConceptObjectiveConfig,
     concept_objective,
     normalised_entropy,
     select_targets,
@@ -126,7 +126,7 @@ def reference(clean, protected, concepts, config):
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("weighting", ["ratio", "fixed"])
 def test_each_term_equals_the_reference(select_by, centre, weighting):
-    config = ObjectiveConfig(
+    config = ConceptObjectiveConfig(
         select_by=select_by,
         num_similar=3,
         centre_concepts=centre,

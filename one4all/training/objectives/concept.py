@@ -1,4 +1,4 @@
-"""The training objective: concept-wise discriminant loss, Eq. 4 of the paper.
+"""The paper's objective: concept-wise discriminant loss, Eq. 4.
 
     L = l1 - lambda * l2
     l1 = d(E_I(x'), E_T(opposite))              to the most dissimilar concept: pulled together
@@ -12,24 +12,35 @@ Shape suffixes: B batch, C channels, H W image, D embedding width, N concepts, K
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from one4all.errors import ConfigError
+from one4all.training.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    Scalars,
+    TrainingBatch,
+)
+
+_RECENT_IMAGES = 64  # whose opposites are counted for the entropy
 
 
-class ObjectiveConfig(BaseModel):
+class ConceptObjectiveConfig(ObjectiveConfig):
     """Choices that the paper leaves open; the defaults are the ``default`` preset.
 
     Attributes:
+        name: Name in the registry.
         select_by: Whose embedding chooses opposite and similar concepts. "protected" is the
             paper's, recomputed each step without gradient; the targets then move with x'.
             "clean" gives every image one fixed target (8).
-        num_similar: k of Eq. 4 (10).
+        num_similar: Number k of similar concepts in Eq. 4 (10).
         centre_concepts: Subtract the mean text embedding before ranking the opposite. Without it a
             few hub concepts are the opposite of nearly everything, and a direction that all images
             share separates no class (11).
@@ -38,8 +49,7 @@ class ObjectiveConfig(BaseModel):
         lambda_: Weight of l2 for "fixed".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+    name: Literal["concept"] = "concept"
     select_by: Literal["clean", "protected"] = "clean"
     num_similar: Annotated[int, Field(ge=1, le=100)] = 5
     centre_concepts: bool = True
@@ -47,9 +57,11 @@ class ObjectiveConfig(BaseModel):
     lambda_: Annotated[float, Field(ge=0, le=100)] = 1.0
 
 
-PRESETS: dict[str, ObjectiveConfig] = {
-    "default": ObjectiveConfig(),
-    "paper": ObjectiveConfig(select_by="protected", centre_concepts=False, weighting="ratio"),
+PRESETS: dict[str, ConceptObjectiveConfig] = {
+    "default": ConceptObjectiveConfig(),
+    "paper": ConceptObjectiveConfig(
+        select_by="protected", centre_concepts=False, weighting="ratio"
+    ),
 }
 
 _LAMBDA_RANGE = (0.1, 10.0)
@@ -65,8 +77,8 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class ObjectiveTerms:
-    """The loss and what it is made of; all scalars but ``targets``.
+class ConceptTerms:
+    """The loss of Eq. 4 and what it is made of; all are scalars but ``targets``.
 
     ``loss`` carries the gradient. With "ratio" weighting its value is always 0 where lambda is not
     clamped, so watch ``l1`` and ``l2``, never the loss.
@@ -89,18 +101,14 @@ def select_targets(
     Args:
         embedding_BD: L2-normalised image embeddings.
         concepts_ND: L2-normalised text embeddings of the vocabulary.
-        num_similar: k; the nearest concept, the image's own, is one of them (12).
+        num_similar: Number k of similar concepts; the nearest one, the image's own, is one of
+            them (12).
         centre: Rank the opposite by cosine to centred concepts (11).
 
     Raises:
         ConfigError: The vocabulary is too small for k similar concepts and an opposite.
     """
-    num_concepts = len(concepts_ND)
-    if num_concepts <= num_similar:
-        raise ConfigError(
-            f"a vocabulary of {num_concepts} concepts is too small for {num_similar} similar ones "
-            f"and an opposite; at least {num_similar + 1} are needed"
-        )
+    _refuse_small_vocabulary(len(concepts_ND), num_similar)
     cosine_BN = embedding_BD @ concepts_ND.T
     similar = cosine_BN.topk(num_similar, dim=1).indices
     if centre:
@@ -111,8 +119,8 @@ def select_targets(
 
 
 def concept_objective(
-    clean_BD: Tensor, protected_BD: Tensor, concepts_ND: Tensor, config: ObjectiveConfig
-) -> ObjectiveTerms:
+    clean_BD: Tensor, protected_BD: Tensor, concepts_ND: Tensor, config: ConceptObjectiveConfig
+) -> ConceptTerms:
     """Eq. 4, image by image, averaged over the batch.
 
     Each image is compared with its own targets only; the released code averages all images
@@ -122,7 +130,10 @@ def concept_objective(
         clean_BD: L2-normalised embeddings of the clean images; used without gradient.
         protected_BD: L2-normalised embeddings of the protected images; carries the gradient.
         concepts_ND: L2-normalised text embeddings of the vocabulary.
-        config: Open points, see there.
+        config: Choices that the paper leaves open.
+
+    Raises:
+        ConfigError: The vocabulary is too small.
     """
     with torch.no_grad():
         targets = select_targets(
@@ -141,7 +152,7 @@ def concept_objective(
             lambda_ = (l1 / l2.clamp_min(_SMALLEST_DENOMINATOR)).abs().clamp(*_LAMBDA_RANGE)
     else:
         lambda_ = l1.new_tensor(config.lambda_)
-    return ObjectiveTerms(
+    return ConceptTerms(
         loss=l1 - lambda_ * l2,
         l1=l1.detach(),
         l2=l2.detach(),
@@ -150,6 +161,66 @@ def concept_objective(
         cosine_opposite=to_opposite_B.mean().detach(),
         targets=targets,
     )
+
+
+class ConceptObjective(Objective):
+    """Eq. 4 on the protected images, as the frozen encoder sees them.
+
+    Scalars: the terms of Eq. 4, the cosines of the protected images to their own and to their
+    opposite concept, and ``opposite_entropy``, how evenly opposites were chosen for the last 64
+    images of this worker (`normalised_entropy`).
+
+    Args:
+        config: Choices that the paper leaves open.
+        context: Encoder and vocabulary are used.
+
+    Raises:
+        ConfigError: The vocabulary cannot be embedded.
+    """
+
+    config_type = ConceptObjectiveConfig
+    presets: ClassVar[Mapping[str, ObjectiveConfig]] = PRESETS
+
+    def __init__(self, config: ConceptObjectiveConfig, context: ObjectiveContext) -> None:
+        super().__init__(config, context)
+        self.config = config
+        self.bank = context.concept_bank()
+        self._encode_image = context.encode_image
+        # No buffers: checkpoints need neither, and workers need not tell each other.
+        self._concepts_ND = self.bank.embeddings
+        self._recent_opposites = torch.empty(0, dtype=torch.int64)
+
+    def check(self) -> None:
+        """See `Objective.check`."""
+        _refuse_small_vocabulary(len(self._concepts_ND), self.config.num_similar)
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, Scalars]:
+        """See `Objective.forward`."""
+        protected_BD = self._encode_image(batch.protected_BCHW)
+        self._concepts_ND = self._concepts_ND.to(protected_BD.device)
+        with torch.autocast(protected_BD.device.type, enabled=False):
+            terms = concept_objective(
+                batch.embedding_BD, protected_BD, self._concepts_ND, self.config
+            )
+        seen = torch.cat([self._recent_opposites, terms.targets.opposite.cpu()])
+        self._recent_opposites = seen[-_RECENT_IMAGES:]
+        counts_N = torch.bincount(self._recent_opposites, minlength=len(self._concepts_ND))
+        return terms.loss, {
+            "l1": terms.l1,
+            "l2": terms.l2,
+            "lambda": terms.lambda_,
+            "cosine_own": terms.cosine_own,
+            "cosine_opposite": terms.cosine_opposite,
+            "opposite_entropy": normalised_entropy(counts_N),
+        }
+
+
+def _refuse_small_vocabulary(num_concepts: int, num_similar: int) -> None:
+    if num_concepts <= num_similar:
+        raise ConfigError(
+            f"a vocabulary of {num_concepts} concepts is too small for {num_similar} similar ones "
+            f"and an opposite; at least {num_similar + 1} are needed"
+        )
 
 
 def normalised_entropy(counts_N: Tensor) -> float:
