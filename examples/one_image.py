@@ -1,6 +1,6 @@
 """Protect one picture: a PIL image in, a PIL image out.
 
-    python examples/one_image.py photo.jpg protected.jpg [--protector NAME_OR_FOLDER]
+python examples/one_image.py photo.jpg protected.jpg [--protector NAME_OR_FOLDER]
 """
 
 import argparse
@@ -21,8 +21,8 @@ def main() -> None:
     with Image.open(options.source) as clean:
         protected = protector.protect_image(clean)
 
-    # Pillow writes metadata only if it is told to. High quality and 4:4:4 keep the perturbation in a
-    # JPEG. `protect_file` takes care of both by itself: see folder.py.
+    # Pillow writes metadata only if it is told to. High quality and 4:4:4 keep the perturbation in
+    # a JPEG. `protect_file` takes care of both by itself: see folder.py.
     protected.save(
         options.destination,
         exif=protected.getexif(),

@@ -80,7 +80,7 @@ def test_commands_exist(path):
 
 
 def test_commands_that_do_not_exist_are_found():
-    text = "    one4all plan portect a b      # no such verb\n    one4all verify in out \\\n  --jsn\n"
+    text = "    one4all portect a b      # no such verb\n    one4all verify in out \\\n  --jsn\n"
     first, second = commands_of(text)
     with pytest.raises(Exception, match="No such command"):
         parse(VERBS, shlex.split(first)[1:])
