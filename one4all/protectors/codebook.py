@@ -12,7 +12,7 @@ its rows.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute.
-What it protects, and what it does not, is measured in RESULTS.md.
+What it protects, and what it does not, is measured in docs/results.md.
 
 Shape suffixes: B batch, K concepts, D embedding width, C channels, L levels, r rows of cells of a
 level, q cells of a row, N items, h w grid.
@@ -306,7 +306,7 @@ def paint(signs_Kgg: Tensor) -> Tensor:
 
     Photos vary most in brightness, less between yellow and blue, and least between green and
     magenta. There a cell of eight levels stands out most, and a network finds it in fewer steps
-    than any other colours (RESULTS.md, section 2).
+    than any other colours (docs/lab-notebook.md, "Patterns").
     """
     colours_KCgg = signs_Kgg[:, None] * GREEN[:, None, None]
     return F.interpolate(colours_KCgg, scale_factor=PIXELS_PER_CELL, mode="nearest")
