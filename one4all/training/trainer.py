@@ -57,6 +57,7 @@ class TrainerConfig(BaseModel):
         vocabulary: Shipped vocabulary or text file.
         templates: Prompt templates; empty means the encoder's own.
         encoder, generator, objective: See there; generator and objective also take a preset name.
+        epsilon_levels: Budget, in levels of 8 bits.
         working_size: Side in pixels; 0 means the encoder's input size.
         steps: Optimiser steps.
         batch_size: Images of a worker that are computed at once.
@@ -64,6 +65,7 @@ class TrainerConfig(BaseModel):
             those of workers are. Like them, each has its own "ratio" weight and batch statistics.
         learning_rate, weight_decay: Of Adam; warm-up over 1 % of the steps, then cosine to 0.
         shuffle_buffer: Encoded images that a rank holds to draw from.
+        seed: Seed of the first weights and of the order of the images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -30,6 +30,8 @@ class TrainConfig(TrainerConfig, JobConfig):
         num_workers: Ray Train workers: a number, or the range [least, most], within which Ray takes
             as many as fit, when it starts and after each lost node. Each takes ``gpus_per_worker``
             GPUs (below 0: 1 if there is any) and ``cpus_per_worker`` CPUs.
+        cpus_per_worker: CPUs of a worker.
+        gpus_per_worker: GPUs of a worker; below 0 means 1 if the cluster has any, else 0.
         resize_seconds: How often a group of a range looks whether more workers fit. Growing costs a
             restart, and the steps since the last checkpoint.
         max_failures: Restarts after a lost worker; of nodes whose end was announced, any number.
