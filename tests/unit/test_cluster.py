@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -484,6 +485,27 @@ def test_the_image_is_not_root_and_asks_for_its_base():
     }
     [environment] = [rest for name, rest in found if name == "ENV" and "PYTHONUNBUFFERED" in rest]
     assert "RAY_AUTH_MODE" not in environment
+
+
+def test_the_image_has_what_every_verb_needs():
+    [program] = [
+        re.search(r'python -c "([^"]*)" > requirements.txt', rest)[1]
+        for name, rest in instructions()
+        if name == "RUN" and "requirements.txt" in rest
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names = {re.match(r"[\w-]+(\[[\w,]+\])?", line)[0] for line in done.stdout.splitlines()}
+    assert {
+        "torch",
+        "boto3",
+        "typer",
+        "ray[data,train]",
+        "ray[default]",
+        "open_clip_torch",
+    } <= names
+    assert not any(name.startswith("one4all") for name in names), "the wheel is installed last"
 
 
 def test_the_image_copies_what_exists_and_what_the_context_lets_through():
