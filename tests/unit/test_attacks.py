@@ -28,6 +28,8 @@ from one4all.evaluation.attacks.training import (
 )
 from one4all.evaluation.labelled import LabelledImages
 
+pytestmark = pytest.mark.slow
+
 PURIFIERS = [a for a in ATTACKS.values() if isinstance(a, Purifier)]
 IN_TRAINING = [a for a in ATTACKS.values() if isinstance(a, TrainingAttack)]
 

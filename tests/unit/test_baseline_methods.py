@@ -33,6 +33,8 @@ from one4all.images import decode, working_copy
 from one4all.protectors.codebook import CodebookConfig
 from one4all.protectors.generator import GeneratorConfig
 
+pytestmark = pytest.mark.slow
+
 NET = SurrogateConfig(width=8, batch_size=32)
 CPU = torch.device("cpu")
 

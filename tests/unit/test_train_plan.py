@@ -30,6 +30,7 @@ def config_for(corpus: Path, **options) -> TrainConfig:
     return TrainConfig(encoder=TINY_ENCODER, generator=TINY_GENERATOR, **(defaults | options))
 
 
+@pytest.mark.slow
 def test_activations_are_those_that_a_real_step_keeps(corpus):
     """Beside what the loss keeps, which no image is large enough to see."""
     config = TrainerConfig(
@@ -76,6 +77,7 @@ def test_plan_counts_steps_epochs_shards_and_money(corpus, monkeypatch):
     assert found.device_bytes > found.cost.encoder_bytes + found.cost.generator_bytes
 
 
+@pytest.mark.slow
 def test_images_and_speed_are_taken_from_where_they_are_written_down(corpus):
     config = config_for(corpus)
     found = plan_training(config)
@@ -94,6 +96,7 @@ def test_images_and_speed_are_taken_from_where_they_are_written_down(corpus):
         plan_training(config)
 
 
+@pytest.mark.slow
 def test_imagenet_is_planned_without_weights(corpus):
     config = load_config(
         TrainConfig, CONFIGS / "imagenet.yaml", [f"source={corpus}", f"run_folder={corpus}/run"]
@@ -112,6 +115,7 @@ def test_imagenet_is_planned_without_weights(corpus):
         plan_training(odd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [["plan", "train"], ["train", "--dry-run"]], ids=" ".join)
 def test_plan_of_training_starts_no_ray(corpus, verb):
     code = (
