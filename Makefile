@@ -3,13 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ceph test-cluster soak check bench clean
+.PHONY: demo test test-fast test-wheel test-ceph test-cluster soak check bench clean
 
 demo: .venv/ready  ## pack, train, protect to S3, verify, attack; runs/demo/report.html; PHOTOS=folder for yours
 	$(BIN)/one4all demo $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-test: .venv/ready  ## all tests
+test: .venv/ready  ## all tests that need nothing but .venv
 	$(BIN)/python -m pytest
+
+test-fast: .venv/ready  ## those that take no time, and start neither Ray nor a server: a minute or so
+	$(BIN)/python -m pytest -m 'not slow and not wheel and not ceph and not cluster'
+
+test-wheel: .venv/ready  ## the wheel, in fresh environments outside this folder
+	$(BIN)/python -m pytest -m wheel
 
 test-ceph: .venv/ready  ## storage tests on a real S3 server; installs Debian's Ceph packages if it may
 	sh tests/support/install_ceph.sh
@@ -37,7 +43,7 @@ bench: .venv/ready  ## images/s and memory of protect beside a plain loop; a pla
 	@echo "setting up .venv: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev,demo]'
+		--constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
 .venv/cluster: .venv/ready

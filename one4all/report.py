@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from one4all.errors import UsageError
+from one4all.extras import require
 from one4all.images import Pixels, colour
 
 AMPLIFICATION = 12
@@ -227,6 +228,7 @@ class Section:
 
 def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Section]) -> None:
     """Write one HTML file that needs nothing beside it."""
+    require("jinja2", "jobs")
     from jinja2 import Environment
 
     template = (files("one4all") / "assets" / "report.html.j2").read_text("utf-8")
@@ -252,6 +254,7 @@ def _to_rgb(pixels: Pixels) -> Image.Image:
 
 def _figure(width: float, height: float) -> Any:
     # The object-oriented interface needs no display and keeps no global state.
+    require("matplotlib", "jobs")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))

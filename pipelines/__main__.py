@@ -10,10 +10,21 @@ import signal
 import sys
 from types import FrameType
 
+from one4all.errors import UsageError
+from one4all.extras import require
+
+_NEEDED = ("typer", "tqdm", "yaml", "ray")  # without which no verb runs
+
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    try:
+        for module in _NEEDED:
+            require(module, "jobs")
+    except UsageError as error:
+        print(f"one4all: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     from pipelines.cli.app import main as command_line
 
     command_line()

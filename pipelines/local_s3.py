@@ -12,7 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from one4all.errors import One4AllError, UsageError
+from one4all.errors import One4AllError
+from one4all.extras import require
 
 _START_SECONDS = 60
 _CREDENTIALS = {
@@ -36,10 +37,7 @@ def local_s3(*buckets: str) -> Iterator[str]:
         UsageError: moto is not installed.
         One4AllError: The server does not start.
     """
-    try:
-        import moto.server  # noqa: F401
-    except ImportError as error:
-        raise UsageError("a local S3 server needs moto: pip install 'one4all[demo]'") from error
+    require("moto", "demo")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

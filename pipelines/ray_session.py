@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from one4all.errors import One4AllError
+from one4all.extras import require
 
 if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
     from pipelines.settings import RayConfig
@@ -45,6 +46,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
     A session that was running before is left running. A local one stops with the block.
     """
+    require("ray", "jobs")
     prepare_environment()
     import ray
 

@@ -119,12 +119,23 @@ def _assign(values: dict[str, Any], path: list[str], value: object) -> None:
     values[path[-1]] = value
 
 
+def _keys_beside(location: tuple[int | str, ...], model: Any) -> str:
+    """The keys that there are where an unknown one was given; "" if types do not tell."""
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        if field is None or not hasattr(field.annotation, "model_fields"):
+            return ""
+        model = field.annotation
+    return ", ".join(model.model_fields)
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {path!r}; known keys: {', '.join(model.model_fields)}")
+            known = _keys_beside(problem["loc"], model)
+            lines.append(f"unknown key {path!r}" + (f"; known keys: {known}" if known else ""))
         else:
             lines.append(f"{path}: {problem['msg']} (given: {problem['input']!r})")
     return "configuration: " + "; ".join(lines)

@@ -100,7 +100,8 @@ def plan_job(
         now: For the slot.
 
     Raises:
-        UsageError: No such folder, an id that Ray cannot use, or a secret among the arguments.
+        UsageError: No such folder, or one whose packages would replace ours; an id that Ray cannot
+            use; or a secret among the arguments.
     """
     if submission_id and slot:
         raise UsageError("give --submission-id or --slot, not both")
@@ -109,8 +110,8 @@ def plan_job(
             f"submission id {submission_id!r}: letters, digits, '.', '_' and '-' only, at most 128"
         )
     refuse_secrets([*arguments, program], os.environ)
-    if working_dir is not None and not Path(working_dir).is_dir():
-        raise UsageError(f"no such folder to upload: {working_dir}")
+    if working_dir is not None:
+        _check_folder(Path(working_dir))
     if not submission_id:
         digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
         when = (now or datetime.now(UTC)).astimezone(UTC)
@@ -120,6 +121,22 @@ def plan_job(
             submission_id += f"-{uuid.uuid4().hex[:4]}"
     folder = str(Path(working_dir).resolve()) if working_dir else ""
     return Job(tuple(arguments), submission_id, program, folder)
+
+
+def _check_folder(working_dir: Path) -> None:
+    """Refuse a folder that cannot be uploaded, or whose content would be imported for ours.
+
+    A job runs in the folder, where Python looks for modules before it looks among the installed.
+    """
+    if not working_dir.is_dir():
+        raise UsageError(f"no such folder to upload: {working_dir}")
+    for package in ("one4all", "pipelines"):
+        if any((working_dir / name).exists() for name in (package, f"{package}.py")):
+            raise UsageError(
+                f"{working_dir} holds a {package} of its own, which would run on the cluster in "
+                "place of the installed one; give a folder that has the job's files alone, such "
+                "as configs"
+            )
 
 
 def refuse_secrets(arguments: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -118,7 +118,13 @@ def cluster_uri(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterato
     cluster.end_clients()
 
 
-@pytest.fixture(params=["local", "s3", pytest.param("ceph", marks=pytest.mark.ceph)])
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("s3", marks=pytest.mark.slow),
+        pytest.param("ceph", marks=pytest.mark.ceph),
+    ]
+)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind."""
     if request.param == "local":
@@ -146,8 +152,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _fault_rows.setdefault(row, []).append(report.outcome)
 
 
+# What starts a server or Ray, and takes seconds to do so.
+_SLOW_FIXTURES = {"s3_endpoint", "ray_local", "ceph_variables", "cluster"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are used to choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts a server or Ray, and every integration test."""
     for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & _SLOW_FIXTURES or item.path.parent.name == "integration":
+            item.add_marker(pytest.mark.slow)
         if mark := item.get_closest_marker("fault"):
             item.user_properties.append(("fault", mark.args[0]))
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from one4all.corpus.tar import write_shard
 from one4all.errors import ConfigError, UsageError
+from one4all.extras import require
 from one4all.images import IMAGE_EXTENSIONS, DecodedImage, encode
 from one4all.storage import Storage
 
@@ -154,6 +155,7 @@ def _members(images: Sequence[LabelledImage]) -> Iterator[tuple[str, bytes]]:
 def _embedded(
     name: str, split: Split, labels: Literal["coarse", "fine"]
 ) -> Iterator[LabelledImage]:
+    require("pyarrow", "evaluate")
     import pyarrow.parquet as parquet
 
     with as_file(_EMBEDDED / f"{name}.parquet") as path:

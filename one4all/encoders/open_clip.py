@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from one4all.encoders.base import Encoder, EncoderConfig
 from one4all.errors import ConfigError, ProtectorError
+from one4all.extras import require
 
 
 class OpenClipEncoder(Encoder):
@@ -23,6 +24,7 @@ class OpenClipEncoder(Encoder):
     templates = ("a photo of a {}.",)
 
     def __init__(self, config: EncoderConfig) -> None:
+        require("open_clip", "clip")
         import open_clip
 
         if not config.model_name or not config.pretrained:

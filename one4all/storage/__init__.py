@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from one4all.errors import UsageError
+from one4all.extras import require
 from one4all.storage.base import INTERNAL, ObjectInfo, Reader, Storage, Writer
 from one4all.storage.local import LocalStorage
 from one4all.storage.probe import conditional_write_defects
@@ -48,6 +49,7 @@ def open_storage(uri: str) -> Storage:
     if scheme == "file":
         return LocalStorage(Path(unquote(urlsplit(uri).path)))
     if scheme == "s3":
+        require("boto3", "s3")
         from one4all.storage.s3 import S3Storage
 
         bucket, _, prefix = rest.partition("/")

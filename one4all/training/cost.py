@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError
+from one4all.extras import require
 from one4all.protectors.kinds import build_model
 from one4all.training.trainer import TrainerConfig
 
@@ -90,6 +91,7 @@ def _image_side(
         num_bytes = _num_bytes(encoder)
         encoder.to("meta")
         return encoder.encode_image, encoder, encoder.input_size, num_bytes
+    require("open_clip", "clip")
     import open_clip
 
     if config.model_name not in open_clip.list_models():

@@ -23,6 +23,18 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one key: key.path=value. May be repeated."),
 ]
+TrainingSource = Annotated[
+    str | None,
+    typer.Argument(help="Folder or s3:// prefix of shards; several separated by commas."),
+]
+TrainingOutput = Annotated[
+    str | None,
+    typer.Argument(help="Protector folder or s3:// prefix to write."),
+]
+EvaluationFile = Annotated[
+    Path,
+    typer.Argument(help="YAML file: data sets, methods, grids."),
+]
 
 
 class Interrupt:

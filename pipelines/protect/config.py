@@ -29,7 +29,7 @@ class ProtectConfig(RewriteConfig, JobConfig):
         since: Only shards written since then are planned: a time such as 2026-11-01T00:00Z, or a
             duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
             upload from when it was begun. Empty means all.
-        log_json: Log one JSON line for each shard and attempt to the logger ``one4all.corpus.tar``.
+        log_json: Log one JSON line for each shard and attempt to the logger ``one4all.shards``.
         num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow.
         cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
             GPU, or the node's CPUs divided by its GPUs.

@@ -40,9 +40,9 @@ def test_interrupt_while_it_starts_is_quiet(module, said, number, tmp_path):
     assert (run.returncode, run.stderr) == (130, said)
 
 
-def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Path):
+def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Path, monkeypatch):
     """The round trip of the README, with relative paths, and nothing on the terminal but ours."""
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for index in range(3):
@@ -84,8 +84,8 @@ def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Pa
         (["verify", "in", "in"], "no such folder"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_two(tmp_path, arguments, message):
-    os.chdir(tmp_path)
+def test_mistakes_are_one_sentence_and_exit_code_two(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     done = one4all(*arguments)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -12,7 +12,7 @@ from support.builders import make_image, make_samples, make_tar, write_corpus
 from one4all.errors import ProtectorError, UsageError
 from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
-from pipelines.cli.app import app as cli
+from pipelines.cli import app as cli
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.status import read_status

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from one4all.corpus.tar import TarWriter
-from pipelines.protect.job import worker as shard_worker
+from pipelines.protect import worker as protect_worker
 from pipelines.protect.worker import ProtectWorker
 
 
@@ -65,5 +65,5 @@ class StillbornWorker(ProtectWorker):
     """Dies while it loads the protector, before it can say which shard it works on."""
 
     def __init__(self, *args, **options):
-        shard_worker.Protector.load = lambda location: _die()
+        protect_worker.Protector.load = lambda location: _die()
         super().__init__(*args, **options)

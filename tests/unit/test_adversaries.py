@@ -20,6 +20,8 @@ from one4all.evaluation.adversaries.networks import NarrowResNet18
 from one4all.evaluation.adversaries.training import learning_rate_at
 from one4all.evaluation.labelled import LabelledImages
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 QUICK = AdversaryConfig(width=8, epochs=4, batch_size=16)
 

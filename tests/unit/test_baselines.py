@@ -22,6 +22,8 @@ from one4all.evaluation.methods.tue import TueConfig
 from one4all.images import decode, working_copy
 from one4all.protectors.codebook import CodebookConfig
 
+pytestmark = pytest.mark.slow
+
 NET = SurrogateConfig(width=8, batch_size=16)
 LEARNER = LearnerConfig(width=8, projection_dim=16, batch_size=16)
 CP = CpClassConfig(learner=LEARNER, epochs=2, model_steps=2, noise_steps=2)

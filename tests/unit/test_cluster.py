@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from support.cluster_schemas import SCHEMAS
 from support.kustomization import load, load_patch, render, split_field_path
 
 from pipelines.cli.app import app
+from pipelines.cli.operating import parse
 from pipelines.protect.config import ProtectConfig
 from pipelines.ray_session import worker_layout
 from pipelines.settings import load_config
@@ -264,8 +266,7 @@ def find_verb(words):
     verb, *rest = words[1:]
     if verb != "submit":
         return verb, rest
-    if submit := VERBS.commands.get("submit"):  # a colleague is writing it
-        submit.make_context("submit", list(rest))
+    parse(VERBS, ["submit", *rest])
     while rest[0].startswith("--"):
         assert rest[0] in ("--address", "--working-dir", "--submission-id", "--slot"), rest[0]
         rest = rest[2:]
@@ -278,7 +279,7 @@ def check_command(words, jobs=None):
     rest = [word.replace("/srv/one4all/configs", str(ROOT / "configs")) for word in rest]
     if jobs:
         rest = [word.replace("/etc/one4all", str(jobs)) for word in rest]
-    context = VERBS.commands[verb].make_context(verb, rest)
+    context = parse(VERBS, [verb, *rest])
     if verb not in CONFIGS:
         return None
     return load_config(CONFIGS[verb], context.params["config"], context.params["set_"])
@@ -315,8 +316,10 @@ def test_entrypoints_are_commands_that_fit_their_cluster(overlay, tmp_path):
 
 
 def test_a_wrong_verb_option_or_key_is_found(tmp_path):
-    with pytest.raises(KeyError):
+    with pytest.raises(Exception, match="No such command 'portect'"):
         check_command(["one4all", "portect", "a", "b"])
+    with pytest.raises(Exception, match="No such option: --wrokers"):
+        check_command(["one4all", "plan", "protect", "a", "--wrokers", "3"])
     with pytest.raises(Exception, match="No such option") as error:
         check_command(["one4all", "submit", "--slot", "daily", "protect", "a", "b", "--confg", "c"])
     assert isinstance(error.value, click.ClickException) or "click" in type(error.value).__module__
@@ -482,6 +485,27 @@ def test_the_image_is_not_root_and_asks_for_its_base():
     }
     [environment] = [rest for name, rest in found if name == "ENV" and "PYTHONUNBUFFERED" in rest]
     assert "RAY_AUTH_MODE" not in environment
+
+
+def test_the_image_has_what_every_verb_needs():
+    [program] = [
+        re.search(r'python -c "([^"]*)" > requirements.txt', rest)[1]
+        for name, rest in instructions()
+        if name == "RUN" and "requirements.txt" in rest
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names = {re.match(r"[\w-]+(\[[\w,]+\])?", line)[0] for line in done.stdout.splitlines()}
+    assert {
+        "torch",
+        "boto3",
+        "typer",
+        "ray[data,train]",
+        "ray[default]",
+        "open_clip_torch",
+    } <= names
+    assert not any(name.startswith("one4all") for name in names), "the wheel is installed last"
 
 
 def test_the_image_copies_what_exists_and_what_the_context_lets_through():

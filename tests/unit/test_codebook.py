@@ -137,6 +137,7 @@ def test_more_concepts_than_images_are_refused():
         fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
 
 
+@pytest.mark.slow
 def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout(tmp_path):
     encoder = load_encoder(TINY_ENCODER)
     images = [make_pixels(40 + i, 50, channels, seed=i) for i, channels in enumerate((1, 2, 3, 4))]

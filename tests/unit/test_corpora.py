@@ -80,6 +80,7 @@ def test_files_that_differ_only_by_extension_get_keys_of_their_own(tmp_path):
     assert keys == ["cat/a", "cat/a_png"]
 
 
+@pytest.mark.slow
 def test_torchvision_set_of_files_is_packed_from_its_files(tmp_path):
     """The real OxfordIIITPet class on a tiny copy of its layout."""
     base = tmp_path / "oxford-iiit-pet"

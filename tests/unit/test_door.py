@@ -29,6 +29,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         one4all.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_format", ["match", "lossless"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_file_gets_the_bytes_that_the_pipeline_writes(
@@ -76,6 +77,7 @@ def test_a_pillow_image_keeps_orientation_rights_profile_and_resolution(protecto
     assert result.info["dpi"] == (300, 300)
 
 
+@pytest.mark.slow
 def test_batches_are_what_single_images_are(protector):
     files = [make_image("PNG", seed=seed) for seed in range(3)]
     assert protector.protect_files(files) == [protector.protect_file(file) for file in files]
@@ -137,6 +139,7 @@ def test_what_is_no_file_and_no_picture_is_refused_at_the_door(protector):
         protector.protect_image(make_pixels())
 
 
+@pytest.mark.slow
 def test_a_codebook_fitted_here_protects_and_is_loaded_again(tmp_path):
     files = [payload for name, payload in make_samples(6) if name.endswith("jpg")]
     images = [files[0], Image.open(io.BytesIO(files[1])), *(decode(f).pixels for f in files[2:])]

@@ -80,6 +80,7 @@ def test_folding_the_batch_norm_changes_nothing(encoder):
     torch.testing.assert_close(folded, plain, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_networks_side_by_side_agree_by_the_mean_of_their_cosines():
     image, names = photo("chelsea", 64), ["tabby cat", "espresso", "airliner"]
     encoders = [
@@ -214,7 +215,7 @@ def test_local_checkpoint_of_an_ambiguous_model_must_name_its_activation(tmp_pat
     ],
 )
 def test_activation_of_a_tag_is_known(model_name, pretrained, quick_gelu, expected):
-    from one4all.encoders import _required_activation
+    from one4all.encoders.open_clip import _required_activation
 
     config = EncoderConfig(
         kind="open_clip", model_name=model_name, pretrained=pretrained, quick_gelu=quick_gelu

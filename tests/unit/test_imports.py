@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -28,7 +29,8 @@ def test_a_look_at_the_ledger_does_not_wait_for_torch():
 
 def test_every_public_name_is_there():
     assert set(one4all.__all__) <= set(dir(one4all))
-    for name in one4all.__all__:
+    assert one4all.__version__ == version("one4all")
+    for name in {*one4all.__all__} - {"__version__"}:
         assert getattr(one4all, name).__module__.startswith("one4all.")
     with pytest.raises(AttributeError, match="'one4all' has no attribute 'nothing'"):
         _ = one4all.nothing

@@ -73,6 +73,7 @@ def test_identical_images_have_finite_distances():
     )
 
 
+@pytest.mark.slow
 def test_feature_distance_grows_with_the_change_and_is_symmetric():
     image = make_pixels(32, 32)
     noise = np.random.default_rng(0).choice([-1, 1], image.shape)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import telemetry as metrics
+from pipelines import telemetry
 from pipelines.protect.job import _log_line
+from pipelines.protect.worker import UnitStatus
 from pipelines.telemetry import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +34,8 @@ def test_labels_of_the_dashboard_are_tags_of_the_code():
 
 
 def test_every_metric_is_set_somewhere_and_documented():
-    source = "".join(path.read_text() for path in (ROOT / "pipelines").glob("*.py"))
-    used = set(re.findall(r'metrics\.(?:count|observe|show)\(\s*"(\w+)"', source))
+    source = "".join(path.read_text() for path in (ROOT / "pipelines").rglob("*.py"))
+    used = set(re.findall(r'telemetry\.(?:count|observe|show)\(\s*"(\w+)"', source))
     assert used == METRICS.keys()
     page = (ROOT / "docs" / "operations.md").read_text()
     assert set(re.findall(r"`(one4all_\w+)`", page)) == METRICS.keys()
@@ -42,29 +43,23 @@ def test_every_metric_is_set_somewhere_and_documented():
 
 def test_metrics_outside_ray_cost_nothing_and_do_not_import_it():
     code = (
-        "import sys; from pipelines import telemetry as metrics; "
-        "metrics.count('one4all_images', 3); metrics.show('one4all_pending_shards', 1); "
+        "import sys; from pipelines import telemetry; "
+        "telemetry.count('one4all_images', 3); telemetry.show('one4all_pending_shards', 1); "
         "sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(KeyError):
-        metrics.count("one4all_imagse")
+        telemetry.count("one4all_imagse")
 
 
 def test_log_line_holds_what_one_shard_took():
-    stages = ("read", "decode", "device", "encode", "write")
-    row = {
-        "name": "a/b.tar",
-        "status": "failed",
-        "num_images": 0,
-        "num_bad": 0,
-        "num_bytes": 10,
-        "num_bytes_written": 0,
-        "error": "truncated\nat byte 7",
-        **{f"{stage}_seconds": 0.5 for stage in stages},
-    }
-    line = _log_line(row, "run1")
+    seconds = dict.fromkeys(("read", "decode", "device", "encode", "write"), 0.5)
+    status = UnitStatus(
+        "a/b.tar", "failed", num_bytes=10, seconds=seconds, error="truncated\nat byte 7"
+    )
+    line = _log_line(status, "run1")
     assert "\n" not in line
     parsed = json.loads(line)
     assert (parsed["name"], parsed["status"], parsed["bytes"]) == ("a/b.tar", "failed", 10)
-    assert parsed["seconds"] == dict.fromkeys(stages, 0.5)
+    assert parsed["error"] == status.error
+    assert parsed["seconds"] == seconds

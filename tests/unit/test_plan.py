@@ -59,6 +59,7 @@ def test_sample_is_even_and_bounded():
     assert choose([], 4) == []
 
 
+@pytest.mark.slow
 def test_plan_measures_the_real_worker_and_leaves_what_is_done(
     tmp_path, protector_folder, monkeypatch
 ):

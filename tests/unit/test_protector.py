@@ -22,6 +22,7 @@ from one4all.protectors.model import PerturbationModel
 from one4all.protectors.protector import Protector, check_protector
 
 
+@pytest.mark.slow
 def test_saved_protector_protects_alike(protector_folder):
     images = [make_pixels(seed=i) for i in range(3)]
     loaded = Protector.load(str(protector_folder))
@@ -56,6 +57,7 @@ def test_budget_of_the_card_is_used():
     assert np.abs(protector.protect([clean])[0].astype(int) - clean).max() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "verb"), [("default", "fit"), ("14a", "train")])
 def test_shipped_protectors_load_and_change_pictures(name, verb):
     protector = Protector.load(name)
@@ -65,6 +67,7 @@ def test_shipped_protectors_load_and_change_pictures(name, verb):
     assert protector.card.training["command"].startswith(f"one4all {verb}")
 
 
+@pytest.mark.slow
 def test_what_ships_is_what_its_command_makes():
     protector = Protector.load("default")
     config = protector.card.generator

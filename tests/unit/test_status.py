@@ -7,7 +7,7 @@ from one4all.corpus import ObjectVersion, Unit, list_units
 from one4all.ledger.ledger import Ledger
 from one4all.storage import open_storage
 from pipelines import status as looking
-from pipelines.cli import operate as cli_operate
+from pipelines.cli import protecting
 from pipelines.status import Rate, read_status, watch
 
 
@@ -35,7 +35,7 @@ def test_totals_are_read_unless_there_are_too_many(half_done, monkeypatch):
     monkeypatch.setattr(looking, "MAX_TOTALS", 1)
     monkeypatch.setattr(Ledger, "manifest", lambda *_: pytest.fail("a manifest was read"))
     assert read_status(out).num_protected is None
-    assert "--totals" in "\n".join(cli_operate._status_lines(read_status(out)))
+    assert "--totals" in "\n".join(protecting._status_lines(read_status(out)))
 
 
 def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkey
     size = manifest_of(Unit("a", (ObjectVersion("a", 1, "x"),))).unit.size
     assert looks[1][1].seconds_left == pytest.approx(1 / (size * per_second))
     assert looks[2][1].num_done == 2
-    cli_operate._watch(looks)
+    protecting._watch(looks)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 of 4 shards done, 2 pending; no shard was done since this watch began"
     assert lines[1].startswith("3 of 4 shards done, 1 pending; ")

@@ -1,6 +1,6 @@
 """What is sent to a cluster, under which name, and what is not.
 
-On a real cluster: tests/integration/test_submit.py.
+On a real cluster: tests/integration/test_jobs.py.
 """
 
 from datetime import UTC, datetime, timedelta, timezone
@@ -28,6 +28,19 @@ def test_slot_and_arguments_make_the_id():
     assert hourly.startswith("protect-2026-11-01T12-")
     elsewhere = NOON.astimezone(timezone(timedelta(hours=9)))  # slots are UTC everywhere
     assert plan_job(PROTECT, slot="hourly", now=elsewhere).submission_id == hourly
+
+
+@pytest.mark.parametrize("package", ["pipelines", "one4all"])
+def test_folder_that_would_shadow_the_installed_packages_is_refused(tmp_path, package):
+    (tmp_path / "notes").mkdir()
+    plan_job(PROTECT, working_dir=str(tmp_path))
+    (tmp_path / package).mkdir()
+    with pytest.raises(UsageError, match=f"holds a {package} of its own.*the installed one"):
+        plan_job(PROTECT, working_dir=str(tmp_path))
+    (tmp_path / package).rmdir()
+    (tmp_path / f"{package}.py").touch()
+    with pytest.raises(UsageError, match=f"holds a {package} of its own"):
+        plan_job(PROTECT, working_dir=str(tmp_path))
 
 
 def test_without_a_slot_every_submission_is_new():

@@ -141,6 +141,7 @@ def config_for(corpus: str, **options) -> TrainerConfig:
     return TrainerConfig(**(defaults | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["default", "paper"])
 def test_gradient_reaches_the_generator_and_not_the_encoder(corpus, objective):
     trainer = GeneratorTrainer(config_for(corpus, objective=objective))

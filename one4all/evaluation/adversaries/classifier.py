@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from one4all.errors import ConfigError, UsageError
 from one4all.evaluation.adversaries.networks import build_network
+from one4all.extras import require
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -168,6 +169,7 @@ def _load_open_clip(
     name: str, weights: str, *, pretrained: bool
 ) -> tuple[nn.Module, Sequence[float], Sequence[float], int]:
     """The image tower. With weights, an encoder's checks of the activation apply to it, too."""
+    require("open_clip", "clip")
     import open_clip
 
     from one4all.encoders import EncoderConfig

@@ -1,0 +1,111 @@
+"""The verbs of who measures: evaluate, demo, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.cli.planning import plan_evaluate
+from pipelines.cli.terminal import EvaluationFile, Progress, SetOption, command_line
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Add the verbs of this module to the command line."""
+    app.command()(evaluate)
+    app.command()(demo)
+    app.command()(bench)
+
+
+def evaluate(
+    config: EvaluationFile,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder or s3:// prefix of results; the same one resumes."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", hidden=True)] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(help="Write the copies there, as shards, instead of evaluating them."),
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train adversaries on clean and protected copies and compare; resumable."""
+    if dry_run:  # as it was spelt before
+        plan_evaluate(config, output, set_)
+        return
+    from pipelines.evaluation.copies import export_copies
+    from pipelines.evaluation.diagnose import diagnose_copies
+    from pipelines.evaluation.job import evaluate as run
+    from pipelines.evaluation.job import report
+    from pipelines.evaluation.trials import EvaluateConfig
+    from pipelines.settings import load_config
+
+    settings = load_config(EvaluateConfig, config, set_, output=output)
+    if export:
+        for place in export_copies(settings, export):
+            print(f"written: {place}")
+        return
+    progress = Progress("trial")
+
+    def on_plan(num_todo: int, num_trials: int) -> None:
+        if num_todo < num_trials:
+            progress.say(f"{num_trials - num_todo} of {num_trials} trials are done already")
+        progress.start(num_todo)
+
+    def on_trial(trial: Any, record: dict[str, Any]) -> None:
+        progress.advance(note=f"{trial.title}: {100 * record['last']:.1f} %")
+
+    with progress:
+        result = run(settings, command=command_line(), on_plan=on_plan, on_trial=on_trial)
+        diagnoses = diagnose_copies(settings)
+    print(report(settings, result, diagnoses=diagnoses))
+    for title, reason in result.failed.items():
+        print(f"  failed: {title}: {reason}")
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where results go.")] = Path("runs/demo"),
+    photos: Annotated[
+        str,
+        typer.Option(
+            help="Protect and attack these instead of the embedded drawings: a folder with one "
+            "sub-folder a class, or torchvision:NAME below data/."
+        ),
+    ] = "",
+) -> None:
+    """Run everything, small: pack, train, protect to S3, verify, and attack; writes report.html."""
+    from pipelines import demo as parts
+
+    material = parts.photos(photos) if photos else parts.drawings()
+    report = parts.demo(folder, material, say=print)
+    print(f"report: {report}")
+
+
+def bench(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Shards to measure on; default: photos made here."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("runs/bench.json"),
+    shard_gb: Annotated[
+        float,
+        typer.Option(help="Measure memory on one shard of this size instead, in GB."),
+    ] = 0.0,
+    plan_shards: Annotated[
+        int,
+        typer.Option(help="Measure planning over this many simulated shards instead.", min=0),
+    ] = 0,
+) -> None:
+    """Measure protect against a plain loop that does the same work."""
+    from pipelines.bench import bench as run
+    from pipelines.bench import bench_memory, bench_plan
+
+    if plan_shards:
+        print(bench_plan(plan_shards, output, say=print))
+    elif shard_gb > 0:
+        print(bench_memory(shard_gb, output, say=print))
+    else:
+        print(run(source, output, say=print))

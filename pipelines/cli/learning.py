@@ -1,0 +1,159 @@
+"""The verbs of who makes a protector: fit, train; and pack, which makes corpora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from one4all.errors import UsageError
+from pipelines.cli.planning import plan_train
+from pipelines.cli.terminal import (
+    ConfigOption,
+    Progress,
+    SetOption,
+    TrainingOutput,
+    TrainingSource,
+    choice,
+    command_line,
+)
+
+# Of an entry of the training's metrics: said otherwise, or the same all along.
+_NOT_NOTED = {"step", "epoch", "learning_rate", "world_size", "images_per_second"}
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Add the verbs of this module to the command line."""
+    app.command()(fit)
+    app.command()(train)
+    app.command()(pack)
+
+
+def fit(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder or s3:// prefix of shards; several separated by commas; or "
+            "vocabulary:imagenet1k, for a codebook that sees no image."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Argument(help="Protector folder or s3:// prefix to write."),
+    ] = None,
+    concepts: Annotated[
+        int | None,
+        typer.Option(help="Several for each kind of thing in the corpus; default 400."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Fit a codebook to a corpus or a vocabulary: one look, no labels, no training."""
+    from pipelines.fit import VOCABULARY, FitConfig, describe
+    from pipelines.fit import fit as run
+    from pipelines.settings import load_config
+
+    overrides = [*(set_ or []), *([f"codebook.num_concepts={concepts}"] if concepts else [])]
+    settings = load_config(FitConfig, config, overrides, source=source, output=output)
+    if concepts and settings.source.startswith(VOCABULARY):
+        raise UsageError(
+            "--concepts is for a corpus; a codebook of names has a concept for each name, and "
+            "--set codebook.groups='[16, 128]' says how many groups have patterns of their own"
+        )
+    progress = Progress("shard")
+    with progress:
+        result = run(
+            settings,
+            command=command_line(),
+            on_plan=progress.start,
+            on_shard=lambda name: progress.advance(),
+        )
+    print(describe(result, settings))
+
+
+def train(
+    source: TrainingSource = None,
+    output: TrainingOutput = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", hidden=True)] = False,
+    num_images: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
+    images_per_second: Annotated[float | None, typer.Option(min=1e-6, hidden=True)] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, hidden=True)] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Train a generator with Ray Train; the same command resumes an interrupted run."""
+    if dry_run:  # as it was spelt before
+        plan_train(source, output, num_images, images_per_second, price_per_hour, config, set_)
+        return
+    if (num_images, images_per_second, price_per_hour) != (None, None, None):
+        raise UsageError(
+            "--num-images, --images-per-second and --price-per-hour are for one4all plan train"
+        )
+    from pipelines.settings import load_config
+    from pipelines.train.config import TrainConfig
+    from pipelines.train.job import train as run
+
+    settings = load_config(TrainConfig, config, set_, source=source, output=output)
+    progress = Progress("step")
+
+    def on_metrics(metrics: dict[str, float]) -> None:
+        progress.advance_to(int(metrics["step"]), training_note(metrics))
+
+    with progress:
+        card = run(
+            settings,
+            command=command_line(),
+            on_start=lambda: progress.start(settings.steps),
+            on_metrics=on_metrics,
+            on_wait=progress.say,
+        )
+    print(f"protector {card.content_hash[:12]} written to {settings.output}")
+    print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
+
+
+def training_note(entry: dict[str, float]) -> str:
+    """One line of how training goes: the loss, the objective's own scalars, and the pace."""
+    scalars = [f"{key} {value:.3g}" for key, value in entry.items() if key not in _NOT_NOTED]
+    return " ".join([*scalars, f"{entry['images_per_second']:.3g} images/s"])
+
+
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(help="Embedded corpus, folder of class folders, or torchvision:NAME."),
+    ],
+    destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    labels: Annotated[str, typer.Option(help="coarse or fine; embedded corpora have both.")] = (
+        "coarse"
+    ),
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Where torchvision keeps its files."),
+    ] = None,
+    download: Annotated[bool, typer.Option(help="Let torchvision download.")] = False,
+    images_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+) -> None:
+    """Pack labelled images into WebDataset shards."""
+    from one4all.corpus.packing import open_corpus
+    from one4all.corpus.packing import pack as run
+    from one4all.storage import open_storage
+
+    images = open_corpus(
+        source,
+        split=choice("--split", split, "train", "test"),
+        labels=choice("--labels", labels, "coarse", "fine"),
+        root=root,
+        download=download,
+    )
+    storage = open_storage(destination)
+    storage.check(writable=True)
+    num_shards, num_images = run(
+        tqdm(images, unit="image", disable=None, leave=False),
+        storage,
+        prefix=split,
+        images_per_shard=images_per_shard,
+    )
+    print(f"{num_images} images in {num_shards} shards written to {storage.uri}")

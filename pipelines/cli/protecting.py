@@ -1,0 +1,269 @@
+"""The verbs of who protects a corpus: protect, verify, status, preview."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from pipelines.cli.terminal import (
+    ConfigOption,
+    Progress,
+    SetOption,
+    in_words,
+    interrupt,
+    size_in_words,
+)
+
+_WATCH_SECONDS = 5.0
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Add the verbs of this module to the command line."""
+    app.command()(protect)
+    app.command()(verify)
+    app.command(cls=_StatusCommand)(status)
+    app.command()(preview)
+
+
+def protect(
+    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of .tar shards.")],
+    destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
+    protector: Annotated[
+        str | None,
+        typer.Option(help="Name, folder or s3:// URI of a protector."),
+    ] = None,
+    output_format: Annotated[
+        str | None,
+        typer.Option(help="match (keep file formats) or lossless (JPEG becomes PNG)."),
+    ] = None,
+    on_bad_image: Annotated[
+        str | None,
+        typer.Option(help="drop, fail or passthrough."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Only shards written since: 2026-11-01T00:00Z, or 36h before now."),
+    ] = None,
+    log_json: Annotated[
+        bool | None,
+        typer.Option("--log-json", help="Also write one JSON line for each shard to stderr."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Protect every shard of a corpus that is not protected yet. Safe to kill and to repeat."""
+    from pipelines.protect.config import ProtectConfig
+    from pipelines.protect.job import protect as run
+    from pipelines.settings import load_config
+
+    settings = load_config(
+        ProtectConfig,
+        config,
+        set_,
+        protector=protector,
+        output_format=output_format,
+        on_bad_image=on_bad_image,
+        since=since,
+        log_json=log_json,
+    )
+    progress = Progress("shard")
+
+    def on_plan(todo: Any, num_shards: int) -> None:
+        if len(todo) < num_shards:
+            progress.say(f"{num_shards - len(todo)} of {num_shards} shards are done already")
+        progress.start(len(todo))
+
+    def on_progress(status: Any) -> None:
+        if status.outcome == "done":
+            progress.advance()
+        else:
+            progress.say(f"{status.outcome}: {status.name}: {status.error}")
+
+    with progress:
+        result = run(
+            source,
+            destination,
+            settings,
+            on_plan=on_plan,
+            on_progress=on_progress,
+            on_wait=progress.say,
+        )
+    print(
+        f"{result.num_done} of {result.num_shards} shards protected "
+        f"({result.num_protected_now} now, {result.num_images} images); "
+        f"{result.num_bad_images} bad images"
+    )
+    for name, reason in (result.failed | result.quarantined).items():
+        print(f"  not protected: {name}: {reason}")
+    if result.num_older:
+        print(
+            f"  {result.num_older} shards are older than {settings.since} and were left out; "
+            f"{result.num_older_undone} of them are not protected"
+        )
+    if result.num_others:
+        print(
+            f"  {result.num_others} objects are no .tar shards and were left alone, such as "
+            f"{result.other}"
+        )
+    raise typer.Exit(result.exit_code)
+
+
+def verify(
+    source: Annotated[str, typer.Argument(help="The source that was protected.")],
+    destination: Annotated[str, typer.Argument(help="What protect wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    per_image: Annotated[
+        Path | None,
+        typer.Option(help="Also write one JSON line for each image to this file."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Re-read both sides and check every promise; exit 0 only if all hold."""
+    from pipelines.settings import load_config
+    from pipelines.verify import VerifyConfig
+    from pipelines.verify import verify as run
+
+    settings = load_config(VerifyConfig, config, set_)
+    progress = Progress("shard")
+
+    def on_audit(audit: Any) -> None:
+        progress.advance()
+        if lines is not None:
+            lines.writelines(
+                json.dumps({"shard": audit.name} | asdict(image)) + "\n" for image in audit.images
+            )
+
+    with progress, per_image.open("w", encoding="utf-8") if per_image else nullcontext() as lines:
+        result = run(
+            source,
+            destination,
+            settings,
+            on_plan=progress.start,
+            on_audit=on_audit,
+        )
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        _print_verification(result)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+def _print_verification(result: Any) -> None:
+    verdict = "every promise holds" if result.ok else f"{result.num_problems} PROBLEMS"
+    print(
+        f"{verdict}: {result.num_shards} shards, {result.num_samples} samples, "
+        f"{result.num_images} images, {result.num_sidecars} sidecars"
+    )
+    if result.num_images:
+        print(
+            f"  {result.num_within_budget} of {result.num_images} images within "
+            f"{result.epsilon_levels} levels once decoded (largest {result.max_levels})"
+        )
+        print(
+            f"  PSNR {result.mean_psnr_db:.1f} dB (worst {result.min_psnr_db:.1f}), "
+            f"SSIM {result.mean_ssim:.3f} (worst {result.min_ssim:.3f})"
+        )
+    for note in result.notes:
+        print(f"  note: {note}")
+    for problem in result.problems:
+        print(f"  problem: {problem}")
+
+
+class _StatusCommand(TyperCommand):
+    """Lets --watch stand alone, or with seconds."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--watch" in args:
+            after = args.index("--watch") + 1
+            if after == len(args) or not args[after].replace(".", "", 1).isdigit():
+                args = [*args[:after], str(_WATCH_SECONDS), *args[after:]]
+        return super().parse_args(ctx, args)
+
+
+def status(
+    destination: Annotated[str, typer.Argument(help="What protect writes to.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="[SECONDS]", min=0.1, help="Look again every few seconds (5) until it is done."
+        ),
+    ] = None,
+    totals: Annotated[
+        bool | None,
+        typer.Option(help="Read every manifest for totals; by default up to 20,000, once."),
+    ] = None,
+) -> None:
+    """Show what is done, pending, bad and quarantined at a destination."""
+    from pipelines.status import read_status
+    from pipelines.status import watch as look
+
+    if watch is not None:
+        interrupt.advice = ""
+        _watch(look(destination, every_seconds=watch, totals=bool(totals)))
+        return
+    found = read_status(destination, totals=totals)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        print("\n".join(_status_lines(found)))
+
+
+def _watch(looks: Any) -> None:
+    """Redraw on a terminal; elsewhere one plain line for each look."""
+    height = 0
+    for found, rate in looks:
+        pace = "no shard was done since this watch began"
+        if rate.images_per_second is not None:
+            pace = f"{rate.images_per_second:.3g} images/s since this watch began"
+        if rate.seconds_left is not None and found.num_pending:
+            pace += f", about {in_words(rate.seconds_left)} left"
+        if not sys.stdout.isatty():
+            done = f"{found.num_done:,} of {found.num_shards:,} shards done"
+            print(f"{done}, {found.num_pending:,} pending; {pace}", flush=True)
+            continue
+        lines = [*_status_lines(found), f"  {pace}"]
+        # Up to where the last drawing began, and everything below erased.
+        print(f"\x1b[{height}F\x1b[J" * bool(height) + "\n".join(lines), flush=True)
+        height = len(lines)
+
+
+def _status_lines(found: Any) -> list[str]:
+    written = "" if found.output_bytes is None else f", {size_in_words(found.output_bytes)} written"
+    to_read = size_in_words(found.pending_bytes)
+    lines = [
+        f"{found.destination}  <-  {found.source}  ({found.protector}, {found.output_format})",
+        f"  done         {found.num_done:>9,} of {found.num_shards:,} shards{written}",
+        f"  pending      {found.num_pending:>9,} shards, {to_read} to read",
+    ]
+    if found.num_protected is None:
+        lines.append("  images       not counted; --totals reads every manifest")
+    else:
+        lines.append(
+            f"  images       {found.num_protected:>9,} protected, {found.num_bad:,} bad",
+        )
+    lines.append(f"  quarantined  {len(found.quarantined):>9,} shards")
+    return lines + [
+        f"    {name}: {reason}" for name, reason in (found.failing | found.quarantined).items()
+    ]
+
+
+def preview(
+    source: Annotated[str, typer.Argument(help="An image, a folder of images, or a .tar shard.")],
+    output: Annotated[Path, typer.Argument(help="PNG file to write.")] = Path("preview.png"),
+    protector: Annotated[str, typer.Option(help="Name, folder or s3:// URI.")] = "default",
+    num_images: Annotated[int, typer.Option(min=1, max=64)] = 6,
+) -> None:
+    """Draw a contact sheet: clean, amplified perturbation, protected."""
+    from pipelines.preview import preview as run
+
+    count = run(source, output, protector=protector, num_images=num_images)
+    print(f"{count} images drawn to {output}")
