@@ -5,6 +5,7 @@ Shape suffixes: N points, K clusters, D features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from one4all.clustering import k_means
-from one4all.errors import UsageError
+from one4all.errors import ConfigError, UsageError
 
 MERGE_SEED = 35  # of the released code's k-means (docs/method.md, label-agnostic)
 
@@ -84,32 +85,35 @@ def cluster_quality(
     Args:
         features_ND: float32 (N, D), N above K.
         num_clusters: K, at least 2.
-        seed: Of k-means.
+        seed: Seed of k-means.
 
     Raises:
         UsageError: K is below 2 or not below N.
+        ConfigError: scikit-learn is not installed.
 
     Source: Rousseeuw 1987 (silhouette); Calinski and Harabasz 1974.
     """
-    features = torch.from_numpy(features_ND).double()
-    count = len(features)
+    count = len(features_ND)
     if not 2 <= num_clusters < count:
         raise UsageError(f"{num_clusters} clusters of {count} points cannot be judged")
-    centres, assignment = k_means(features.float(), num_clusters, seed=seed, restarts=10)
-    centres = centres.double()
-    sizes = torch.bincount(assignment, minlength=num_clusters)
-    sse = (features - centres[assignment]).square().sum()
-    between = (sizes[:, None] * (centres - features.mean(dim=0)).square()).sum()
-    ratio = (between / (num_clusters - 1)) / (sse / (count - num_clusters))
+    calinski_harabasz_score, silhouette_score = _scores()
+    features = torch.from_numpy(features_ND)
+    centres, assignment = k_means(features, num_clusters, seed=seed, restarts=10)
+    points, labels = features.double().numpy(), assignment.numpy()
+    return ClusterQuality(
+        num_clusters,
+        sse=float(np.square(points - centres.double().numpy()[labels]).sum()),
+        silhouette=float(silhouette_score(points, labels)),
+        calinski_harabasz=float(calinski_harabasz_score(points, labels)),
+    )
 
-    membership = torch.nn.functional.one_hot(assignment, num_clusters).double()
-    to_clusters = torch.cdist(features, features) @ membership  # sums of distances, (N, K)
-    own = sizes[assignment]
-    rows = torch.arange(count)
-    within = to_clusters[rows, assignment] / (own - 1).clamp_min(1)
-    others = to_clusters / sizes
-    others[rows, assignment] = torch.inf
-    nearest_other = others.min(dim=1).values
-    silhouette = (nearest_other - within) / torch.maximum(nearest_other, within).clamp_min(1e-12)
-    silhouette[own == 1] = 0
-    return ClusterQuality(num_clusters, float(sse), float(silhouette.mean()), float(ratio))
+
+def _scores() -> tuple[Callable[..., float], Callable[..., float]]:
+    """Calinski-Harabasz and silhouette. Raises: ConfigError."""
+    try:
+        from sklearn.metrics import calinski_harabasz_score, silhouette_score
+    except ImportError as error:
+        raise ConfigError(
+            "to judge numbers of label clusters needs scikit-learn: pip install 'one4all[evaluate]'"
+        ) from error
+    return calinski_harabasz_score, silhouette_score

@@ -24,8 +24,8 @@ from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import (
     Arrays,
     FittedCard,
-    FittedMethod,
-    Progress,
+    OnFitProgress,
+    SavablePerturbations,
     check_epsilon,
     make_card,
     silent,
@@ -53,7 +53,7 @@ class LspConfig(BaseModel):
 PRESETS: dict[str, LspConfig] = {"default": LspConfig(), "published": LspConfig()}
 
 
-class LinearSeparable(FittedMethod):
+class LinearSeparable(SavablePerturbations):
     """Vertices and covariances of the classes; a perturbation is drawn for each image.
 
     Args:
@@ -100,7 +100,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> LinearSeparable:
     """Draw the classes' points; of ``images`` only size and number of classes matter.

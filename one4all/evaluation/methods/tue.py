@@ -27,7 +27,7 @@ from torch.nn.functional import pdist
 
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Progress, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, make_card, seeded, silent
 from one4all.evaluation.methods.contrastive import Learner, LearnerConfig
 from one4all.evaluation.methods.surrogate import (
     Index,
@@ -92,7 +92,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> SampleWise:
     """One transferable perturbation per image.
@@ -102,7 +102,7 @@ def fit(
         config: Schedule.
         epsilon_levels: Budget.
         seed: Of the start, the network, views and batches.
-        on_progress: See `Progress`.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
 
     Raises:

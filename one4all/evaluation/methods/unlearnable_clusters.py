@@ -30,7 +30,7 @@ from one4all.clustering import k_means
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.evaluation.label_clusters import cluster_purity
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Progress, check_epsilon, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, make_card, seeded, silent
 from one4all.evaluation.methods.clusters import ClusterWise, encode_corpus
 from one4all.evaluation.methods.surrogate import batches, flip_and_shift, to_levels
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
@@ -89,7 +89,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
     encoder: Encoder | None = None,
 ) -> ClusterWise:
@@ -100,7 +100,7 @@ def fit(
         config: Schedule.
         epsilon_levels: Budget; the method's own is 16.
         seed: Of clusters, noise, networks and batches.
-        on_progress: See `Progress`.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
         encoder: The one that ``config.encoder`` names, if it is loaded already.
 
