@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from one4all.corpus.packing import LabelledImage, open_corpus, pack
@@ -35,7 +35,7 @@ from pipelines.demo.report import (
     training_section,
     verified_section,
 )
-from pipelines.evaluation.job import evaluate
+from pipelines.evaluation.job import Say, evaluate
 from pipelines.evaluation.records import TrialRecord
 from pipelines.evaluation.report import fill_table, table_section
 from pipelines.evaluation.trials import (
@@ -64,8 +64,6 @@ _ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
 _ORACLE = MethodConfig(
     method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
 )
-
-Say = Callable[[str], None]
 
 
 def demo(folder: Path, material: Material, *, say: Say) -> Path:

@@ -20,7 +20,7 @@ class Material:
     """What is protected, and adversaries are trained on.
 
     Attributes:
-        name: Of the corpus, in folders and tables.
+        name: Name of the corpus, in folders and tables.
         images: Its images by split.
         sizes: Keys of `DataConfig`: at which they are protected and trained on.
         about: What they are to the protector.

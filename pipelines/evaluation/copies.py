@@ -73,7 +73,7 @@ def make_copy(
     Args:
         clean: The data set.
         fit_on: Where to fit a method that needs it; None fits it on ``clean``.
-        method: See there.
+        method: What to protect with.
         epsilon_levels: Budget.
         cache: Folder that holds the fitted method, or will if its fit takes time. That of a
             codebook is a protector folder.

@@ -77,8 +77,8 @@ def evaluate(
     """Run every trial that has no record yet.
 
     Args:
-        config: See there.
-        command: For the records.
+        config: What to evaluate.
+        command: Command line, for the records.
         on_plan: Called once with the trials to do and all trials.
         on_trial: Called with each trial as it ends.
         say: Receives a line for each data set that is read and each copy that is made: the first

@@ -169,7 +169,7 @@ class GridConfig(JobConfig):
     """One table: every combination of these lists.
 
     Attributes:
-        title, note: For the report.
+        title, note: Heading and remark in the report.
         rows: Which list goes down the table; the others go across.
         data: Names in `EvaluateConfig.data`.
         fitted_on: Name of the data set on which methods that need a fit are fitted (cross-dataset);

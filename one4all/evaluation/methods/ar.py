@@ -116,7 +116,7 @@ def fit(
         images: Corpus.
         config: Scaling.
         epsilon_levels: Budget.
-        seed: Of filters and, later, starts.
+        seed: Seed of filters and, later, starts.
         on_progress: See `OnFitProgress`.
         device: Not used.
 

@@ -47,8 +47,8 @@ class FittedMethod(ABC):
     """A compared method, or a control, ready to protect.
 
     Attributes:
-        within_budget: Whether no pixel moves by more than the budget. The others are controls,
-            which reproduce what a released program does.
+        within_budget: Whether no pixel moves by more than the budget. The report says of every copy
+            how far one moved.
     """
 
     within_budget: ClassVar[bool] = True

@@ -53,7 +53,7 @@ def class_patterns(
         num_classes: Number of patterns.
         size: Side in pixels; a multiple of ``block``.
         epsilon_levels: Budget.
-        seed: Of the patterns.
+        seed: Seed of the patterns.
         block: Side of a block in pixels.
 
     Returns:

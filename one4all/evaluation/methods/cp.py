@@ -113,7 +113,7 @@ def fit_class(
         images: Clean images and true labels, which only say who shares a perturbation.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the start, the network, views and batches.
+        seed: Seed of the start, the network, views and batches.
         on_progress: See `OnFitProgress`.
         device: PyTorch device.
 

@@ -110,7 +110,7 @@ def fit_sample(
         images: Clean images and true labels.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the start, the network, the order of batches.
+        seed: Seed of the start, the network, the order of batches.
         on_progress: See `OnFitProgress`.
         device: PyTorch device.
 

@@ -109,7 +109,7 @@ def fit(
         images: Corpus.
         config: Patches and points.
         epsilon_levels: Budget.
-        seed: Of vertices, covariances and, later, samples.
+        seed: Seed of vertices, covariances and, later, samples.
         on_progress, device: Not used; nothing takes time.
     """
     check_epsilon(epsilon_levels)

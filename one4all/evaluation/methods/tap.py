@@ -89,7 +89,7 @@ def fit(
         images: Clean images and true labels.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the network, the order of batches, the starts.
+        seed: Seed of the network, the order of batches, the starts.
         on_progress: See `OnFitProgress`.
         device: PyTorch device.
 

@@ -52,7 +52,7 @@ class TueConfig(BaseModel):
         train_steps: Steps of the network before each pass.
         noise_steps: Signed steps on each batch of a pass.
         step_levels: Length of one, in levels.
-        ssl_weight, csd_weight: Of the two losses.
+        ssl_weight, csd_weight: Weights of the two losses.
         spread_gradient: Whether gradients flow through the spread within classes too. False is what
             the released code does: perturbations then grow to the edge of the budget, while with
             True, once classes are tight, little asks them to grow.
@@ -101,7 +101,7 @@ def fit(
         images: Clean images and true labels.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the start, the network, views and batches.
+        seed: Seed of the start, the network, views and batches.
         on_progress: See `OnFitProgress`.
         device: PyTorch device.
 

@@ -50,7 +50,7 @@ class UnlearnableClustersConfig(BaseModel):
         feature_scale: Features are multiplied by it before softmax; 0 means sqrt(D).
         steps: Optimiser steps for each cluster, with a cosine schedule.
         batch_size: Images of a step, drawn from all clusters.
-        learning_rate, weight_decay: Of Adam.
+        learning_rate, weight_decay: Settings of Adam.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,7 +99,7 @@ def fit(
         images: Clean images; their labels only measure the purity in the record.
         config: Schedule.
         epsilon_levels: Budget; the method's own is 16.
-        seed: Of clusters, noise, networks and batches.
+        seed: Seed of clusters, noise, networks and batches.
         on_progress: See `OnFitProgress`.
         device: PyTorch device.
         encoder: The one that ``config.encoder`` names, if it is loaded already.
