@@ -5,7 +5,6 @@ Shape suffixes: N points, K clusters, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from one4all.clustering import k_means
-from one4all.errors import ConfigError, UsageError
+from one4all.errors import UsageError
+from one4all.extras import require
 
 MERGE_SEED = 35  # of the released code's k-means (docs/method.md, label-agnostic)
 
@@ -88,15 +88,16 @@ def cluster_quality(
         seed: Seed of k-means.
 
     Raises:
-        UsageError: K is below 2 or not below N.
-        ConfigError: scikit-learn is not installed.
+        UsageError: K is below 2 or not below N; or scikit-learn is not installed.
 
     Source: Rousseeuw 1987 (silhouette); Calinski and Harabasz 1974.
     """
     count = len(features_ND)
     if not 2 <= num_clusters < count:
         raise UsageError(f"{num_clusters} clusters of {count} points cannot be judged")
-    calinski_harabasz_score, silhouette_score = _scores()
+    require("sklearn", "evaluate")
+    from sklearn.metrics import calinski_harabasz_score, silhouette_score
+
     features = torch.from_numpy(features_ND)
     centres, assignment = k_means(features, num_clusters, seed=seed, restarts=10)
     points, labels = features.double().numpy(), assignment.numpy()
@@ -106,14 +107,3 @@ def cluster_quality(
         silhouette=float(silhouette_score(points, labels)),
         calinski_harabasz=float(calinski_harabasz_score(points, labels)),
     )
-
-
-def _scores() -> tuple[Callable[..., float], Callable[..., float]]:
-    """Calinski-Harabasz and silhouette. Raises: ConfigError."""
-    try:
-        from sklearn.metrics import calinski_harabasz_score, silhouette_score
-    except ImportError as error:
-        raise ConfigError(
-            "to judge numbers of label clusters needs scikit-learn: pip install 'one4all[evaluate]'"
-        ) from error
-    return calinski_harabasz_score, silhouette_score

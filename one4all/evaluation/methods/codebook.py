@@ -19,7 +19,7 @@ from one4all.evaluation.label_clusters import cluster_purity
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, silent
 from one4all.evaluation.methods.clusters import encode_corpus
-from one4all.evaluation.methods.protectors import FittedProtector, build_protector
+from one4all.evaluation.methods.protectors import SMALLEST_WORKING_SIZE, FittedProtector
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.codebook import (
     DEFAULT_CODEBOOK,
@@ -28,6 +28,7 @@ from one4all.protectors.codebook import (
     fit_codebook,
     name_codebook,
 )
+from one4all.protectors.protector import Protector
 
 
 class CodebookMethodConfig(BaseModel):
@@ -90,14 +91,15 @@ def fit(
     concepts = codebook.concepts(features).numpy().astype(np.int32)
     purity = cluster_purity(concepts, images.labels_N)
     on_progress(1.0, f"{codebook.config.num_concepts} concepts, purity {purity:.2f}")
-    protector = build_protector(
-        "codebook",
-        codebook,
-        encoder,
+    protector = Protector.assemble(
         config.encoder,
-        working_size=images.size,
+        encoder,
+        codebook,
+        name="codebook",
+        working_size=max(images.size, SMALLEST_WORKING_SIZE),
+        config=codebook.config,
         epsilon_levels=epsilon_levels,
-        training={"num_images": len(images), "seed": seed, "purity": purity},
         bank=bank,
+        training={"num_images": len(images), "seed": seed, "purity": purity},
     )
     return FittedProtector(protector)

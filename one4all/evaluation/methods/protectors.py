@@ -13,18 +13,14 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from one4all.concepts import ConceptBank
-from one4all.encoders import Encoder, EncoderConfig
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import FittedMethod, Savable, check_epsilon
+from one4all.evaluation.methods.base import FittedMethod, Savable
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.card import DEFAULT_PROTECTOR, ProtectorCard, load_card
-from one4all.protectors.codebook import Codebook
-from one4all.protectors.generator import Generator
-from one4all.protectors.protector import Protector, golden_embedding
+from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
+from one4all.protectors.protector import Protector
 
-_SMALLEST_WORKING_SIZE = 16  # of a card
+SMALLEST_WORKING_SIZE = 16  # pixels, of a protector's card
 
 
 class ProtectorConfig(BaseModel):
@@ -99,45 +95,3 @@ def identify_protector(config: ProtectorConfig) -> dict[str, Any]:
         ProtectorError: There is none.
     """
     return {"content_hash": load_card(config.protector).content_hash}
-
-
-def build_protector(
-    name: str,
-    network: Codebook | Generator,
-    encoder: Encoder,
-    encoder_config: EncoderConfig,
-    *,
-    working_size: int,
-    epsilon_levels: int,
-    training: dict[str, Any],
-    bank: ConceptBank | None = None,
-) -> Protector:
-    """A protector of what was just made.
-
-    Args:
-        name: Name in the card.
-        network: What makes perturbations.
-        encoder: Frozen encoder, which ``encoder_config`` names.
-        encoder_config: Its configuration.
-        working_size: Side in pixels of the copy that encoder and network see.
-        epsilon_levels: Budget.
-        training: How it was made, for the card.
-        bank: Names that the network stands for, if any.
-
-    Raises:
-        UsageError: The budget is out of range.
-    """
-    check_epsilon(epsilon_levels)
-    card = ProtectorCard(
-        name=name,
-        encoder=encoder_config,
-        encoder_hash=encoder.content_hash(),
-        golden_embedding=golden_embedding(encoder),
-        vocabulary=bank.vocabulary if bank else "",
-        concept_bank_hash=bank.hash if bank else "",
-        generator=network.config,
-        working_size=max(_SMALLEST_WORKING_SIZE, working_size),
-        epsilon_levels=epsilon_levels,
-        training=training,
-    )
-    return Protector(card, encoder, network)

@@ -21,9 +21,15 @@ from pydantic import Field
 
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import FittedCard, Perturbations, make_card, seeded
+from one4all.evaluation.methods.base import (
+    FittedCard,
+    Perturbations,
+    check_epsilon,
+    make_card,
+    seeded,
+)
 from one4all.evaluation.methods.controls import ControlConfig
-from one4all.evaluation.methods.protectors import FittedProtector, build_protector
+from one4all.evaluation.methods.protectors import SMALLEST_WORKING_SIZE, FittedProtector
 from one4all.evaluation.methods.surrogate import chunks
 from one4all.images import Pixels, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, resize_perturbation
@@ -181,16 +187,19 @@ def _draw(
     images: LabelledImages, config: UntrainedGeneratorConfig, epsilon_levels: int, seed: int
 ) -> Protector:
     """A protector with random weights."""
+    check_epsilon(epsilon_levels)
     encoder = load_encoder(config.encoder)
     with seeded(seed):
         generator = Generator(config.generator, encoder.embedding_dim)
     stride = config.generator.total_stride
-    return build_protector(
-        "untrained",
-        generator,
-        encoder,
+    own_size = -(-max(images.size, SMALLEST_WORKING_SIZE) // stride) * stride
+    return Protector.assemble(
         config.encoder,
-        working_size=config.working_size or -(-images.size // stride) * stride,
+        encoder,
+        generator,
+        name="untrained",
+        working_size=config.working_size or own_size,
+        config=config.generator,
         epsilon_levels=epsilon_levels,
         training={"steps": 0, "seed": seed},
     )
