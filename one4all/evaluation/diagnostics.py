@@ -10,9 +10,8 @@ or classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -57,8 +56,9 @@ class Separability:
 
 
 @dataclass(frozen=True)
-class Distances:
-    """Euclidean distances of perturbations in levels, and between / within."""
+class ClassDistances:
+    """Euclidean distances of perturbations, in levels: within a class, between the means of two,
+    and between / within."""
 
     within: float
     between: float
@@ -125,15 +125,12 @@ class Diagnosis:
 
     num_images: int
     separability: Separability
-    distances: Distances
+    distances: ClassDistances
     purity: Purity
     cosines: ConceptCosines
     losses: tuple[LossAtK, ...]
     distortion: Distortion
     survival: tuple[Survival, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, allow_nan=False)
 
 
 def diagnose(
@@ -196,7 +193,7 @@ def delta_separability(
 
 def delta_distances(
     clean: LabelledImages, protected: LabelledImages, *, seed: int = 0
-) -> Distances:
+) -> ClassDistances:
     """Mean distance to the class mean, mean distance between class means, between / within.
 
     Means of few images differ by chance: ``shuffled_ratio``, of shuffled labels, is the baseline.
@@ -206,7 +203,7 @@ def delta_distances(
     _require_pairs(clean, protected)
     within, between, ratio = _spread(clean, protected, clean.labels_N)
     shuffled = np.random.default_rng(seed).permutation(clean.labels_N)
-    return Distances(within, between, ratio, _spread(clean, protected, shuffled)[2])
+    return ClassDistances(within, between, ratio, _spread(clean, protected, shuffled)[2])
 
 
 def _spread(

@@ -14,6 +14,7 @@ import torch
 
 from one4all.clustering import k_means
 from one4all.errors import UsageError
+from one4all.extras import require
 
 MERGE_SEED = 35  # of the released code's k-means (docs/method.md, label-agnostic)
 
@@ -84,32 +85,25 @@ def cluster_quality(
     Args:
         features_ND: float32 (N, D), N above K.
         num_clusters: K, at least 2.
-        seed: Of k-means.
+        seed: Seed of k-means.
 
     Raises:
-        UsageError: K is below 2 or not below N.
+        UsageError: K is below 2 or not below N; or scikit-learn is not installed.
 
     Source: Rousseeuw 1987 (silhouette); Calinski and Harabasz 1974.
     """
-    features = torch.from_numpy(features_ND).double()
-    count = len(features)
+    count = len(features_ND)
     if not 2 <= num_clusters < count:
         raise UsageError(f"{num_clusters} clusters of {count} points cannot be judged")
-    centres, assignment = k_means(features.float(), num_clusters, seed=seed, restarts=10)
-    centres = centres.double()
-    sizes = torch.bincount(assignment, minlength=num_clusters)
-    sse = (features - centres[assignment]).square().sum()
-    between = (sizes[:, None] * (centres - features.mean(dim=0)).square()).sum()
-    ratio = (between / (num_clusters - 1)) / (sse / (count - num_clusters))
+    require("sklearn", "evaluate")
+    from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
-    membership = torch.nn.functional.one_hot(assignment, num_clusters).double()
-    to_clusters = torch.cdist(features, features) @ membership  # sums of distances, (N, K)
-    own = sizes[assignment]
-    rows = torch.arange(count)
-    within = to_clusters[rows, assignment] / (own - 1).clamp_min(1)
-    others = to_clusters / sizes
-    others[rows, assignment] = torch.inf
-    nearest_other = others.min(dim=1).values
-    silhouette = (nearest_other - within) / torch.maximum(nearest_other, within).clamp_min(1e-12)
-    silhouette[own == 1] = 0
-    return ClusterQuality(num_clusters, float(sse), float(silhouette.mean()), float(ratio))
+    features = torch.from_numpy(features_ND)
+    centres, assignment = k_means(features, num_clusters, seed=seed, restarts=10)
+    points, labels = features.double().numpy(), assignment.numpy()
+    return ClusterQuality(
+        num_clusters,
+        sse=float(np.square(points - centres.double().numpy()[labels]).sum()),
+        silhouette=float(silhouette_score(points, labels)),
+        calinski_harabasz=float(calinski_harabasz_score(points, labels)),
+    )

@@ -5,7 +5,7 @@ Shape suffixes: N images, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -65,7 +65,9 @@ class LabelledImages:
         return replace(self, images_NHWC=images)
 
 
-def read_labelled(uri: str, *, size: int = 0, max_images: int = 0) -> LabelledImages:
+def read_labelled(
+    uri: str, *, size: int = 0, max_images: int = 0, sidecar_patterns: Sequence[str] = ()
+) -> LabelledImages:
     """Read a labelled corpus of shards: one image and one ``.cls`` member a sample.
 
     Args:
@@ -73,6 +75,8 @@ def read_labelled(uri: str, *, size: int = 0, max_images: int = 0) -> LabelledIm
         size: Side in pixels: the middle square of each image, resized. 0 keeps images that are
             square and of one size.
         max_images: Take only the first; 0 takes all.
+        sidecar_patterns: Images of a sample that are no photos, such as ``*.seg.png``; see
+            `one4all.corpus.images_of`.
 
     Returns:
         Images and labels in shard order; class names from ``.txt`` members, if there are any.
@@ -81,7 +85,7 @@ def read_labelled(uri: str, *, size: int = 0, max_images: int = 0) -> LabelledIm
         UsageError: No shards, or images of several sizes and ``size`` is 0.
         ShardError: A sample without a readable image or without a class index.
     """
-    return _collect(_samples(uri), uri, size, max_images)
+    return _collect(_samples(uri, sidecar_patterns), uri, size, max_images)
 
 
 def read_corpus(
@@ -92,16 +96,18 @@ def read_corpus(
     return _collect(samples, name, size, max_images)
 
 
-def _samples(uri: str) -> Iterator[tuple[str, bytes, int, str]]:
+def _samples(uri: str, sidecar_patterns: Sequence[str]) -> Iterator[tuple[str, bytes, int, str]]:
     """Key, image file, class index and class name of each sample of a corpus of shards."""
     storage = open_storage(uri)
     for unit in list_units(storage):
         for sample in read_samples(storage, unit):
             members = {m.name.rpartition(".")[2].lower(): m.payload for m in sample.members}
-            pictures = [member.payload for member in images_of(sample)]
+            pictures = [member.payload for member in images_of(sample, sidecar_patterns)]
             if len(pictures) != 1 or "cls" not in members:
+                hint = "; name masks and the like in sidecar_patterns" * (len(pictures) > 1)
                 raise ShardError(
-                    f"{unit.name}: sample {sample.key!r} needs one image and one .cls member"
+                    f"{unit.name}: sample {sample.key!r} needs one image and one .cls member, "
+                    f"and has {len(pictures)} and {int('cls' in members)}{hint}"
                 )
             try:
                 label = int(members["cls"])

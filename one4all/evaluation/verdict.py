@@ -15,7 +15,7 @@ import numpy as np
 PROTECTS_BELOW = 0.6  # of clean accuracy
 MIN_SEEDS = 3
 
-Verdict = Literal["protects", "weak effect", "no effect", "inconclusive"]
+Verdict = Literal["protects", "weak effect", "no effect", "too few seeds", "oracle fails"]
 Accuracies = Sequence[float]
 
 
@@ -31,16 +31,17 @@ def judge(
         controls: Trained on each negative control: noise, an untrained generator.
 
     Returns:
-        "inconclusive" with fewer than three seeds, or if the oracle itself does not protect;
+        "too few seeds" with fewer than three of anything that is compared; "oracle fails" if not
+        even the oracle protects. Both are no verdict: this comparison shows nothing of the method.
         "protects" if the accuracy is at most 60 % of clean and below every control by more than
         twice the largest spread; "weak effect" if only the latter; "no effect" otherwise.
     """
     compared = (protected, clean, oracle, *controls)
     if min(len(values) for values in compared) < MIN_SEEDS:
-        return "inconclusive"
+        return "too few seeds"
     reference = float(np.mean(clean))
     if np.mean(oracle) > PROTECTS_BELOW * reference:
-        return "inconclusive"
+        return "oracle fails"
     spread = max(float(np.std(values, ddof=1)) for values in (protected, clean, *controls))
     floor = min(float(np.mean(values)) for values in (clean, *controls))
     if floor - np.mean(protected) <= 2 * spread:

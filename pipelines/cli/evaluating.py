@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -39,7 +39,8 @@ def evaluate(
     from pipelines.evaluation.diagnose import diagnose_copies
     from pipelines.evaluation.job import evaluate as run
     from pipelines.evaluation.job import report
-    from pipelines.evaluation.trials import EvaluateConfig
+    from pipelines.evaluation.records import TrialRecord
+    from pipelines.evaluation.trials import EvaluateConfig, Trial
     from pipelines.settings import load_config
 
     settings = load_config(EvaluateConfig, config, set_, output=output)
@@ -54,12 +55,18 @@ def evaluate(
             progress.say(f"{num_trials - num_todo} of {num_trials} trials are done already")
         progress.start(num_todo)
 
-    def on_trial(trial: Any, record: dict[str, Any]) -> None:
-        progress.advance(note=f"{trial.title}: {100 * record['last']:.1f} %")
+    def on_trial(trial: Trial, record: TrialRecord) -> None:
+        progress.advance(note=f"{trial.title}: {100 * record.outcome.last:.1f} %")
 
     with progress:
-        result = run(settings, command=command_line(), on_plan=on_plan, on_trial=on_trial)
-        diagnoses = diagnose_copies(settings)
+        result = run(
+            settings,
+            command=command_line(),
+            on_plan=on_plan,
+            on_trial=on_trial,
+            say=progress.say,
+        )
+        diagnoses = diagnose_copies(settings, say=progress.say)
     print(report(settings, result, diagnoses=diagnoses))
     for title, reason in result.failed.items():
         print(f"  failed: {title}: {reason}")

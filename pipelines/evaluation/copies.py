@@ -21,14 +21,10 @@ from one4all.corpus.packing import LabelledImage, open_corpus, pack
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages, read_corpus, read_labelled
-from one4all.evaluation.methods.base import protect_images
-from one4all.evaluation.methods.registry import find_method, load_fitted
-from one4all.protectors.protector import Protector
+from one4all.evaluation.methods import FittedMethod, Savable
 from one4all.report import to_png
 from one4all.storage import open_storage
 from pipelines.evaluation.trials import (
-    CORPUS,
-    PROTECTOR,
     Copy,
     DataConfig,
     EvaluateConfig,
@@ -58,7 +54,9 @@ def load_data(config: DataConfig, split: str) -> LabelledImages:
     else:
         uri = config.train if split == "train" else config.test
         open_storage(uri).check(writable=False)
-        found = read_labelled(uri, size=size, max_images=limit)
+        found = read_labelled(
+            uri, size=size, max_images=limit, sidecar_patterns=config.sidecar_patterns
+        )
     return replace(found, class_names=config.class_names or found.class_names)
 
 
@@ -75,49 +73,39 @@ def make_copy(
     Args:
         clean: The data set.
         fit_on: Where to fit a method that needs it; None fits it on ``clean``.
-        method: See there.
+        method: What to protect with.
         epsilon_levels: Budget.
-        cache: Folder that holds the fitted method, or will.
+        cache: Folder that holds the fitted method, or will if its fit takes time. That of a
+            codebook is a protector folder.
 
     Returns:
         Same labels and order; within the budget if the method claims to be.
+
+    Raises:
+        One4AllError: What the method is made of is not there, or does not suit the data set.
     """
-    if method.method == PROTECTOR:
-        protector = Protector.load(method.protector)
-        if protector.card.epsilon_levels > epsilon_levels:
-            raise UsageError(
-                f"protector {method.protector} has a budget of {protector.card.epsilon_levels} "
-                f"levels and the evaluation one of {epsilon_levels}"
-            )
-        return replace(clean, images_NHWC=np.stack(protector.protect(list(clean.images_NHWC))))
-    if method.method == CORPUS:
-        found = read_labelled(method.corpus, size=clean.size)
-        if not np.array_equal(found.labels_N, clean.labels_N):
-            raise UsageError(
-                f"{method.corpus} holds {len(found)} images and the clean data set {len(clean)}, "
-                "or their labels differ; it must be that data set, protected, with nothing dropped"
-            )
-        return found
-    known = find_method(method.method)
+    fitted = _fitted(clean if fit_on is None else fit_on, method, epsilon_levels, cache)
+    return fitted.protect(clean, own=fit_on is None, seed=method.seed)
+
+
+def _fitted(
+    images: LabelledImages, method: MethodConfig, epsilon_levels: int, cache: Path | None
+) -> FittedMethod:
+    """A method fitted to images, or read from where its fit was kept."""
+    known = method.known
     if cache is not None and cache.exists():
-        fitted = load_fitted(cache)
-    else:
-        fitted = known.fit(
-            clean if fit_on is None else fit_on,
-            known.config_type.model_validate(method.full_config),
-            epsilon_levels=epsilon_levels,
-            seed=method.seed,
-        )
-        if cache is not None:
-            # Whole or not at all: a killed run must not leave half a method.
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
-            fitted.save(scratch)
-            try:
-                scratch.rename(cache)
-            except OSError:  # another run was faster, with the same content
-                _log.debug("fitted method %s is there already", cache)
-    return protect_images(fitted, clean, own=fit_on is None, seed=method.seed)
+        return known.load(cache)
+    fitted = known.fit(images, method.settings, epsilon_levels=epsilon_levels, seed=method.seed)
+    if cache is not None and known.needs_fit and isinstance(fitted, Savable):
+        # Whole or not at all: a killed run must not leave half a method.
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
+        fitted.save(scratch)
+        try:
+            scratch.rename(cache)
+        except OSError:  # another run was faster, with the same content
+            _log.debug("fitted method %s is there already", cache)
+    return fitted
 
 
 def load_copy(copy: Copy, config: EvaluateConfig) -> tuple[LabelledImages, LabelledImages]:

@@ -7,13 +7,12 @@ codecs, and a strip of sample images. Kept below ``diagnoses/`` of the output, l
 
 from __future__ import annotations
 
-import base64
-import json
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import load_encoder
@@ -22,6 +21,7 @@ from one4all.evaluation.labelled import LabelledImages
 from one4all.report import Section, plot_curves, sample_grid, to_png
 from one4all.storage import open_storage
 from pipelines.evaluation.copies import load_copy
+from pipelines.evaluation.records import DiagnosisRecord
 from pipelines.evaluation.trials import Copy, EvaluateConfig, grid_trials
 from pipelines.ray_session import ray_session
 
@@ -29,17 +29,17 @@ VOCABULARY = "imagenet1k"
 _DIAGNOSES = "diagnoses/"
 _NUM_SAMPLES = 6
 
-Diagnosis = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def diagnose_copies(
-    config: EvaluateConfig, *, on_diagnosis: Callable[[Copy], None] = lambda copy: None
+    config: EvaluateConfig, *, say: Callable[[str], None] = lambda line: None
 ) -> list[Section]:
     """Diagnose what has no record yet; sections for the report.
 
     Args:
         config: See ``diagnose`` there.
-        on_diagnosis: Called with each copy that is done.
+        say: Receives a line for each copy that is diagnosed.
     """
     copies = {
         trial.copy.key: trial.copy
@@ -47,11 +47,14 @@ def diagnose_copies(
         if trial.copy.method.name in config.diagnose
     }
     storage = open_storage(config.output)
-    found: dict[str, Diagnosis] = {}
+    found: dict[str, DiagnosisRecord] = {}
     for info in storage.list(_DIAGNOSES):
         key = info.key.removeprefix(_DIAGNOSES).removesuffix(".json")
         if key in copies:
-            found[key] = json.loads(storage.read_bytes(info.key))
+            try:
+                found[key] = DiagnosisRecord.model_validate_json(storage.read_bytes(info.key))
+            except ValidationError:
+                _log.warning("record %s cannot be read and is made again", info.key)
     todo = [copy for key, copy in copies.items() if key not in found]
     if todo:
         import ray
@@ -64,9 +67,9 @@ def diagnose_copies(
                 copy = waiting.pop(ready[0])
                 found[copy.key] = ray.get(ready[0])
                 storage.write_bytes(
-                    f"{_DIAGNOSES}{copy.key}.json", json.dumps(found[copy.key]).encode()
+                    f"{_DIAGNOSES}{copy.key}.json", found[copy.key].model_dump_json().encode()
                 )
-                on_diagnosis(copy)
+                say(f"diagnosed: {copy.title}")
     return [
         section
         for data in config.grids[0].data
@@ -76,13 +79,14 @@ def diagnose_copies(
     ]
 
 
-def _diagnose_task(copy: Copy, config: EvaluateConfig) -> Diagnosis:
+def _diagnose_task(copy: Copy, config: EvaluateConfig) -> DiagnosisRecord:
     torch.set_num_threads(config.cpus_per_trial)
     clean, protected = load_copy(copy, config)
     encoder = load_encoder(config.encoder)
     bank = ConceptBank.build(VOCABULARY, encoder)
-    diagnosis: Diagnosis = json.loads(diagnose(clean, protected, encoder, bank).to_json())
-    return diagnosis | {"picture": base64.b64encode(_samples(clean, protected)).decode()}
+    return DiagnosisRecord(
+        diagnosis=diagnose(clean, protected, encoder, bank), picture=_samples(clean, protected)
+    )
 
 
 def _samples(clean: LabelledImages, protected: LabelledImages) -> bytes:
@@ -94,9 +98,10 @@ def _samples(clean: LabelledImages, protected: LabelledImages) -> bytes:
     return to_png(sample_grid([(title, list(images)) for title, images in columns]))
 
 
-def _sections(data: str, found: Mapping[str, Diagnosis]) -> list[Section]:
-    if not found:
+def _sections(data: str, records: Mapping[str, DiagnosisRecord]) -> list[Section]:
+    if not records:
         return []
+    found = {name: record.diagnosis for name, record in records.items()}
     header = (
         *("method", "separable", "distance ratio (shuffled)", "PSNR, dB (worst)", "SSIM"),
         *("largest", "own cosine", "opposite cosine", "concept changed"),
@@ -104,26 +109,25 @@ def _sections(data: str, found: Mapping[str, Diagnosis]) -> list[Section]:
     rows = [
         (
             name,
-            f"{100 * d['separability']['accuracy']:.0f} %",
-            f"{d['distances']['ratio']:.2f} ({d['distances']['shuffled_ratio']:.2f})",
-            f"{d['distortion']['psnr_db']:.1f} ({d['distortion']['worst_psnr_db']:.1f})",
-            f"{d['distortion']['ssim']:.3f}",
-            d["distortion"]["max_levels"],
-            f"{d['cosines']['own_before']:.3f} -> {d['cosines']['own_after']:.3f}",
-            f"{d['cosines']['opposite_before']:.3f} -> {d['cosines']['opposite_after']:.3f}",
-            f"{100 * d['cosines']['changed']:.0f} %",
+            f"{100 * d.separability.accuracy:.0f} %",
+            f"{d.distances.ratio:.2f} ({d.distances.shuffled_ratio:.2f})",
+            f"{d.distortion.psnr_db:.1f} ({d.distortion.worst_psnr_db:.1f})",
+            f"{d.distortion.ssim:.3f}",
+            d.distortion.max_levels,
+            f"{d.cosines.own_before:.3f} -> {d.cosines.own_after:.3f}",
+            f"{d.cosines.opposite_before:.3f} -> {d.cosines.opposite_after:.3f}",
+            f"{100 * d.cosines.changed:.0f} %",
         )
         for name, d in found.items()
     ]
-    codecs = [entry["codec"] for entry in next(iter(found.values()))["survival"]]
-    survival = [
-        (name, *(f"{100 * entry['kept']:.0f} %" for entry in d["survival"]))
-        for name, d in found.items()
-    ]
     any_method = next(iter(found.values()))
-    purity = any_method["purity"]
+    codecs = [entry.codec for entry in any_method.survival]
+    survival = [
+        (name, *(f"{100 * entry.kept:.0f} %" for entry in d.survival)) for name, d in found.items()
+    ]
+    purity = any_method.purity
     losses = {
-        f"{term} {name}": [(entry["k"], entry[term]) for entry in d["losses"]]
+        f"{term} {name}": [(entry.k, getattr(entry, term)) for entry in d.losses]
         for name, d in found.items()
         for term in ("l1", "l2")
     }
@@ -131,19 +135,19 @@ def _sections(data: str, found: Mapping[str, Diagnosis]) -> list[Section]:
         Section(
             f"Perturbations on {data}",
             text=[
-                f"{any_method['num_images']} images. Separable: held-out accuracy of a linear "
+                f"{any_method.num_images} images. Separable: held-out accuracy of a linear "
                 "probe on the perturbation alone; the largest class has "
-                f"{100 * any_method['separability']['majority']:.0f} %.",
+                f"{100 * any_method.separability.majority:.0f} %.",
                 "Purity of the encoder's clusters, in brackets with shuffled labels: "
                 + ", ".join(
-                    f"k = {k}: {value:.2f} ({purity['shuffled'][k]:.2f})"
-                    for k, value in purity["purity"].items()
+                    f"k = {k}: {value:.2f} ({purity.shuffled[k]:.2f})"
+                    for k, value in purity.purity.items()
                 )
-                + f"; linear probe {100 * purity['probe']['accuracy']:.0f} %.",
+                + f"; linear probe {100 * purity.probe.accuracy:.0f} %.",
             ],
             table=[header, *rows],
             pictures=[
-                *((name, base64.b64decode(d["picture"])) for name, d in found.items()),
+                *((name, record.picture) for name, record in records.items()),
                 (
                     "Loss terms of Eq. 4 by the number of similar concepts (paper, Figure 4a)",
                     plot_curves(losses, xlabel="k", ylabel="1 - cosine", title=data),

@@ -7,21 +7,17 @@ Adversaries are always tested on clean images, with the labels that they were tr
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from one4all.distances import max_difference, psnr_db
 from one4all.errors import One4AllError
@@ -32,6 +28,7 @@ from one4all.evaluation.labelled import LabelledImages, Labels
 from one4all.report import Section
 from one4all.storage import Storage, open_storage
 from pipelines.evaluation.copies import embed_class_names, fitted_folder, load_data, make_copy, mix
+from pipelines.evaluation.records import CopyRecord, Environment, Outcome, TrialRecord
 from pipelines.evaluation.report import write_results
 from pipelines.evaluation.trials import (
     NO_ATTACK,
@@ -48,7 +45,8 @@ _log = logging.getLogger(__name__)
 _TRIALS, _COPIES = "trials/", "copies/"
 _PSNR_IMAGES = 256  # of a copy, for its distortion
 
-Record = dict[str, Any]
+Say = Callable[[str], None]
+_Record = TypeVar("_Record", TrialRecord, CopyRecord)
 
 
 @dataclass
@@ -57,13 +55,13 @@ class Evaluation:
 
     Attributes:
         records: By trial key; all that exist for the configuration, whichever run made them.
-        copies: By copy key: largest |difference| in levels, mean PSNR, seconds.
+        copies: By copy key, likewise.
         num_new: Trials of this run.
-        failed: Title of a trial or copy that failed, with its reason.
+        failed: Title of a trial that failed, with its reason.
     """
 
-    records: dict[str, Record] = field(default_factory=dict)
-    copies: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, TrialRecord] = field(default_factory=dict)
+    copies: dict[str, CopyRecord] = field(default_factory=dict)
     num_new: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -73,15 +71,18 @@ def evaluate(
     *,
     command: str,
     on_plan: Callable[[int, int], None] = lambda num_todo, num_trials: None,
-    on_trial: Callable[[Trial, Record], None] = lambda trial, record: None,
+    on_trial: Callable[[Trial, TrialRecord], None] = lambda trial, record: None,
+    say: Say = lambda line: None,
 ) -> Evaluation:
     """Run every trial that has no record yet.
 
     Args:
-        config: See there.
-        command: For the records.
+        config: What to evaluate.
+        command: Command line, for the records.
         on_plan: Called once with the trials to do and all trials.
         on_trial: Called with each trial as it ends.
+        say: Receives a line for each data set that is read and each copy that is made: the first
+            trial may end long after.
 
     Raises:
         UsageError: A data set, protector or output cannot be used.
@@ -90,19 +91,21 @@ def evaluate(
     storage = open_storage(config.output)
     storage.check(writable=True)
     result = Evaluation(
-        records=_read_records(storage, _TRIALS, {trial.key for trial in trials}),
-        copies=_read_records(storage, _COPIES, {trial.copy.key for trial in trials}),
+        records=_read_records(storage, _TRIALS, {t.key for t in trials}, TrialRecord),
+        copies=_read_records(storage, _COPIES, {t.copy.key for t in trials}, CopyRecord),
     )
     todo = [trial for trial in trials if trial.key not in result.records]
     on_plan(len(todo), len(trials))
     if todo:
-        environment = _environment(command)
-        for trial, outcome in _run(todo, config, result, storage):
+        environment = Environment.here(command)
+        for trial, outcome in _run(todo, config, result, storage, say):
             if isinstance(outcome, str):
                 result.failed[trial.title] = outcome
                 continue
-            record = {"trial": trial.identity, "title": trial.title} | outcome | environment
-            storage.write_bytes(f"{_TRIALS}{trial.key}.json", json.dumps(record).encode())
+            record = TrialRecord(
+                trial=trial.identity, title=trial.title, outcome=outcome, environment=environment
+            )
+            storage.write_bytes(f"{_TRIALS}{trial.key}.json", record.model_dump_json().encode())
             result.records[trial.key] = record
             result.num_new += 1
             on_trial(trial, record)
@@ -146,7 +149,7 @@ def _label_qualities(data: str, config: EvaluateConfig) -> list[ClusterQuality]:
 
 def run_trial(
     copy: LabelledImages, clean: LabelledImages, test: LabelledImages, trial: Trial, merged: Labels
-) -> Record:
+) -> Outcome:
     """Train one adversary; accuracies in 0..1.
 
     Args:
@@ -168,19 +171,19 @@ def run_trial(
         seed=trial.seed,
     )
     counts = np.bincount(test.labels_N)
-    return {
-        "last": result.last,
-        "peak": result.peak,
-        "curve": list(result.curve),
-        "majority": float(counts.max() / counts.sum()),
-        "confusion": result.confusion(test.labels_N).tolist(),
-        "seconds": round(result.seconds, 2),
-    }
+    return Outcome(
+        last=result.last,
+        peak=result.peak,
+        curve=tuple(result.curve),
+        majority=float(counts.max() / counts.sum()),
+        confusion=result.confusion(test.labels_N).tolist(),
+        seconds=round(result.seconds, 2),
+    )
 
 
 def _run(
-    todo: list[Trial], config: EvaluateConfig, result: Evaluation, storage: Storage
-) -> Iterator[tuple[Trial, Record | str]]:
+    todo: list[Trial], config: EvaluateConfig, result: Evaluation, storage: Storage, say: Say
+) -> Iterator[tuple[Trial, Outcome | str]]:
     """Trials as they end; at most two copies are in memory beside those in use."""
     import ray
     from ray.exceptions import RayError
@@ -193,37 +196,33 @@ def _run(
         num_slots = _num_slots(resources, config.cpus_per_trial, gpus)
         remote: Any = ray.remote(num_cpus=config.cpus_per_trial, num_gpus=gpus)
         copy_task, trial_task = remote(_copy_task), remote(_trial_task)
-        data = _Data(config)
+        data = _Data(config, say)
         waiting: dict[Any, Trial] = {}
         copies: dict[Any, Copy] = {}
 
-        def finished(at_most: int) -> Iterator[tuple[Trial, Record | str]]:
-            while len(waiting) > at_most:
+        def finished(at_most: int) -> Iterator[tuple[Trial, Outcome | str]]:
+            while len(waiting) > at_most or (copies and not at_most):
                 ready, _ = ray.wait([*copies, *waiting], num_returns=1)
                 try:
-                    outcome: Record | str = ray.get(ready[0])
+                    outcome: Any = ray.get(ready[0])
                 except RayError as error:
                     outcome = _reason(error)
                 if ready[0] in copies:
-                    copy = copies.pop(ready[0])
-                    if isinstance(outcome, dict):
-                        result.copies[copy.key] = outcome
-                        key = f"{_COPIES}{copy.key}.json"
-                        storage.write_bytes(key, json.dumps(outcome).encode())
+                    _note_copy(copies.pop(ready[0]), outcome, result, storage, say)
                 else:
                     yield waiting.pop(ready[0]), outcome
 
-        for copy_key, group in groupby(todo, key=lambda trial: trial.copy.key):
+        for _, group in groupby(todo, key=lambda trial: trial.copy.key):
             trials = list(group)
             copy = trials[0].copy
             clean, test = data.get(copy.data)
             fit_on = data.get(copy.fitted_on)[0] if copy.fitted_on else None
             cache = fitted_folder(copy, config)
+            say(f"making copy: {copy.title}")
             protected, facts = copy_task.options(num_returns=2).remote(
                 clean, fit_on, copy.method, copy.epsilon_levels, config.cpus_per_trial, cache
             )
-            if copy_key not in result.copies:
-                copies[facts] = copy
+            copies[facts] = copy
             for trial in trials:
                 merged = data.merged(copy.data, trial.labels)
                 reference = trial_task.remote(
@@ -233,6 +232,21 @@ def _run(
             del protected
             yield from finished(at_most=2 * num_slots)
         yield from finished(at_most=0)
+
+
+def _note_copy(
+    copy: Copy, outcome: CopyRecord | str, result: Evaluation, storage: Storage, say: Say
+) -> None:
+    """Keep the record of a copy, and say how it went; why it failed, its trials tell."""
+    if isinstance(outcome, str):
+        return
+    say(
+        f"copy made: {copy.title}, {outcome.seconds:.0f} s, "
+        f"largest difference {outcome.max_levels} levels"
+    )
+    if copy.key not in result.copies:
+        result.copies[copy.key] = outcome
+        storage.write_bytes(f"{_COPIES}{copy.key}.json", outcome.model_dump_json().encode())
 
 
 def _num_slots(resources: dict[str, float], cpus: int, gpus: float) -> int:
@@ -248,52 +262,27 @@ def _reason(error: Exception) -> str:
     return text if isinstance(cause, One4AllError) else f"{type(cause).__name__}: {text}"
 
 
-def _read_records(storage: Storage, prefix: str, wanted: set[str]) -> dict[str, Record]:
+def _read_records(
+    storage: Storage, prefix: str, wanted: set[str], kind: type[_Record]
+) -> dict[str, _Record]:
     """Records by key; one that cannot be read is made again."""
     found = {}
     for info in storage.list(prefix):
         key = info.key.removeprefix(prefix).removesuffix(".json")
         if key in wanted:
             try:
-                found[key] = json.loads(storage.read_bytes(info.key))
-            except ValueError:
+                found[key] = kind.model_validate_json(storage.read_bytes(info.key))
+            except ValidationError:
                 _log.warning("record %s cannot be read and is made again", info.key)
     return found
-
-
-def _environment(command: str) -> Record:
-    """Where a result comes from: command, code and hardware."""
-    return {
-        "command": command,
-        "version": version("one4all"),
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "num_cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-    }
-
-
-def _commit() -> str:
-    """Commit of the checkout that this runs from; empty if it is none."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()
 
 
 class _Data:
     """Data sets in Ray's object store, read when first needed."""
 
-    def __init__(self, config: EvaluateConfig) -> None:
+    def __init__(self, config: EvaluateConfig, say: Say) -> None:
         self._config = config
+        self._say = say
         self._references: dict[str, tuple[Any, Any]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
 
@@ -302,6 +291,7 @@ class _Data:
         import ray
 
         if name not in self._references:
+            self._say(f"reading data set: {name}")
             splits = [load_data(self._config.data[name], split) for split in ("train", "test")]
             self._names[name] = splits[0].class_names
             self._references[name] = (ray.put(splits[0]), ray.put(splits[1]))
@@ -323,7 +313,7 @@ def _copy_task(
     epsilon_levels: int,
     num_threads: int,
     cache: Path | None,
-) -> tuple[LabelledImages, Record]:
+) -> tuple[LabelledImages, CopyRecord]:
     torch.set_num_threads(num_threads)
     start = time.monotonic()
     protected = make_copy(
@@ -335,11 +325,11 @@ def _copy_task(
     )
     chosen = np.linspace(0, len(clean) - 1, min(_PSNR_IMAGES, len(clean))).astype(int)
     pairs = [(clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
-    return protected, {
-        "max_levels": max_difference(clean.images_NHWC, protected.images_NHWC),
-        "psnr_db": float(np.mean([psnr_db(*pair) for pair in pairs])),
-        "seconds": round(time.monotonic() - start, 2),
-    }
+    return protected, CopyRecord(
+        max_levels=max_difference(clean.images_NHWC, protected.images_NHWC),
+        psnr_db=float(np.mean([psnr_db(*pair) for pair in pairs])),
+        seconds=round(time.monotonic() - start, 2),
+    )
 
 
 def _trial_task(
@@ -349,6 +339,6 @@ def _trial_task(
     trial: Trial,
     merged: Labels,
     num_threads: int,
-) -> Record:
+) -> Outcome:
     torch.set_num_threads(num_threads)
     return run_trial(copy, clean, test, trial, merged)

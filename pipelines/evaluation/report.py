@@ -11,13 +11,13 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 
 from one4all.evaluation.label_clusters import ClusterQuality
 from one4all.evaluation.verdict import MIN_SEEDS, PROTECTS_BELOW, Verdict, judge
 from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
+from pipelines.evaluation.records import CopyRecord, Outcome, TrialRecord
 from pipelines.evaluation.trials import (
     CLEAN,
     NO_ATTACK,
@@ -28,9 +28,8 @@ from pipelines.evaluation.trials import (
     grid_trials,
 )
 
+ORACLE = "class_oracle"
 _MAX_ROWS_IN_CONFUSION = 40
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,23 +92,25 @@ class Table:
         return max((self.cell(row, column).majority for row in self.rows), default=0.0)
 
 
-def fill_table(grid: GridConfig, config: EvaluateConfig, records: Mapping[str, Record]) -> Table:
+def fill_table(
+    grid: GridConfig, config: EvaluateConfig, records: Mapping[str, TrialRecord]
+) -> Table:
     """Put the records of a grid where they belong; seeds without a record are left out."""
-    gathered: dict[tuple[str, str], list[Record]] = {}
+    gathered: dict[tuple[str, str], list[Outcome]] = {}
     table = Table(grid)
     for trial in grid_trials(grid, config):
         place = _place(trial, grid)
         table.trials.setdefault(place, trial)
         gathered.setdefault(place, [])
         if trial.key in records:
-            gathered[place].append(records[trial.key])
+            gathered[place].append(records[trial.key].outcome)
     table.rows = list(dict.fromkeys(row for row, _ in gathered))
     table.columns = list(dict.fromkeys(column for _, column in gathered))
     table.cells = {
         place: Cell(
-            last=tuple(r["last"] for r in found),
-            peak=tuple(r["peak"] for r in found),
-            majority=max((r["majority"] for r in found), default=0.0),
+            last=tuple(outcome.last for outcome in found),
+            peak=tuple(outcome.peak for outcome in found),
+            majority=max((outcome.majority for outcome in found), default=0.0),
         )
         for place, found in gathered.items()
     }
@@ -119,18 +120,20 @@ def fill_table(grid: GridConfig, config: EvaluateConfig, records: Mapping[str, R
 def verdicts(table: Table, column: str) -> dict[str, Verdict]:
     """The verdict on each method of a column; empty unless it has its controls."""
     names = {method.method: method.name for method in table.grid.methods}
-    if table.grid.rows != "methods" or not {CLEAN, "class_oracle"} <= names.keys():
+    if table.grid.rows != "methods" or not {CLEAN, ORACLE} <= names.keys():
         return {}
     accuracies = {row: table.cell(row, column).last for row in table.rows}
+    kinds = {method.name: method.known.kind for method in table.grid.methods}
+    controls = [accuracies[name] for name, kind in kinds.items() if kind == "negative control"]
     return {
-        method.name: judge(
-            accuracies[method.name],
+        name: judge(
+            accuracies[name],
             clean=accuracies[names[CLEAN]],
-            oracle=accuracies[names["class_oracle"]],
-            controls=[accuracies[names[name]] for name in NEGATIVE_CONTROLS if name in names],
+            oracle=accuracies[names[ORACLE]],
+            controls=controls,
         )
-        for method in table.grid.methods
-        if method.method not in (*NEGATIVE_CONTROLS, *_OTHER_CONTROLS)
+        for name, kind in kinds.items()
+        if kind == "method"
     }
 
 
@@ -138,35 +141,48 @@ def explain(table: Table) -> list[str]:
     """What each column is evidence of, a sentence or two for each."""
     sentences = []
     for column in table.columns:
-        found = verdicts(table, column)
-        if not found:
-            continue
-        lead = f"{column}: " if len(table.columns) > 1 else ""
-        if set(found.values()) == {"inconclusive"}:
-            sentences.append(
-                f"{lead}Inconclusive: there are fewer than {MIN_SEEDS} seeds, or even the "
-                "class-wise oracle does not protect here."
-            )
-            continue
-        names = {v: [n for n in found if found[n] == v] for v in get_args(Verdict)}
-        sentences.append(
-            f"{lead}Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean and far below every "
-            f"control): {', '.join(names['protects']) or 'nothing'}. Weak effect: "
-            f"{', '.join(names['weak effect']) or 'nothing'}. No effect beyond the controls: "
-            f"{', '.join(names['no effect']) or 'nothing'}."
-        )
+        if found := verdicts(table, column):
+            lead = f"{column}: " if len(table.columns) > 1 else ""
+            sentences.append(lead + " ".join(_explain(table, column, found)))
     return sentences
 
 
-NEGATIVE_CONTROLS = (CLEAN, "uniform_noise", "sign_noise", "constant", "untrained_generator")
-_OTHER_CONTROLS = ("class_oracle", "concept_oracle", "released_l2", "released_preprocessing")
+def _explain(table: Table, column: str, found: Mapping[str, Verdict]) -> list[str]:
+    names: dict[Verdict, list[str]] = {}
+    for name, verdict in found.items():
+        names.setdefault(verdict, []).append(name)
+    sentences = []
+    if few := names.pop("too few seeds", []):
+        counts = {row: len(table.cell(row, column).last) for row in table.rows}
+        row = min(counts, key=lambda row: counts[row])
+        sentences.append(
+            f"Inconclusive for {', '.join(few)}: too few seeds. A verdict needs {MIN_SEEDS} "
+            f"finished trials of the method and of each control; {row} has {counts[row]}."
+        )
+    if blind := names.pop("oracle fails", []):
+        oracle, clean = (
+            next(m.name for m in table.grid.methods if m.method == kind) for kind in (ORACLE, CLEAN)
+        )
+        sentences.append(
+            f"Inconclusive for {', '.join(blind)}: even the class-wise oracle does not protect "
+            f"here ({table.cell(oracle, column)} % with it, {table.cell(clean, column)} % clean), "
+            "so this adversary cannot show protection."
+        )
+    if names:
+        sentences.append(
+            f"Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean and far below every "
+            f"control): {', '.join(names.get('protects', ['nothing']))}. Weak effect: "
+            f"{', '.join(names.get('weak effect', ['nothing']))}. No effect beyond the controls: "
+            f"{', '.join(names.get('no effect', ['nothing']))}."
+        )
+    return sentences
 
 
 def write_results(
     folder: Path,
     config: EvaluateConfig,
-    records: Mapping[str, Record],
-    copies: Mapping[str, Record],
+    records: Mapping[str, TrialRecord],
+    copies: Mapping[str, CopyRecord],
     *,
     qualities: Mapping[str, Sequence[ClusterQuality]],
     diagnoses: Sequence[Section] = (),
@@ -175,7 +191,7 @@ def write_results(
 
     Args:
         folder: Where to.
-        config: Of the evaluation.
+        config: The evaluation.
         records, copies: By key.
         qualities: By data set: how well numbers of label clusters fit (paper, Figure 5).
         diagnoses: Sections about perturbations.
@@ -192,7 +208,7 @@ def write_results(
         if table.grid.rows == "attacks":
             markdown += [_recovered(table), ""]
     (folder / "results.md").write_text("\n".join(markdown), "utf-8")
-    (folder / "results.csv").write_text(_csv(tables, records, copies), "utf-8")
+    (folder / "results.csv").write_text(_csv(tables, copies), "utf-8")
     sections = [table_section(table, records) for table in tables]
     sections += diagnoses
     if qualities:
@@ -220,7 +236,7 @@ def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
     return row, column or trial.copy.data
 
 
-def table_section(table: Table, records: Mapping[str, Record] | None = None) -> Section:
+def table_section(table: Table, records: Mapping[str, TrialRecord] | None = None) -> Section:
     """Table, verdicts and plots of one grid; confusion pictures if there are records."""
     grid = table.grid
     sentences = explain(table)
@@ -254,16 +270,16 @@ def table_section(table: Table, records: Mapping[str, Record] | None = None) -> 
 
 
 def _confusions(
-    table: Table, column: str, records: Mapping[str, Record]
+    table: Table, column: str, records: Mapping[str, TrialRecord]
 ) -> list[tuple[str, bytes]]:
-    """Confusion of the first seed, for clean and for each method that is no control."""
+    """Confusion of the first seed, for clean, the oracle, and each method that is no control."""
     pictures = []
     for method in table.grid.methods:
-        if method.method in NEGATIVE_CONTROLS[1:] or method.method in _OTHER_CONTROLS[1:]:
+        if method.known.kind != "method" and method.method not in (CLEAN, ORACLE):
             continue
         record = records.get(table.trials[method.name, column].key)
-        if record and len(record["confusion"]) <= _MAX_ROWS_IN_CONFUSION:
-            confusion = np.array(record["confusion"], np.int64)
+        if record and len(record.outcome.confusion) <= _MAX_ROWS_IN_CONFUSION:
+            confusion = np.array(record.outcome.confusion, np.int64)
             pictures.append((f"Confusion: {method.name}", plot_confusion(confusion, title="")))
     return pictures
 
@@ -289,7 +305,7 @@ def _purity_curve(table: Table) -> list[tuple[str, bytes]]:
         return []
     series = {
         column: sorted(
-            (float(m.config.get("purity", 1.0)), 100 * table.cell(m.name, column).mean)
+            (float(m.settings.model_dump()["purity"]), 100 * table.cell(m.name, column).mean)
             for m in oracles
             if table.cell(m.name, column).last
         )
@@ -340,7 +356,7 @@ def _quality_section(qualities: Mapping[str, Sequence[ClusterQuality]]) -> Secti
     return Section("Clusters of class names (label-agnostic scenario)", pictures=pictures)
 
 
-def _copies_section(config: EvaluateConfig, copies: Mapping[str, Record]) -> Section:
+def _copies_section(config: EvaluateConfig, copies: Mapping[str, CopyRecord]) -> Section:
     seen: dict[str, Copy] = {}
     for grid in config.grids:
         for trial in grid_trials(grid, config):
@@ -349,10 +365,10 @@ def _copies_section(config: EvaluateConfig, copies: Mapping[str, Record]) -> Sec
         (
             copy.method.name,
             copy.data,
-            copy.fitted_on or ("itself" if copy.method.method != "protector" else "-"),
-            copies[key]["max_levels"],
-            f"{copies[key]['psnr_db']:.1f}",
-            f"{copies[key]['seconds']:.0f}",
+            copy.fitted_on or ("itself" if copy.method.known.needs_fit else "-"),
+            copies[key].max_levels,
+            f"{copies[key].psnr_db:.1f}",
+            f"{copies[key].seconds:.0f}",
         )
         for key, copy in seen.items()
         if key in copies
@@ -361,9 +377,7 @@ def _copies_section(config: EvaluateConfig, copies: Mapping[str, Record]) -> Sec
     return Section("Copies", table=[header, *rows])
 
 
-def _csv(
-    tables: Sequence[Table], records: Mapping[str, Record], copies: Mapping[str, Record]
-) -> str:
+def _csv(tables: Sequence[Table], copies: Mapping[str, CopyRecord]) -> str:
     """One line for each place of each table."""
     out = io.StringIO()
     writer = csv.writer(out)
@@ -373,7 +387,7 @@ def _csv(
     )
     for table in tables:
         for place, trial in table.trials.items():
-            cell, facts = table.cells[place], copies.get(trial.copy.key, {})
+            cell, facts = table.cells[place], copies.get(trial.copy.key)
             writer.writerow(
                 (
                     table.grid.title,
@@ -390,8 +404,8 @@ def _csv(
                     f"{cell.spread:.4f}",
                     f"{np.mean(cell.peak):.4f}" if cell.peak else "nan",
                     f"{cell.majority:.4f}",
-                    facts.get("max_levels", ""),
-                    facts.get("psnr_db", ""),
+                    facts.max_levels if facts else "",
+                    facts.psnr_db if facts else "",
                 )
             )
     return out.getvalue()

@@ -14,23 +14,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from one4all.encoders import EncoderConfig
 from one4all.errors import One4AllError, UsageError
 from one4all.evaluation.adversaries import AdversaryConfig
 from one4all.evaluation.adversaries import find_preset as find_adversary
 from one4all.evaluation.attacks import find_attack
-from one4all.evaluation.methods.registry import find_method
+from one4all.evaluation.methods import Method, find_method
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
 from pipelines.settings import JobConfig, RayConfig
 
 # Raise this when the same trial would give another result than before.
-EVALUATION_VERSION = 2
+EVALUATION_VERSION = 3
 
-PROTECTOR = "protector"
-CORPUS = "corpus"
 CLEAN = "clean"
 NO_ATTACK = "none"
 OWN_LABELS = "own"
@@ -45,8 +42,10 @@ class DataConfig(JobConfig):
     Attributes:
         source: Embedded corpus, or ``torchvision:NAME``; its own splits are used.
         root: Where torchvision keeps its files.
-        granularity: Of the labels of embedded corpora.
+        granularity: Granularity of the labels of embedded corpora.
         train, test: Corpora of shards, folders or s3:// prefixes.
+        sidecar_patterns: Images in their samples that are no photos, such as ``*.seg.png``: masks,
+            depth maps; matched against the last component of the name, as `protect` does.
         size: Side in pixels of what adversaries are trained and tested on: the middle square of
             each image, resized; 0 keeps the size.
         protect_size: Side in pixels at which images are protected, before adversaries resize them
@@ -60,6 +59,7 @@ class DataConfig(JobConfig):
     granularity: Literal["coarse", "fine"] = "coarse"
     train: str = ""
     test: str = ""
+    sidecar_patterns: tuple[str, ...] = ()
     size: Annotated[int, Field(ge=0, le=1024)] = 0
     protect_size: Annotated[int, Field(ge=0, le=1024)] = 0
     max_train: Annotated[int, Field(ge=0)] = 0
@@ -78,40 +78,30 @@ class MethodConfig(JobConfig):
     """A way to protect, or a control.
 
     Attributes:
-        method: Name in `methods.registry.METHODS`; "protector"; or "corpus", for what was protected
-            already.
-        title: In tables; default: the method's name.
-        protector: Name, folder or URI, for "protector".
-        corpus: Shards of the protected training split, in the order of the clean ones, for
-            "corpus".
-        preset: Of the method's configuration.
+        method: Name in `one4all.evaluation.methods.METHODS`.
+        title: Name in tables; default: the method's name.
+        preset: Preset of the method's configuration.
         config: Keys of the method's configuration that differ from the preset.
-        seed: Of the fit and of what is drawn at protection.
+        seed: Seed of the fit and of what is drawn at protection.
     """
 
     method: str
     title: str = ""
-    protector: str = DEFAULT_PROTECTOR
-    corpus: str = ""
     preset: str = "default"
     config: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
 
     @model_validator(mode="after")
-    def _known(self) -> MethodConfig:
-        if (self.method == CORPUS) != bool(self.corpus):
-            raise ValueError(f"method {CORPUS!r} and key 'corpus' go together")
-        if self.method not in (PROTECTOR, CORPUS):
-            try:
-                method = find_method(self.method)
-                if self.preset not in method.presets:
-                    raise ValueError(
-                        f"{self.method} has no preset {self.preset!r}; choose from "
-                        f"{', '.join(method.presets)}"
-                    )
-            except One4AllError as error:
-                raise ValueError(str(error)) from error
-            method.config_type.model_validate(self.full_config)
+    def _is_known(self) -> MethodConfig:
+        try:
+            presets = self.known.presets
+        except One4AllError as error:
+            raise ValueError(str(error)) from error
+        if self.preset not in presets:
+            raise ValueError(
+                f"{self.method} has no preset {self.preset!r}; choose from {', '.join(presets)}"
+            )
+        _ = self.settings
         return self
 
     @property
@@ -119,12 +109,27 @@ class MethodConfig(JobConfig):
         return self.title or self.method
 
     @property
-    def full_config(self) -> dict[str, Any]:
+    def known(self) -> Method:
+        """The entry in the registry."""
+        return find_method(self.method)
+
+    @property
+    def settings(self) -> BaseModel:
         """The method's whole configuration: of the preset, and what differs from it."""
-        if self.method in (PROTECTOR, CORPUS):
-            return {}
-        preset = find_method(self.method).presets[self.preset]
-        return preset.model_dump(mode="json") | self.config
+        preset = self.known.presets[self.preset].model_dump(mode="json")
+        return self.known.config_type.model_validate(preset | self.config)
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever determines what it does to images; the title does not.
+
+        Raises:
+            UsageError: It names something that is not there.
+        """
+        try:
+            config = self.known.identify(self.settings)
+        except One4AllError as error:
+            raise UsageError(f"method {self.name!r}: {error}") from error
+        return {"method": self.method, "config": config, "seed": self.seed}
 
 
 def _method(value: object) -> object:
@@ -164,7 +169,7 @@ class GridConfig(JobConfig):
     """One table: every combination of these lists.
 
     Attributes:
-        title, note: For the report.
+        title, note: Heading and remark in the report.
         rows: Which list goes down the table; the others go across.
         data: Names in `EvaluateConfig.data`.
         fitted_on: Name of the data set on which methods that need a fit are fitted (cross-dataset);
@@ -176,7 +181,7 @@ class GridConfig(JobConfig):
         budgets: In levels of 8 bits; () is the evaluation's.
         attacks: "none", or names in `one4all.evaluation.attacks.ATTACKS`.
         adversaries: By title; a preset's name, a configuration, or a preset and what differs.
-        seeds: Of the adversaries.
+        seeds: Seeds of the adversaries.
     """
 
     title: str
@@ -203,7 +208,7 @@ class EvaluateConfig(JobConfig):
         data: Data sets by name.
         grids: Tables.
         epsilon_levels: Budget of every method, in levels of 8 bits, where a grid names no other.
-        encoder: Whose text space clusters class names, and whose purity is measured.
+        encoder: Encoder whose text space clusters class names, and whose purity is measured.
         diagnose: Titles of methods to diagnose on each data set of the first grid.
         cpus_per_trial, gpus_per_trial: Resources of a trial; below 0 GPUs means 1 if there is any.
         ray: The object store holds the data sets and the copies in use.
@@ -241,17 +246,17 @@ class Copy:
     Attributes:
         data: Name of the data set.
         data_config, method: What and how.
+        method_identity: `MethodConfig.identity`.
         fitted_on, fitted_on_config: Where the method was fitted; "" and None for ``data`` itself.
-        protector_sha256: Content hash, for a protector.
         epsilon_levels: Budget.
     """
 
     data: str
     data_config: DataConfig
     method: MethodConfig
+    method_identity: dict[str, Any]
     fitted_on: str
     fitted_on_config: DataConfig | None
-    protector_sha256: str
     epsilon_levels: int
 
     @cached_property
@@ -265,11 +270,13 @@ class Copy:
             "version": EVALUATION_VERSION,
             "data": self.data_config.model_dump(mode="json"),
             "fitted_on": self.fitted_on_config and self.fitted_on_config.model_dump(mode="json"),
-            "method": self.method.model_dump(mode="json", include={"method", "corpus", "seed"}),
-            "method_config": self.method.full_config,
-            "protector_sha256": self.protector_sha256,
+            "method": self.method_identity,
             "epsilon_levels": self.epsilon_levels,
         }
+
+    @property
+    def title(self) -> str:
+        return f"{self.method.name} on {self.data}"
 
 
 @dataclass(frozen=True)
@@ -314,15 +321,15 @@ def grid_trials(grid: GridConfig, config: EvaluateConfig) -> Iterator[Trial]:
     """Every trial of a grid, those of one copy one after the other."""
     budgets = grid.budgets or (config.epsilon_levels,)
     for data, method, budget in itertools.product(grid.data, grid.methods, budgets):
-        # A control that needs no fit, and a protector, are the same wherever others are fitted.
-        fitted_on = grid.fitted_on if _is_fitted(method) and grid.fitted_on != data else ""
+        # What needs no fit is the same wherever others are fitted.
+        fitted_on = grid.fitted_on if method.known.needs_fit and grid.fitted_on != data else ""
         copy = Copy(
             data=data,
             data_config=config.data[data],
             method=method,
+            method_identity=method.identity(),
             fitted_on=fitted_on,
             fitted_on_config=config.data[fitted_on] if fitted_on else None,
-            protector_sha256=_protector_hash(method),
             # Clean images are the same whatever the budget, and need one trial.
             epsilon_levels=config.epsilon_levels if method.method == CLEAN else budget,
         )
@@ -359,21 +366,6 @@ def describe(config: EvaluateConfig) -> str:
 def num_clusters(labels: str) -> int:
     """K of "clusters-K"; 0 for the data set's own labels."""
     return 0 if labels == OWN_LABELS else int(labels.removeprefix(_CLUSTERS))
-
-
-def _is_fitted(method: MethodConfig) -> bool:
-    if method.method in (PROTECTOR, CORPUS):
-        return False
-    return find_method(method.method).kind == "method"
-
-
-def _protector_hash(method: MethodConfig) -> str:
-    if method.method != PROTECTOR:
-        return ""
-    try:
-        return load_card(method.protector).content_hash
-    except One4AllError as error:
-        raise UsageError(f"method {method.name!r}: {error}") from error
 
 
 def _digest(identity: dict[str, Any]) -> str:

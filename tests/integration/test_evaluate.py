@@ -59,19 +59,34 @@ def test_finished_trials_are_never_run_again(tmp_path, config):
     assert third.num_new == 2
     for key, record in third.records.items():
         kept = first.records[key]
-        assert (record["last"], record["curve"]) == (kept["last"], kept["curve"])  # deterministic
-    assert {record["command"] for record in third.records.values()} == {"test", "another"}
-    assert len(next(iter(first.records.values()))["confusion"]) == 3
-    assert all(copy["max_levels"] <= 8 for copy in third.copies.values())
+        assert record.outcome.curve == kept.outcome.curve  # deterministic
+    assert {r.environment.command for r in third.records.values()} == {"test", "another"}
+    assert len(next(iter(first.records.values())).outcome.confusion) == 3
+    assert all(copy.max_levels <= 8 for copy in third.copies.values())
     assert len(third.copies) == 2
+
+
+def test_what_is_being_made_is_said_before_the_first_trial_ends(config):
+    news = []
+    evaluate(
+        config,
+        command="test",
+        on_trial=lambda trial, record: news.append("trial"),
+        say=news.append,
+    )
+    before = news[: news.index("trial")]
+    assert before[:2] == ["reading data set: d", "making copy: clean on d"]
+    assert any(line.startswith("copy made: clean on d, ") for line in news)
+    assert any(line.startswith("copy made: lsp on d, ") for line in news)
+    assert "making copy: lsp on d" in news
 
 
 def test_report_has_tables_curves_of_clusters_and_diagnoses(tmp_path, config):
     result = evaluate(config, command="test")
     done = []
-    sections = diagnose_copies(config, on_diagnosis=lambda copy: done.append(copy.method.name))
-    assert done == ["lsp"]
-    assert diagnose_copies(config, on_diagnosis=lambda copy: pytest.fail("done before"))
+    sections = diagnose_copies(config, say=done.append)
+    assert done == ["diagnosed: lsp on d"]
+    assert diagnose_copies(config, say=lambda line: pytest.fail("done before"))
     printed = report(config, result, diagnoses=sections)
     assert "| lsp |" in printed
     html = (tmp_path / "out" / "report.html").read_text()
@@ -82,7 +97,10 @@ def test_report_has_tables_curves_of_clusters_and_diagnoses(tmp_path, config):
 
 def test_one_failure_does_not_stop_the_rest(tmp_path, config):
     grid = config.grids[0].model_dump() | {"labels": ("own",), "seeds": (0,)}
-    grid["methods"] = ["clean", {"method": "corpus", "corpus": str(tmp_path / "nowhere")}]
+    grid["methods"] = [
+        "clean",
+        {"method": "corpus", "config": {"corpus": str(tmp_path / "nowhere")}},
+    ]
     failing = EvaluateConfig.model_validate(config.model_dump() | {"grids": [grid]})
     result = evaluate(failing, command="test")
     assert result.num_new == 1

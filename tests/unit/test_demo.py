@@ -1,11 +1,14 @@
 """The demo on photos of one's own: what it trains and tests on."""
 
+from pathlib import Path
+
 import pytest
 from support.builders import make_image
 
 from one4all.errors import ShardError, UsageError
 from one4all.evaluation.labelled import read_corpus
 from pipelines.demo import photos
+from pipelines.demo.job import _training_config
 
 
 def folder_of(root, counts: dict[str, int]) -> str:
@@ -36,3 +39,12 @@ def test_photo_that_cannot_be_read_is_named(tmp_path):
     images = photos(folder).images("train")
     with pytest.raises(ShardError, match="mine: sample 'dog/2': not an image file"):
         read_corpus(images, "mine", size=8)
+
+
+def test_settings_of_the_training_need_no_file_beside_the_package(tmp_path, monkeypatch):
+    """An installed package has no configs/ beside it."""
+    for name in ("open", "read_text", "read_bytes"):
+        monkeypatch.setattr(Path, name, lambda path, *_, **__: pytest.fail(f"reads {path}"))
+    config = _training_config(tmp_path)
+    assert config.source == str(tmp_path / "corpora" / "emoji-things" / "train")
+    assert config.steps * config.batch_size * config.max_workers < 2000  # minutes on a CPU

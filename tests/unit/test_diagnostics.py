@@ -1,6 +1,5 @@
 """What is said about a perturbation, on corpora where the answer is known."""
 
-import json
 import math
 
 import numpy as np
@@ -25,6 +24,7 @@ from one4all.evaluation.diagnostics import (
     loss_by_k,
 )
 from one4all.evaluation.labelled import LabelledImages
+from pipelines.evaluation.records import DiagnosisRecord
 
 SIDE, NUM_CLASSES = 32, 4
 
@@ -93,7 +93,9 @@ def test_distances_equal_their_definition(clean):
     assert found.ratio == pytest.approx(between / within, rel=1e-4)
 
 
-def test_identical_copies_have_no_distance_and_the_diagnosis_is_json(clean, encoder, bank):
+def test_identical_copies_have_no_distance_and_the_diagnosis_survives_the_disk(
+    clean, encoder, bank
+):
     found = diagnose(clean, clean, encoder, bank, max_images=40)
     assert found.num_images == 40
     assert found.separability.accuracy == 0.25
@@ -106,7 +108,9 @@ def test_identical_copies_have_no_distance_and_the_diagnosis_is_json(clean, enco
     assert (found.distortion.max_levels, found.distortion.feature_distance) == (0, 0)
     assert all((s.kept, s.error_levels) == (0, 0) for s in found.survival)
     assert list(found.purity.purity) == [10]
-    assert json.loads(found.to_json())["losses"][0]["k"] == 1
+    assert found.losses[0].k == 1
+    record = DiagnosisRecord(diagnosis=found, picture=bytes(range(256)))
+    assert DiagnosisRecord.model_validate_json(record.model_dump_json()) == record
     assert found == diagnose(clean, clean, encoder, bank, max_images=40)
 
 

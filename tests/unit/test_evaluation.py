@@ -4,16 +4,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.builders import make_pixels, make_samples, make_tar
+from support.builders import (
+    TINY_ENCODER,
+    make_image,
+    make_pixels,
+    make_protector,
+    make_samples,
+    make_tar,
+)
 
 from one4all.clustering import k_means
 from one4all.errors import ConfigError, ShardError, UsageError
 from one4all.evaluation.label_clusters import cluster_quality, merge_labels
 from one4all.evaluation.labelled import LabelledImages, read_labelled
 from one4all.evaluation.verdict import judge
+from one4all.protectors.protector import Protector
 from pipelines.evaluation.copies import export_copies, load_data, make_copy, mix
+from pipelines.evaluation.records import Environment, Outcome, TrialRecord
 from pipelines.evaluation.report import explain, fill_table, write_results
 from pipelines.evaluation.trials import (
+    DataConfig,
     EvaluateConfig,
     MethodConfig,
     all_trials,
@@ -33,9 +43,10 @@ CONFIGS = sorted((ROOT / "configs" / "evaluate").rglob("*.yaml"))
         ([0.65, 0.66, 0.66], ORACLE, "no effect"),
         ([0.30, 0.31, 0.29], ORACLE, "protects"),
         ([0.55, 0.56, 0.55], ORACLE, "weak effect"),
-        ([0.30, 0.31, 0.29], [0.6, 0.6, 0.6], "inconclusive"),
+        ([0.30, 0.31, 0.29], [0.6, 0.6, 0.6], "oracle fails"),
         ([0.20, 0.66, 0.25], ORACLE, "no effect"),
-        ([0.30, 0.31], ORACLE, "inconclusive"),
+        ([0.30, 0.31], ORACLE, "too few seeds"),
+        ([0.30, 0.31], [0.6, 0.6, 0.6], "too few seeds"),
     ],
 )
 def test_verdict_claims_no_more_than_the_controls_allow(protected, oracle, expected):
@@ -57,14 +68,24 @@ def config_of(**grid) -> EvaluateConfig:
     )
 
 
-def records_of(config: EvaluateConfig, accuracies: dict[str, list[float]]) -> dict[str, dict]:
+def records_of(
+    config: EvaluateConfig, accuracies: dict[str, list[float]]
+) -> dict[str, TrialRecord]:
+    environment = Environment.here("test")
     return {
-        trial.key: {
-            "last": accuracies[trial.copy.method.name][trial.seed],
-            "peak": 0.9,
-            "majority": 0.1,
-            "confusion": [[3, 1], [0, 4]],
-        }
+        trial.key: TrialRecord(
+            trial=trial.identity,
+            title=trial.title,
+            outcome=Outcome(
+                last=accuracies[trial.copy.method.name][trial.seed],
+                peak=0.9,
+                curve=(0.5, 0.9),
+                majority=0.1,
+                confusion=((3, 1), (0, 4)),
+                seconds=1,
+            ),
+            environment=environment,
+        )
         for trial in all_trials(config)
     }
 
@@ -107,8 +128,40 @@ def test_table_has_means_spreads_and_verdicts():
     assert table.text()[1] == ["clean", "66.0 ± 1.0"]
     assert table.text()[-1] == ["(most frequent class)", "10.0"]
     assert "far below every control): lsp." in explain(table)[0]
-    half = {k: r for k, r in records_of(config, found).items() if r["last"] != 0.31}
-    assert "Inconclusive" in explain(fill_table(config.grids[0], config, half))[0]
+
+
+def test_no_verdict_says_which_condition_failed():
+    config = config_of()
+    grid = config.grids[0]
+    good = {"clean": CLEAN, "uniform_noise": NOISE, "lsp": [0.3, 0.31, 0.29]}
+    records = records_of(config, good | {"class_oracle": ORACLE})
+    two_seeds = {k: r for k, r in records.items() if r.outcome.last != 0.65}  # of clean and noise
+    (sentence,) = explain(fill_table(grid, config, two_seeds))
+    assert sentence.startswith("Inconclusive for lsp: too few seeds. A verdict needs 3 ")
+    assert sentence.endswith("; clean has 2.")
+    records = records_of(config, good | {"class_oracle": [0.6, 0.6, 0.6]})
+    (sentence,) = explain(fill_table(grid, config, records))
+    assert sentence.startswith("Inconclusive for lsp: even the class-wise oracle does not protect")
+    assert "60.0 ± 0.0 % with it, 66.0 ± 1.0 % clean" in sentence
+
+
+def test_other_methods_are_judged_when_one_has_too_few_seeds():
+    methods = ["clean", "uniform_noise", "lsp", "ar", "class_oracle"]
+    config = config_of(methods=methods)
+    found = {"clean": CLEAN, "uniform_noise": NOISE, "lsp": ORACLE, "ar": [0.4, 0.41, 0.42]}
+    records = records_of(config, found | {"class_oracle": ORACLE})
+    without = {k: r for k, r in records.items() if r.outcome.last != 0.41}
+    (sentence,) = explain(fill_table(config.grids[0], config, without))
+    assert "Inconclusive for ar: too few seeds." in sentence
+    assert "far below every control): lsp. Weak effect: nothing." in sentence
+
+
+def test_records_survive_the_disk():
+    for record in records_of(
+        config_of(),
+        {n: CLEAN for n in "clean lsp".split()} | {"uniform_noise": NOISE, "class_oracle": ORACLE},
+    ).values():
+        assert TrialRecord.model_validate_json(record.model_dump_json()) == record
 
 
 def test_budgets_go_down_the_table_and_clean_images_are_trained_on_once(tmp_path):
@@ -145,7 +198,8 @@ def test_results_are_written_also_with_trials_missing(tmp_path):
         ({"methods": ["lps"]}, "no compared method 'lps'"),
         ({"methods": [{"method": "lsp", "config": {"pach": 3}}]}, "pach"),
         ({"methods": ["clean", "clean"]}, "a title each"),
-        ({"methods": ["corpus"]}, "go together"),
+        ({"methods": ["corpus"]}, "say where the protected images are"),
+        ({"methods": [{"method": "protector", "protector": "14a"}]}, "protector"),
         ({"attacks": ["blur"]}, "no attack 'blur'"),
         ({"adversaries": {"x": "resnet"}}, "no preset 'resnet'"),
         ({"adversaries": {"x": {"preset": "default", "network": "vgg"}}}, "no network 'vgg'"),
@@ -197,6 +251,43 @@ def test_fitted_method_is_kept_and_gives_the_same_copy(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_codebook_is_kept_as_a_protector_folder(tmp_path):
+    clean = images_of(size=32)
+    encoder = TINY_ENCODER.model_dump()
+    method = MethodConfig(
+        method="codebook", config={"encoder": encoder, "codebook": {"num_concepts": 3}}
+    )
+    first = make_copy(clean, None, method, epsilon_levels=4, cache=tmp_path / "x")
+    protector = Protector.load(str(tmp_path / "x"))
+    assert protector.card.epsilon_levels == 4
+    protected = np.stack(protector.protect(list(clean.images_NHWC)))
+    assert np.array_equal(first.images_NHWC, protected)
+    again = make_copy(clean, None, method, epsilon_levels=4, cache=tmp_path / "x")
+    assert np.array_equal(first.images_NHWC, again.images_NHWC)
+
+
+def test_what_needs_no_fit_is_not_kept(tmp_path):
+    clean = images_of()
+    for name in ("clean", "uniform_noise", "class_oracle"):
+        make_copy(clean, None, MethodConfig(method=name), epsilon_levels=8, cache=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trial_belongs_to_what_its_protector_is_and_not_to_where_it_lies(tmp_path):
+    def keys(folder: str) -> list[str]:
+        method = {"method": "protector", "config": {"protector": str(tmp_path / folder)}}
+        return [trial.key for trial in all_trials(config_of(methods=[method]))]
+
+    for folder in ("here", "there"):
+        make_protector().save(tmp_path / folder)
+    first = keys("here")
+    assert keys("there") == first
+    make_protector(seed=1).save(tmp_path / "here")
+    assert not set(keys("here")) & set(first)
+    with pytest.raises(UsageError, match="method 'protector': no protector at"):
+        keys("nowhere")
+
+
 def test_copy_is_exported_as_a_corpus_that_is_read_back_to_the_bit(tmp_path):
     methods = [{"method": "lsp", "title": "LSP, 8/255"}, "class_oracle"]
     data = {"c": {"source": "emoji-nature", "size": 16, "max_train": 6}}
@@ -212,14 +303,14 @@ def test_copy_is_exported_as_a_corpus_that_is_read_back_to_the_bit(tmp_path):
     found = read_labelled(places[0])
     assert np.array_equal(found.images_NHWC, expected.images_NHWC)
     assert np.array_equal(found.labels_N, clean.labels_N)
-    as_method = MethodConfig(method="corpus", corpus=places[0])
+    as_method = MethodConfig(method="corpus", config={"corpus": places[0]})
     again = make_copy(clean, None, as_method, epsilon_levels=8)
     assert np.array_equal(again.images_NHWC, expected.images_NHWC)
 
 
 def test_corpus_that_is_not_the_data_set_is_refused(tmp_path):
     (tmp_path / "s.tar").write_bytes(make_tar(make_samples(4)))
-    method = MethodConfig(method="corpus", corpus=str(tmp_path))
+    method = MethodConfig(method="corpus", config={"corpus": str(tmp_path)})
     with pytest.raises(UsageError, match="4 images and the clean data set 12"):
         make_copy(images_of(), None, method, epsilon_levels=8)
 
@@ -237,6 +328,18 @@ def test_labelled_images_are_read_from_shards_and_embedded_corpora(tmp_path):
     (tmp_path / "s.tar").write_bytes(make_tar([("a.cls", b"1")]))
     with pytest.raises(ShardError, match="one image and one"):
         read_labelled(str(tmp_path))
+
+
+def test_masks_beside_the_photos_are_left_out(tmp_path):
+    samples = [*make_samples(1), ("sample0000.seg.png", make_image("PNG", seed=7))]
+    (tmp_path / "s.tar").write_bytes(make_tar(samples))
+    data = {"train": str(tmp_path), "test": str(tmp_path), "size": 16}
+    with pytest.raises(ShardError, match=r"and has 2 and 1; .*sidecar_patterns"):
+        load_data(DataConfig(**data), "train")
+    found = load_data(DataConfig(**data, sidecar_patterns=("*.seg.png",)), "train")
+    (tmp_path / "s.tar").write_bytes(make_tar(make_samples(1)))
+    photo = load_data(DataConfig(**data), "train")
+    assert np.array_equal(found.images_NHWC, photo.images_NHWC)
 
 
 def _two_sizes(folder: Path) -> str:
@@ -268,19 +371,28 @@ def test_classes_with_near_names_get_one_label():
 def test_cluster_quality_equals_its_definition():
     points, labels = blobs()
     quality = cluster_quality(points, 3)
-    means = np.stack([points[labels == k].mean(axis=0) for k in range(3)])
+    exact = points.astype(float)
+    means = np.stack([exact[labels == k].mean(axis=0) for k in range(3)])
     sse = ((points - means[labels]) ** 2).sum()
-    between = (10 * ((means - points.mean(axis=0)) ** 2).sum(axis=1)).sum()
-    assert quality.sse == pytest.approx(sse, rel=1e-4)
-    assert quality.calinski_harabasz == pytest.approx((between / 2) / (sse / 27), rel=1e-4)
+    between = (10 * ((means - exact.mean(axis=0)) ** 2).sum(axis=1)).sum()
+    assert quality.sse == pytest.approx(sse, rel=1e-6)
+    assert quality.calinski_harabasz == pytest.approx((between / 2) / (sse / 27), rel=1e-6)
     values = []
     for i, point in enumerate(points):
-        distances = np.linalg.norm(points - point, axis=1)
+        distances = np.linalg.norm(points.astype(float) - point, axis=1)
         a = distances[labels == labels[i]].sum() / 9
         b = min(distances[labels == k].mean() for k in range(3) if k != labels[i])
         values.append((b - a) / max(a, b))
-    assert quality.silhouette == pytest.approx(np.mean(values), rel=1e-4)
+    assert quality.silhouette == pytest.approx(np.mean(values), rel=1e-6)
     assert cluster_quality(points, 5).silhouette < quality.silhouette
+
+
+def test_cluster_quality_by_hand():
+    """{0, 1}, {10, 11}, {30}: one cluster has a single point, whose silhouette is 0."""
+    quality = cluster_quality(np.array([[0], [1], [10], [11], [30]], np.float32), 3)
+    assert quality.sse == pytest.approx(1)
+    assert quality.silhouette == pytest.approx((2 * 9.5 / 10.5 + 2 * 8.5 / 9.5) / 5, abs=1e-6)
+    assert quality.calinski_harabasz == pytest.approx((580.2 / 2) / (1 / 2), rel=1e-6)
 
 
 def test_k_means_is_the_same_every_time():

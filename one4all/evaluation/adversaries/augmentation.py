@@ -33,7 +33,7 @@ def augment(
             its side, edges reflected; "strong": that, then rotation and shear of up to 10 degrees,
             scale 0.8 to 1.2, and brightness, contrast and saturation times 0.8 to 1.2.
         random: Advanced by as many draws as the batch needs.
-        device: Of the result.
+        device: PyTorch device of the result.
 
     Returns:
         (B, 3, H, W) float32 levels, 0..255, channels last in memory.

@@ -96,7 +96,7 @@ def build_classifier(
         initial: "scratch"; "fine_tune": published weights and a new linear head, all trained;
             "linear_probe": only the head is trained, on standardised features (batch norm without
             weights, as He et al. 2022 probe), so that one learning rate suits every body.
-        width, stem_stride: For `build_network`; published models have one size.
+        width, stem_stride: Arguments of `build_network`; published models have one size.
         weights: Published weights: a tag, or the path of a local file. "" is the model's own tag
             for timm; open_clip needs one.
         input_size: Side to which images are resized for a published model; 0 is its own.

@@ -49,7 +49,7 @@ class AdversaryConfig(BaseModel):
             with it, and do with 0.02 (CIFAR-10, 4,000 images, 4 epochs: 10 against 31 and 21 %).
         warm_up: Share of the steps in which the rate first rises from 0, linearly. The paper has
             none; 0.3 makes a short training learn clean images better (docs/evaluation.md).
-        momentum, weight_decay: Of the optimizer.
+        momentum, weight_decay: Settings of the optimizer.
         precision: "bfloat16" runs the network under autocast.
     """
 
@@ -178,7 +178,7 @@ def train_adversary(
         attack: What the adversary tries against a protection; see `attacks`. A purifier holds a
                 second copy of the training images in memory; purify beforehand, onto a memory map,
                 when that is too much.
-        seed: Of initial weights, order, augmentation and attack.
+        seed: Seed of initial weights, order, augmentation and attack.
         on_epoch: Called with the epoch (from 1) and its test accuracy.
 
     Raises:

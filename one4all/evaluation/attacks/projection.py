@@ -36,7 +36,7 @@ def project_away(images: LabelledImages, out: Pixels, seed: int, *, centred: boo
     Args:
         images: Training images and labels.
         out: Filled with the result, (N, H, W, 3) uint8.
-        seed: Of initial weights and order.
+        seed: Seed of initial weights and order.
         centred: Project the difference to the mean image. What tells classes apart goes all the
             same, but the mean stays: with few images, or bright ones, the classifier does not
             converge and its weights hold most of the mean, without which pictures are nothing.

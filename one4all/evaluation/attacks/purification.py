@@ -36,7 +36,7 @@ class Purifier:
 
     Attributes:
         name: In `one4all.evaluation.attacks.ATTACKS`.
-        description: For reports, one line.
+        description: Line for reports.
         apply: Called with the labelled images, the array to fill, (N, H, W, 3) uint8, and a seed.
     """
 
@@ -51,7 +51,7 @@ class Purifier:
 
         Args:
             images: Left as they are. A memory map will do: they are read in batches.
-            seed: Of whatever is random; most purifiers have nothing.
+            seed: Seed of whatever is random; most purifiers have nothing.
             out: Where the result goes, (N, H, W, 3) uint8, such as a writable memory map; new
                 memory if not given.
 

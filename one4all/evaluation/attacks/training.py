@@ -27,7 +27,7 @@ class TrainingAttack:
 
     Attributes:
         name: In `one4all.evaluation.attacks.ATTACKS`.
-        description: For reports, one line.
+        description: Line for reports.
         loss: See the module.
     """
 
@@ -227,7 +227,7 @@ def pgd(
         network: Left in the mode it was in; its weights get no gradient.
         image_BCHW: Float levels 0..255.
         label_B: Labels.
-        random: Of the start, uniform within the budget.
+        random: Source of the start, uniform within the budget.
         epsilon_levels: L-infinity budget in levels of 255; a step is a quarter of it.
         num_steps: 10 in APBench and ISS.
 

@@ -26,8 +26,8 @@ from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import (
     Arrays,
     FittedCard,
-    FittedMethod,
-    Progress,
+    OnFitProgress,
+    SavablePerturbations,
     check_epsilon,
     make_card,
     silent,
@@ -61,7 +61,7 @@ class ArConfig(BaseModel):
 PRESETS: dict[str, ArConfig] = {"default": ArConfig(), "published": ArConfig()}
 
 
-class Autoregressive(FittedMethod):
+class Autoregressive(SavablePerturbations):
     """Filters of the classes; a perturbation is generated for each image.
 
     Args:
@@ -107,7 +107,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> Autoregressive:
     """Draw the classes' filters; of ``images`` only size and number of classes matter.
@@ -116,8 +116,8 @@ def fit(
         images: Corpus.
         config: Scaling.
         epsilon_levels: Budget.
-        seed: Of filters and, later, starts.
-        on_progress: See `Progress`.
+        seed: Seed of filters and, later, starts.
+        on_progress: See `OnFitProgress`.
         device: Not used.
 
     Raises:

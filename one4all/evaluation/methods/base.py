@@ -1,10 +1,10 @@
-"""What all compared methods share: a fit gives an object that perturbs any labelled corpus.
+"""What all compared methods share: a fit gives an object that protects any labelled corpus.
 
     fitted = find_method("lsp").fit(train, seed=0)
-    protected = protect_images(fitted, train, own=True, seed=0)
+    protected = fitted.protect(train, own=True, seed=0)
 
-Perturbations are in levels of 8 bits. Every one of them reaches pixels through
-`apply_perturbation`, so that the budget holds whatever a method returns.
+Most methods are `Perturbations`: they give a perturbation for each image, in levels of 8 bits,
+which reaches pixels through `apply_perturbation`. So the budget holds whatever a method returns.
 
 Shape suffixes: N images, C colour channels, h w perturbation grid.
 """
@@ -15,6 +15,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
@@ -34,12 +35,49 @@ MAX_EPSILON_LEVELS = 127  # stored sample-wise perturbations are int8
 WHOLE_RANGE = 255
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
-Progress: TypeAlias = Callable[[float, str], None]
+OnFitProgress: TypeAlias = Callable[[float, str], None]
 """Receives the share of a fit that is done, 0..1, and a line that says how it goes."""
 
 
 def silent(share: float, message: str) -> None:
-    """A `Progress` that says nothing."""
+    """An `OnFitProgress` that says nothing."""
+
+
+class FittedMethod(ABC):
+    """A compared method, or a control, ready to protect.
+
+    Attributes:
+        within_budget: Whether no pixel moves by more than the budget. The report says of every copy
+            how far one moved.
+    """
+
+    within_budget: ClassVar[bool] = True
+
+    @abstractmethod
+    def protect(self, images: LabelledImages, *, own: bool, seed: int) -> LabelledImages:
+        """Protect a corpus.
+
+        Args:
+            images: Any corpus; its images may have another size and number than those fitted.
+            own: Whether it is the corpus of the fit, in the same order. Perturbations that were
+                made for single images are then used by index; else the rule of `transfer` holds.
+            seed: Seed of whatever is drawn here. Same seed, same images.
+
+        Returns:
+            The same labels, size and order.
+
+        Raises:
+            UsageError: ``own`` with a corpus that cannot be the one of the fit, or a corpus that
+                does not suit the method.
+        """
+
+
+class Savable(ABC):
+    """A fitted method whose fit takes time, so that it is kept in a folder."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write it where `Method.load` will read it."""
 
 
 class FittedCard(BaseModel):
@@ -49,7 +87,7 @@ class FittedCard(BaseModel):
         kind: Class of the fitted object; the loader's key.
         method: Name in the registry.
         epsilon_levels: Budget it was fitted for, 8-bit levels.
-        seed: Of the fit.
+        seed: Seed of the fit.
         config: The method's configuration, as JSON.
         num_images, num_classes, size: The corpus it was fitted on; side in pixels.
         record: Figures of the fit, such as the surrogate's last error.
@@ -71,35 +109,56 @@ class FittedCard(BaseModel):
     encoder_hash: str = ""
 
 
-class FittedMethod(ABC):
-    """Perturbations for any labelled corpus.
+class Perturbations(FittedMethod):
+    """A perturbation for each image of any labelled corpus.
 
-    Attributes:
-        within_budget: Whether its perturbations obey ``card.epsilon_levels``. Those that do not are
-            controls, which reproduce what a released program does.
+    Args:
+        card: What was fitted, and how.
     """
-
-    within_budget: ClassVar[bool] = True
 
     def __init__(self, card: FittedCard) -> None:
         self.card = card
 
     @abstractmethod
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
-        """One perturbation for each image, in order.
-
-        Args:
-            images: Any corpus; its images may have another size and number than those fitted.
-            own: It is the corpus of the fit, in the same order: perturbations made for single
-                images are used by index. Otherwise the rule of `transfer` holds.
-            seed: Of whatever is drawn here. Same seed, same perturbations.
+        """One perturbation for each image, in order; arguments and errors as for `protect`.
 
         Yields:
             (h, w, 3) float32, in levels, at the method's own size.
+        """
+
+    def protect(self, images: LabelledImages, *, own: bool, seed: int) -> LabelledImages:
+        """See the base class; image by image, by the integer budget rule.
+
+        ``max |protected - clean| <= card.epsilon_levels`` in uint8 levels if ``within_budget``; a
+        control that is not has the whole range of 255 levels.
+        """
+        budget = self.card.epsilon_levels if self.within_budget else WHOLE_RANGE
+        protected = np.empty_like(images.images_NHWC)
+        deltas = self.perturb(images, own=own, seed=seed)
+        for index, delta in zip(range(len(images)), deltas, strict=True):
+            protected[index] = apply_perturbation(
+                images.images_NHWC[index], delta, epsilon_levels=budget
+            )
+        return replace(images, images_NHWC=protected)
+
+    def check_own(self, images: LabelledImages) -> None:
+        """Refuse a corpus that cannot be the one of the fit.
 
         Raises:
-            UsageError: ``own`` with a corpus that cannot be the one of the fit.
+            UsageError: Another number of images or another size.
         """
+        facts = (len(images), images.size)
+        if facts != (self.card.num_images, self.card.size):
+            raise UsageError(
+                f"{self.card.method} was fitted on {self.card.num_images} images of "
+                f"{self.card.size} pixels and these are {facts[0]} of {facts[1]}; say own=False to "
+                "transfer its perturbations to another corpus"
+            )
+
+
+class SavablePerturbations(Perturbations, Savable):
+    """Perturbations whose fit takes time: a card, and arrays."""
 
     @abstractmethod
     def arrays(self) -> Arrays:
@@ -118,59 +177,9 @@ class FittedMethod(ABC):
         save_file(contiguous, folder / TENSORS)
         (folder / CARD).write_text(json.dumps(self.card.model_dump(), indent=2) + "\n")
 
-    def check_own(self, images: LabelledImages) -> None:
-        """Refuse a corpus that cannot be the one of the fit.
-
-        Raises:
-            UsageError: Another number of images or another size.
-        """
-        facts = (len(images), images.size)
-        if facts != (self.card.num_images, self.card.size):
-            raise UsageError(
-                f"{self.card.method} was fitted on {self.card.num_images} images of "
-                f"{self.card.size} pixels and these are {facts[0]} of {facts[1]}; say own=False to "
-                "transfer its perturbations to another corpus"
-            )
-
-
-def protect_images(
-    fitted: FittedMethod,
-    images: LabelledImages,
-    *,
-    own: bool,
-    seed: int,
-    epsilon_levels: int | None = None,
-) -> LabelledImages:
-    """Protect a corpus, image by image, by the integer budget rule.
-
-    Args:
-        fitted: Any fitted method or control.
-        images: Clean images.
-        own, seed: As for `FittedMethod.perturb`.
-        epsilon_levels: Budget; that of the fit unless told. Ignored for a control that is not
-            within budget: it gets the whole range of 255 levels.
-
-    Returns:
-        Same labels, size and order; ``max |protected - clean| <= epsilon_levels`` in uint8 levels
-        if ``fitted.within_budget``.
-
-    Raises:
-        UsageError: As `FittedMethod.perturb`.
-    """
-    budget = fitted.card.epsilon_levels if epsilon_levels is None else epsilon_levels
-    if not fitted.within_budget:
-        budget = WHOLE_RANGE
-    protected = np.empty_like(images.images_NHWC)
-    deltas = fitted.perturb(images, own=own, seed=seed)
-    for index, delta in zip(range(len(images)), deltas, strict=True):
-        protected[index] = apply_perturbation(
-            images.images_NHWC[index], delta, epsilon_levels=budget
-        )
-    return LabelledImages(protected, images.labels_N)
-
 
 def make_card(
-    fitted_type: type[FittedMethod],
+    fitted_type: type[Perturbations],
     method: str,
     images: LabelledImages,
     config: BaseModel,
@@ -201,7 +210,7 @@ def make_card(
 
 
 def read_fitted(folder: Path) -> tuple[FittedCard, Arrays]:
-    """Card and arrays of a folder that `FittedMethod.save` wrote.
+    """Card and arrays of a folder that `SavablePerturbations.save` wrote.
 
     Raises:
         UsageError: No such folder, or not readable as one.

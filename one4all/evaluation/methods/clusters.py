@@ -1,4 +1,4 @@
-"""Perturbations by what an encoder says of an image: what label-free methods share.
+"""Perturbations by what an encoder says of an image.
 
 Shape suffixes: N images, K clusters, D features, C colour channels, h w perturbation grid.
 """
@@ -17,7 +17,7 @@ from one4all.clustering import Assignment, nearest
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Arrays, FittedCard, FittedMethod
+from one4all.evaluation.methods.base import Arrays, FittedCard, SavablePerturbations
 from one4all.evaluation.methods.surrogate import chunks
 from one4all.perturbation import Levels
 
@@ -26,31 +26,7 @@ _MOST_RECENT = 4
 _recent: dict[tuple[str, str, str], Tensor] = {}
 
 
-class EncoderWise(FittedMethod):
-    """A method that looks at images through the encoder of its fit.
-
-    Args:
-        card: Description; its config has an ``encoder``.
-        encoder: That one; loaded when first needed unless given.
-    """
-
-    def __init__(self, card: FittedCard, encoder: Encoder | None = None) -> None:
-        super().__init__(card)
-        self._encoder = encoder
-
-    @property
-    def encoder(self) -> Encoder:
-        """The encoder of the fit.
-
-        Raises:
-            ProtectorError: What loads here is another one; what was fitted would mean nothing.
-        """
-        if self._encoder is None:
-            self._encoder = load_fitted_encoder(self.card)
-        return self._encoder
-
-
-class ClusterWise(EncoderWise):
+class ClusterWise(SavablePerturbations):
     """One perturbation per cluster; an image gets that of the nearest centre. Labels are not read.
 
     This is also its transfer rule: new images are encoded and go to the nearest centre.
@@ -71,10 +47,11 @@ class ClusterWise(EncoderWise):
         own_N: Assignment,
         encoder: Encoder | None = None,
     ) -> None:
-        super().__init__(card, encoder)
+        super().__init__(card)
         self.patterns_KhwC = patterns_KhwC
         self.centres_KD = centres_KD
         self.own_N = own_N
+        self._encoder = encoder
 
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
         """See the base class; nothing is drawn, so ``seed`` does not matter."""
@@ -84,8 +61,14 @@ class ClusterWise(EncoderWise):
         return (self.patterns_KhwC[cluster] for cluster in assignment)
 
     def assign(self, images: LabelledImages) -> Assignment:
-        """Cluster of each image, int32 (N,)."""
-        features = encode_corpus(self.encoder, images, torch.device("cpu"))
+        """Cluster of each image, int32 (N,).
+
+        Raises:
+            ProtectorError: The encoder that loads here is another one than that of the fit.
+        """
+        if self._encoder is None:
+            self._encoder = _load_encoder_of(self.card)
+        features = encode_corpus(self._encoder, images, torch.device("cpu"))
         return nearest(features, torch.from_numpy(self.centres_KD)).numpy().astype(np.int32)
 
     def arrays(self) -> Arrays:
@@ -96,12 +79,7 @@ class ClusterWise(EncoderWise):
         return cls(card, arrays["patterns"], arrays["centres"], arrays["own"])
 
 
-def load_fitted_encoder(card: FittedCard) -> Encoder:
-    """The encoder that a fitted method was fitted with.
-
-    Raises:
-        ProtectorError: What loads here under that configuration is another one.
-    """
+def _load_encoder_of(card: FittedCard) -> Encoder:
     encoder = load_encoder(EncoderConfig.model_validate(card.config["encoder"]))
     if encoder.content_hash() != card.encoder_hash:
         raise ProtectorError(

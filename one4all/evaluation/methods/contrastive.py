@@ -37,7 +37,7 @@ class LearnerConfig(BaseModel):
         algorithm: "simclr" or "simsiam".
         width, stem_stride: As for `SurrogateConfig`.
         projection_dim: D.
-        temperature: Of SimCLR's loss.
+        temperature: Temperature of SimCLR's loss.
         optimizer, learning_rate, weight_decay: SGD has momentum 0.9.
         batch_size: Images; twice as many views.
     """

@@ -6,8 +6,7 @@
   shows that the bench can see protection at all (the positive control). ``concept_oracle``: the
   same with a chosen share of wrong patterns: what a label-free method could reach at that purity.
 
-Two more kinds, the untrained generator and what the released code does, are in `released`. All go
-through `apply_perturbation` like every method.
+Two more kinds, the untrained generator and what the released code does, are in `released`.
 
 Shape suffixes: M patterns, C colour channels, h w perturbation grid.
 """
@@ -15,13 +14,13 @@ Shape suffixes: M patterns, C colour channels, h w perturbation grid.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from one4all.evaluation.labelled import LabelledImages, Labels
-from one4all.evaluation.methods.base import Arrays, FittedCard, FittedMethod, make_card
+from one4all.evaluation.methods.base import FittedCard, Perturbations, make_card
 from one4all.evaluation.methods.surrogate import check_classes
 from one4all.evaluation.methods.transfer import ClassWise
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
@@ -54,7 +53,7 @@ def class_patterns(
         num_classes: Number of patterns.
         size: Side in pixels; a multiple of ``block``.
         epsilon_levels: Budget.
-        seed: Of the patterns.
+        seed: Seed of the patterns.
         block: Side of a block in pixels.
 
     Returns:
@@ -101,7 +100,7 @@ class ConceptOracleConfig(PatternConfig):
 # --- fitted controls -------------------------------------------------------------------------
 
 
-class Constant(FittedMethod):
+class Constant(Perturbations):
     """One perturbation for all images.
 
     Args:
@@ -117,26 +116,8 @@ class Constant(FittedMethod):
         """See the base class; nothing is drawn."""
         return (self.pattern_hwC for _ in range(len(images)))
 
-    def arrays(self) -> Arrays:
-        return {"pattern": self.pattern_hwC}
 
-    @classmethod
-    def from_arrays(cls, card: FittedCard, arrays: Arrays) -> Self:
-        return cls(card, arrays["pattern"])
-
-
-class WithoutArrays(FittedMethod):
-    """A control that its card describes in full."""
-
-    def arrays(self) -> Arrays:
-        return {"none": np.zeros(1, np.float32)}
-
-    @classmethod
-    def from_arrays(cls, card: FittedCard, arrays: Arrays) -> Self:
-        return cls(card)
-
-
-class RandomNoise(WithoutArrays):
+class RandomNoise(Perturbations):
     """Fresh noise for each image, at the image's own size."""
 
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:

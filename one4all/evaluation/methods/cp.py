@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from one4all.evaluation.labelled import LabelledImages, Labels
-from one4all.evaluation.methods.base import Progress, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, make_card, seeded, silent
 from one4all.evaluation.methods.contrastive import Learner, LearnerConfig, cosine_schedule
 from one4all.evaluation.methods.surrogate import (
     batches,
@@ -104,7 +104,7 @@ def fit_class(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> ClassWise:
     """CP-C: one perturbation per class.
@@ -113,8 +113,8 @@ def fit_class(
         images: Clean images and true labels, which only say who shares a perturbation.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the start, the network, views and batches.
-        on_progress: See `Progress`.
+        seed: Seed of the start, the network, views and batches.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
 
     Raises:
@@ -141,7 +141,7 @@ def fit_sample(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> SampleWise:
     """CP-S: one perturbation per image, after a class-wise stage.
@@ -182,7 +182,7 @@ def _class_stage(
     config: CpClassConfig,
     epsilon: int,
     seed: int,
-    on_progress: Progress,
+    on_progress: OnFitProgress,
     device: str,
 ) -> tuple[Tensor, dict[str, float]]:
     start = uniform_start((images.num_classes, 3, *images.images_NHWC.shape[1:3]), epsilon)
@@ -196,7 +196,7 @@ def _alternate(
     config: CpClassConfig,
     epsilon: int,
     seed: int,
-    on_progress: Progress,
+    on_progress: OnFitProgress,
     device: str,
 ) -> tuple[Tensor, dict[str, float]]:
     """Descend network and perturbations in turns.

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Progress, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, make_card, seeded, silent
 from one4all.evaluation.methods.surrogate import (
     FULL_RESNET18,
     Index,
@@ -99,7 +99,7 @@ def fit_sample(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> SampleWise:
     """One error-minimising perturbation per image.
@@ -110,8 +110,8 @@ def fit_sample(
         images: Clean images and true labels.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the start, the network, the order of batches.
-        on_progress: See `Progress`.
+        seed: Seed of the start, the network, the order of batches.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
 
     Raises:
@@ -156,7 +156,7 @@ def fit_class(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> ClassWise:
     """One error-minimising perturbation per class: the mean over its images of their own steps.

@@ -24,8 +24,8 @@ from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import (
     Arrays,
     FittedCard,
-    FittedMethod,
-    Progress,
+    OnFitProgress,
+    SavablePerturbations,
     check_epsilon,
     make_card,
     silent,
@@ -53,7 +53,7 @@ class LspConfig(BaseModel):
 PRESETS: dict[str, LspConfig] = {"default": LspConfig(), "published": LspConfig()}
 
 
-class LinearSeparable(FittedMethod):
+class LinearSeparable(SavablePerturbations):
     """Vertices and covariances of the classes; a perturbation is drawn for each image.
 
     Args:
@@ -100,7 +100,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> LinearSeparable:
     """Draw the classes' points; of ``images`` only size and number of classes matter.
@@ -109,7 +109,7 @@ def fit(
         images: Corpus.
         config: Patches and points.
         epsilon_levels: Budget.
-        seed: Of vertices, covariances and, later, samples.
+        seed: Seed of vertices, covariances and, later, samples.
         on_progress, device: Not used; nothing takes time.
     """
     check_epsilon(epsilon_levels)

@@ -13,27 +13,34 @@ Shape suffixes: B batch, H W image, C colour channels, h w perturbation grid.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.encoders import EncoderConfig, load_encoder
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Arrays, FittedCard, make_card, seeded
-from one4all.evaluation.methods.clusters import EncoderWise, load_fitted_encoder
-from one4all.evaluation.methods.controls import ControlConfig, WithoutArrays
+from one4all.evaluation.methods.base import (
+    FittedCard,
+    Perturbations,
+    check_epsilon,
+    make_card,
+    seeded,
+)
+from one4all.evaluation.methods.controls import ControlConfig
+from one4all.evaluation.methods.protectors import SMALLEST_WORKING_SIZE, FittedProtector
 from one4all.evaluation.methods.surrogate import chunks
-from one4all.images import Pixels
+from one4all.images import Pixels, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, resize_perturbation
 from one4all.protectors.generator import Generator, GeneratorConfig
+from one4all.protectors.protector import Protector
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 RELEASED_L2 = 16.0  # on the [0, 1] scale, of a whole image
 RELEASED_SIZE = 224  # pixels
+_BATCH = 64
 
 
 class UntrainedGeneratorConfig(ControlConfig):
@@ -61,69 +68,46 @@ class ReleasedL2Config(UntrainedGeneratorConfig):
     direction: Literal["generator", "noise"] = "generator"
 
 
-class UntrainedGenerator(EncoderWise):
-    """``epsilon * tanh(G(e, x))`` with random weights.
-
-    Args:
-        card: Description; its config has an ``encoder`` and a ``generator``.
-        generator: The network.
-        encoder: Loaded when first needed unless given.
-    """
-
-    def __init__(
-        self, card: FittedCard, generator: Generator, encoder: Encoder | None = None
-    ) -> None:
-        super().__init__(card, encoder)
-        self.generator = generator.eval().requires_grad_(False)
-
-    def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
-        """See the base class; nothing is drawn."""
-        stride = self.generator.config.total_stride
-        size = int(self.card.config["working_size"]) or -(-images.size // stride) * stride
-        for part in chunks(len(images), 64):
-            batch = torch.from_numpy(images.images_NHWC[part]).permute(0, 3, 1, 2).float() / 255
-            working = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
-            with torch.inference_mode():
-                delta = self.generator(self.encoder.encode_image(working), working)
-            yield from (self.card.epsilon_levels * delta).permute(0, 2, 3, 1).numpy()
-
-    def arrays(self) -> Arrays:
-        return {name: tensor.numpy() for name, tensor in self.generator.state_dict().items()}
-
-    @classmethod
-    def from_arrays(cls, card: FittedCard, arrays: Arrays) -> Self:
-        config = GeneratorConfig.model_validate(card.config["generator"])
-        encoder = load_fitted_encoder(card)
-        generator = Generator(config, encoder.embedding_dim)
-        generator.load_state_dict({name: torch.from_numpy(a) for name, a in arrays.items()})
-        return cls(card, generator, encoder)
-
-
-class ReleasedL2(UntrainedGenerator):
+class ReleasedL2(Perturbations):
     """The released code's budget: every perturbation has L2 norm 16 at 224x224, on [0, 1].
 
     At another size the norm is scaled by ``size / 224``, which keeps the root mean square: 10.5
     levels. **Not within the budget**: even a flat perturbation exceeds 8 levels, and a Gaussian one
     peaks near 48.
+
+    Args:
+        card: What was drawn; its config is a `ReleasedL2Config`.
+        protector: Network with random weights, whose perturbations are directions.
     """
 
     within_budget: ClassVar[bool] = False
 
+    def __init__(self, card: FittedCard, protector: Protector) -> None:
+        super().__init__(card)
+        self.protector = protector
+
     def perturb(self, images: LabelledImages, *, own: bool, seed: int) -> Iterator[Levels]:
         """See the base class; at the image's own size."""
-        random = np.random.default_rng([self.card.seed, seed])
-        shape = (images.size, images.size, 3)
         if self.card.config["direction"] == "noise":
-            directions = (
-                random.standard_normal(shape).astype(np.float32) for _ in range(len(images))
-            )
+            directions = self._noise(images, np.random.default_rng([self.card.seed, seed]))
         else:
-            directions = (_resize(d, shape[:2]) for d in super().perturb(images, own=own, seed=0))
+            directions = self._generated(images)
         norm = 255 * RELEASED_L2 * images.size / RELEASED_SIZE
         return (d * np.float32(norm / np.linalg.norm(d)) for d in directions)
 
+    def _noise(self, images: LabelledImages, random: np.random.Generator) -> Iterator[Levels]:
+        shape = (images.size, images.size, 3)
+        return (random.standard_normal(shape).astype(np.float32) for _ in range(len(images)))
 
-class ReleasedPreprocessing(WithoutArrays):
+    def _generated(self, images: LabelledImages) -> Iterator[Levels]:
+        working_size = self.protector.card.working_size
+        for part in chunks(len(images), _BATCH):
+            working = [working_copy(image, working_size) for image in images.images_NHWC[part]]
+            for delta in self.protector.perturb(np.stack(working)):
+                yield _resize(delta, (images.size, images.size))
+
+
+class ReleasedPreprocessing(Perturbations):
     """C0: what the released generation script saves when its perturbation is zero.
 
     ``clamp(CLIP-normalise(x), 0, 1)`` as uint8, never un-normalised: about 12 dB from the original.
@@ -157,9 +141,9 @@ def fit_untrained_generator(
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
     **unused: object,
-) -> UntrainedGenerator:
-    """Draw the weights of a generator."""
-    return _draw(UntrainedGenerator, "untrained_generator", images, config, epsilon_levels, seed)
+) -> FittedProtector:
+    """Draw the weights of a generator; of ``images`` only the size matters."""
+    return FittedProtector(_draw(images, config, epsilon_levels, seed))
 
 
 def fit_released_l2(
@@ -171,7 +155,11 @@ def fit_released_l2(
     **unused: object,
 ) -> ReleasedL2:
     """Draw the weights of a generator, whose output is then rescaled; the budget is ignored."""
-    return _draw(ReleasedL2, "released_l2", images, config, epsilon_levels, seed)
+    protector = _draw(images, config, epsilon_levels, seed)
+    card = make_card(
+        ReleasedL2, "released_l2", images, config, epsilon_levels=epsilon_levels, seed=seed
+    )
+    return ReleasedL2(card, protector)
 
 
 def fit_released_preprocessing(
@@ -195,27 +183,23 @@ def fit_released_preprocessing(
     )
 
 
-_Untrained = TypeVar("_Untrained", bound=UntrainedGenerator)
-
-
 def _draw(
-    fitted_type: type[_Untrained],
-    method: str,
-    images: LabelledImages,
-    config: UntrainedGeneratorConfig,
-    epsilon_levels: int,
-    seed: int,
-) -> _Untrained:
+    images: LabelledImages, config: UntrainedGeneratorConfig, epsilon_levels: int, seed: int
+) -> Protector:
+    """A protector with random weights."""
+    check_epsilon(epsilon_levels)
     encoder = load_encoder(config.encoder)
     with seeded(seed):
         generator = Generator(config.generator, encoder.embedding_dim)
-    card = make_card(
-        fitted_type,
-        method,
-        images,
-        config,
+    stride = config.generator.total_stride
+    own_size = -(-max(images.size, SMALLEST_WORKING_SIZE) // stride) * stride
+    return Protector.assemble(
+        config.encoder,
+        encoder,
+        generator,
+        name="untrained",
+        working_size=config.working_size or own_size,
+        config=config.generator,
         epsilon_levels=epsilon_levels,
-        seed=seed,
-        encoder_hash=encoder.content_hash(),
+        training={"steps": 0, "seed": seed},
     )
-    return fitted_type(card, generator, encoder)

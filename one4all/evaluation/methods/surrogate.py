@@ -37,7 +37,7 @@ class SurrogateConfig(BaseModel):
         stem_stride: 1 for 32-pixel images, 2 is a quarter of the cost.
         augmentation: "flip_crop": mirror, and shift by up to an eighth of the side; gradients pass
             through to the perturbation.
-        batch_size, learning_rate, weight_decay: Of SGD.
+        batch_size, learning_rate, weight_decay: Settings of SGD.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +58,7 @@ class Surrogate:
 
     Args:
         num_classes: Outputs.
-        config: See there.
+        config: Architecture and optimiser.
         device: Where it lives.
     """
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Progress, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, make_card, seeded, silent
 from one4all.evaluation.methods.surrogate import (
     FULL_RESNET18,
     Surrogate,
@@ -80,7 +80,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> SampleWise:
     """One targeted adversarial perturbation per image.
@@ -89,8 +89,8 @@ def fit(
         images: Clean images and true labels.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the network, the order of batches, the starts.
-        on_progress: See `Progress`.
+        seed: Seed of the network, the order of batches, the starts.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
 
     Raises:
@@ -132,7 +132,7 @@ def _train(
     config: TapConfig,
     seed: int,
     device: torch.device,
-    on_progress: Progress,
+    on_progress: OnFitProgress,
 ) -> Surrogate:
     surrogate = Surrogate(images.num_classes, config.surrogate, device)
     order = batches(len(images), config.surrogate.batch_size, np.random.default_rng(seed))

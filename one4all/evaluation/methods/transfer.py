@@ -25,14 +25,14 @@ import numpy.typing as npt
 
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages, Labels
-from one4all.evaluation.methods.base import Arrays, FittedCard, FittedMethod
+from one4all.evaluation.methods.base import Arrays, FittedCard, SavablePerturbations
 from one4all.perturbation import Levels
 
 _TILES = 4  # a side; fewer where the side of the perturbation is not a multiple
 _BLOCK_SEED = 2_404  # fixed: the rule is part of the bench, not of a trial
 
 
-class ClassWise(FittedMethod):
+class ClassWise(SavablePerturbations):
     """One perturbation per class.
 
     Args:
@@ -63,7 +63,7 @@ class ClassWise(FittedMethod):
         return cls(card, arrays["patterns"])
 
 
-class SampleWise(FittedMethod):
+class SampleWise(SavablePerturbations):
     """One perturbation per image of the source, used by *index* on the source itself.
 
     Args:

@@ -27,7 +27,7 @@ from torch.nn.functional import pdist
 
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Progress, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, make_card, seeded, silent
 from one4all.evaluation.methods.contrastive import Learner, LearnerConfig
 from one4all.evaluation.methods.surrogate import (
     Index,
@@ -52,7 +52,7 @@ class TueConfig(BaseModel):
         train_steps: Steps of the network before each pass.
         noise_steps: Signed steps on each batch of a pass.
         step_levels: Length of one, in levels.
-        ssl_weight, csd_weight: Of the two losses.
+        ssl_weight, csd_weight: Weights of the two losses.
         spread_gradient: Whether gradients flow through the spread within classes too. False is what
             the released code does: perturbations then grow to the edge of the budget, while with
             True, once classes are tight, little asks them to grow.
@@ -92,7 +92,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
 ) -> SampleWise:
     """One transferable perturbation per image.
@@ -101,8 +101,8 @@ def fit(
         images: Clean images and true labels.
         config: Schedule.
         epsilon_levels: Budget.
-        seed: Of the start, the network, views and batches.
-        on_progress: See `Progress`.
+        seed: Seed of the start, the network, views and batches.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
 
     Raises:

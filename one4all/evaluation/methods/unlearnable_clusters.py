@@ -30,7 +30,7 @@ from one4all.clustering import k_means
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.evaluation.label_clusters import cluster_purity
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods.base import Progress, check_epsilon, make_card, seeded, silent
+from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, make_card, seeded, silent
 from one4all.evaluation.methods.clusters import ClusterWise, encode_corpus
 from one4all.evaluation.methods.surrogate import batches, flip_and_shift, to_levels
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
@@ -50,7 +50,7 @@ class UnlearnableClustersConfig(BaseModel):
         feature_scale: Features are multiplied by it before softmax; 0 means sqrt(D).
         steps: Optimiser steps for each cluster, with a cosine schedule.
         batch_size: Images of a step, drawn from all clusters.
-        learning_rate, weight_decay: Of Adam.
+        learning_rate, weight_decay: Settings of Adam.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,7 +89,7 @@ def fit(
     *,
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int,
-    on_progress: Progress = silent,
+    on_progress: OnFitProgress = silent,
     device: str = "cpu",
     encoder: Encoder | None = None,
 ) -> ClusterWise:
@@ -99,8 +99,8 @@ def fit(
         images: Clean images; their labels only measure the purity in the record.
         config: Schedule.
         epsilon_levels: Budget; the method's own is 16.
-        seed: Of clusters, noise, networks and batches.
-        on_progress: See `Progress`.
+        seed: Seed of clusters, noise, networks and batches.
+        on_progress: See `OnFitProgress`.
         device: PyTorch device.
         encoder: The one that ``config.encoder`` names, if it is loaded already.
 

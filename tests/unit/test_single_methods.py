@@ -13,7 +13,7 @@ from one4all.clustering import k_means, ward
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods import find_method, protect_images
+from one4all.evaluation.methods import find_method
 from one4all.evaluation.methods.ar import Autoregressive, _run
 from one4all.evaluation.methods.clusters import encode_corpus
 from one4all.evaluation.methods.contrastive import Learner, LearnerConfig, info_nce, random_view
@@ -242,7 +242,7 @@ def test_tue_separates_classes():
 def perturbations_on_gray(name, num=200, num_classes=10, seed=0):
     gray = LabelledImages(np.full((num, 32, 32, 3), 128, np.uint8), np.arange(num) % num_classes)
     fitted = find_method(name).fit(gray, seed=seed)
-    protected = protect_images(fitted, gray, own=True, seed=0)
+    protected = fitted.protect(gray, own=True, seed=0)
     return fitted, gray.labels_N, protected.images_NHWC.astype(float) - 128
 
 
@@ -316,21 +316,21 @@ def test_unlearnable_clusters_move_features_towards_the_next_centre():
     assert np.mean(gains) > 0.01  # single clusters may lose: the loss is not the cosine
 
 
-def test_own_images_are_protected_as_new_ones_would_be():
-    """What is stored of them only saves the encoding."""
+def test_codebook_has_a_pattern_a_concept_and_reads_no_label():
     corpus = make_corpus(48)
     method = find_method("codebook")
     book = CodebookConfig(num_concepts=5)
     config = method.presets["default"].model_copy(
         update={"encoder": TINY_ENCODER, "codebook": book}
     )
+    card = method.fit(corpus, config, seed=0).protector.card
+    assert (card.generator.num_concepts, card.working_size) == (5, 32)
+    gray = LabelledImages(np.full_like(corpus.images_NHWC, 128), corpus.labels_N)
     fitted = method.fit(corpus, config, seed=0)
-    own, new = (
-        np.stack(list(fitted.perturb(corpus, own=is_own, seed=0))) for is_own in (True, False)
-    )
-    np.testing.assert_array_equal(own, new)
-    assert np.abs(own).min() == np.abs(own).max() == 8
-    assert len(np.unique(own, axis=0)) == 5
+    delta = fitted.protector.perturb(corpus.images_NHWC)
+    assert np.abs(delta).min() == np.abs(delta).max() == 8
+    assert len(np.unique(delta, axis=0)) == 5
+    assert len(np.unique(fitted.protector.perturb(gray.images_NHWC), axis=0)) == 1
 
 
 @pytest.mark.parametrize(

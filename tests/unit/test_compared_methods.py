@@ -4,23 +4,25 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
-from support.builders import TINY_ENCODER, TINY_GENERATOR, make_pixels
+from support.builders import TINY_ENCODER, TINY_GENERATOR, make_pixels, make_protector
 
 from one4all.distances import psnr_db
 from one4all.errors import ConfigError, UsageError
 from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.methods import METHODS, find_method, load_fitted, protect_images
+from one4all.evaluation.methods import METHODS, Savable, find_method
 from one4all.evaluation.methods.ar import ArConfig
 from one4all.evaluation.methods.contrastive import LearnerConfig
 from one4all.evaluation.methods.controls import ConceptOracleConfig, PatternConfig
 from one4all.evaluation.methods.cp import CpClassConfig, CpSampleConfig
 from one4all.evaluation.methods.emn import EmnClassConfig, EmnSampleConfig
+from one4all.evaluation.methods.protectors import ProtectorConfig
 from one4all.evaluation.methods.surrogate import SurrogateConfig
 from one4all.evaluation.methods.tap import TapConfig
 from one4all.evaluation.methods.transfer import transform_block
 from one4all.evaluation.methods.tue import TueConfig
 from one4all.images import decode, working_copy
 from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.protector import Protector
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +57,8 @@ TINY = {
     .presets["default"]
     .model_copy(update={"encoder": TINY_ENCODER, "generator": TINY_GENERATOR}),
 }
-ALL = sorted(METHODS)
+# "corpus", which only reads what was protected before, is in test_evaluation.
+ALL = sorted(METHODS.keys() - {"corpus"})
 
 
 def make_corpus(num: int = 24, *, size: int = 32, num_classes: int = 3, seed: int = 0):
@@ -65,16 +68,28 @@ def make_corpus(num: int = 24, *, size: int = 32, num_classes: int = 3, seed: in
 
 
 @pytest.fixture(scope="module")
-def fitted():
+def configs(tmp_path_factory):
+    """Small configurations; without one, a method's default is small enough."""
+    folder = tmp_path_factory.mktemp("protector")
+    make_protector().save(folder)
+    return TINY | {"protector": ProtectorConfig(protector=str(folder))}
+
+
+@pytest.fixture(scope="module")
+def fitted(configs):
     """Every method, fitted once on the same corpus; made when asked for."""
     made = {}
 
     def get(name):
         if name not in made:
-            made[name] = METHODS[name].fit(make_corpus(), TINY.get(name), seed=3)
+            made[name] = METHODS[name].fit(make_corpus(), configs.get(name), seed=3)
         return made[name]
 
     return get
+
+
+def copy_of(method, images, **options):
+    return method.protect(images, **{"own": True, "seed": 0} | options).images_NHWC
 
 
 def levels(method, images, **options):
@@ -90,7 +105,7 @@ def difference(clean, protected):
 def test_budget_holds_unless_the_method_says_otherwise(name, own, fitted):
     """Also on black and white images, and on a corpus of another size with more classes."""
     clean = make_corpus() if own else make_corpus(20, size=48, num_classes=7, seed=1)
-    protected = protect_images(fitted(name), clean, own=own, seed=0)
+    protected = fitted(name).protect(clean, own=own, seed=0)
     assert protected.images_NHWC.dtype == np.uint8
     np.testing.assert_array_equal(protected.labels_N, clean.labels_N)
     largest = np.abs(difference(clean, protected)).max()
@@ -99,33 +114,73 @@ def test_budget_holds_unless_the_method_says_otherwise(name, own, fitted):
         assert largest > 0
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_saved_method_perturbs_as_before(name, fitted, tmp_path):
+@pytest.mark.parametrize("name", [n for n in ALL if METHODS[n].needs_fit])
+def test_what_was_fitted_is_saved_and_protects_as_before(name, fitted, tmp_path):
+    assert isinstance(fitted(name), Savable)
     fitted(name).save(tmp_path)
-    loaded = load_fitted(tmp_path)
+    loaded = METHODS[name].load(tmp_path)
     other = make_corpus(10, num_classes=5, seed=1)
-    assert loaded.card == fitted(name).card
     for corpus, own in ((make_corpus(), True), (other, False)):
-        before = levels(fitted(name), corpus, own=own)
-        np.testing.assert_array_equal(before, levels(loaded, corpus, own=own))
+        before = copy_of(fitted(name), corpus, own=own)
+        np.testing.assert_array_equal(before, copy_of(loaded, corpus, own=own))
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_same_seed_same_perturbations(name, fitted):
+def test_same_seed_same_images(name, fitted, configs):
     corpus = make_corpus()
-    again = METHODS[name].fit(corpus, TINY.get(name), seed=3)
-    np.testing.assert_array_equal(levels(fitted(name), corpus), levels(again, corpus))
-    if name not in ("clean", "released_preprocessing"):
-        other = METHODS[name].fit(corpus, TINY.get(name), seed=4)
-        assert not np.array_equal(levels(again, corpus), levels(other, corpus))
+    again = METHODS[name].fit(corpus, configs.get(name), seed=3)
+    np.testing.assert_array_equal(copy_of(fitted(name), corpus), copy_of(again, corpus))
+    if name not in ("clean", "protector", "released_preprocessing"):
+        other = METHODS[name].fit(corpus, configs.get(name), seed=4)
+        assert not np.array_equal(copy_of(again, corpus), copy_of(other, corpus))
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if not METHODS[n].needs_labels])
-def test_label_free_methods_do_not_read_labels(name, fitted):
+def test_label_free_methods_do_not_read_labels(name, fitted, configs):
     corpus = make_corpus()
     shuffled = LabelledImages(corpus.images_NHWC, (corpus.labels_N * 5 + 1) % 3)
-    again = METHODS[name].fit(shuffled, TINY.get(name), seed=3)
-    np.testing.assert_array_equal(levels(fitted(name), corpus), levels(again, shuffled))
+    again = METHODS[name].fit(shuffled, configs.get(name), seed=3)
+    np.testing.assert_array_equal(copy_of(fitted(name), corpus), copy_of(again, shuffled))
+
+
+# --- protectors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["codebook", "protector", "untrained_generator"])
+def test_what_is_measured_is_a_protector_that_others_can_load(name, fitted, tmp_path):
+    corpus = make_corpus()
+    fitted(name).save(tmp_path)
+    shipped = Protector.load(str(tmp_path))
+    protected = np.stack(shipped.protect(list(corpus.images_NHWC)))
+    np.testing.assert_array_equal(protected, copy_of(fitted(name), corpus))
+
+
+@pytest.mark.parametrize("size", [16, 32, 80])
+def test_codebook_is_written_at_the_edge_of_any_budget(size):
+    corpus = make_corpus(size=size)
+    gray = LabelledImages(np.full_like(corpus.images_NHWC, 128), corpus.labels_N)
+    for epsilon in (2, 8):
+        method = METHODS["codebook"].fit(corpus, TINY["codebook"], epsilon_levels=epsilon, seed=0)
+        assert method.protector.card.epsilon_levels == epsilon
+        assert np.abs(difference(gray, method.protect(gray, own=False, seed=0))).max() == epsilon
+
+
+def test_protector_is_known_by_its_content_and_not_by_its_place(tmp_path):
+    identify = METHODS["protector"].identify
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_protector(seed=seed).save(tmp_path / folder)
+    a, b, c = (identify(ProtectorConfig(protector=str(tmp_path / name))) for name in "abc")
+    assert a == b != c
+    with pytest.raises(UsageError, match="no protector at"):
+        identify(ProtectorConfig(protector=str(tmp_path / "d")))
+
+
+def test_protector_of_a_larger_budget_is_refused(configs):
+    with pytest.raises(UsageError, match="a budget of 8 levels and the evaluation one of 4"):
+        METHODS["protector"].fit(make_corpus(), configs["protector"], epsilon_levels=4, seed=0)
+
+
+# --- names -----------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
@@ -136,7 +191,7 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
     with pytest.raises(ConfigError, match="tap takes a TapConfig, not a ArConfig"):
         find_method("tap").fit(make_corpus(), ArConfig(), seed=0)
     with pytest.raises(UsageError, match=r"card\.json is missing"):
-        load_fitted(tmp_path)
+        METHODS["tap"].load(tmp_path)
 
 
 # --- transfer --------------------------------------------------------------------------------
@@ -187,7 +242,7 @@ def test_transferred_samples_come_from_the_assigned_class_without_replacement(fi
 def test_classes_stay_distinct_when_the_target_has_more(name, fitted):
     target = make_corpus(60, size=48, num_classes=60, seed=1)
     target = LabelledImages(np.full_like(target.images_NHWC, 128), target.labels_N)
-    protected = difference(target, protect_images(fitted(name), target, own=False, seed=0))
+    protected = difference(target, fitted(name).protect(target, own=False, seed=0))
     for i in range(60):
         for j in range(i):
             for seen in (protected[j], protected[j][:, ::-1]):  # adversaries mirror
@@ -229,7 +284,7 @@ def test_released_preprocessing_alone_is_about_12_db_from_the_original():
     images = np.stack([working_copy(decode(p.read_bytes()).pixels, 64) for p in photos])
     corpus = LabelledImages(images, np.zeros(len(images), np.int64))
     method = find_method("released_preprocessing").fit(corpus, seed=0)
-    protected = protect_images(method, corpus, own=True, seed=0).images_NHWC
+    protected = copy_of(method, corpus)
     values = (images / 255 - [0.48145466, 0.4578275, 0.40821073]) / [
         0.26862954,
         0.26130258,
