@@ -220,6 +220,7 @@ class Tint(PerturbationModel):
         return self.colour.tanh().expand(len(image_BCHW), 3, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_new_kind_of_protector_is_trained_without_a_change_of_the_trainer(
     corpus, tmp_path, monkeypatch
 ):
