@@ -154,14 +154,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 # What starts a server or Ray, and takes seconds to do so.
 _SLOW_FIXTURES = {"s3_endpoint", "ray_local", "ceph_variables", "cluster"}
+_SLOW_FOLDERS = {"integration", "examples"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks are used to choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what starts a server or Ray, and every integration test."""
+    """Mark as slow what starts a server or Ray, and every test of `integration` and `examples`."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & _SLOW_FIXTURES or item.path.parent.name == "integration":
+        if fixtures & _SLOW_FIXTURES or item.path.parent.name in _SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
         if mark := item.get_closest_marker("fault"):
             item.user_properties.append(("fault", mark.args[0]))

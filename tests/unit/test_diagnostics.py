@@ -93,6 +93,7 @@ def test_distances_equal_their_definition(clean):
     assert found.ratio == pytest.approx(between / within, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_identical_copies_have_no_distance_and_the_diagnosis_survives_the_disk(
     clean, encoder, bank
 ):

@@ -36,6 +36,8 @@ from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker
 from pipelines.verify import VerifyConfig
 
+pytestmark = pytest.mark.slow
+
 fault = pytest.mark.fault
 SHARD = r"/in/shard-\d+\.tar"
 OUTPUT = r"/out/shard-\d+\.tar"

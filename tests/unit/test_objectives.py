@@ -135,6 +135,7 @@ def test_wrong_settings_are_explained_with_their_place(text, message):
 # --- training --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faint")
 def test_scalars_of_a_new_objective_are_logged_and_plotted(corpus, tmp_path):
     trainer = GeneratorTrainer(config_for(corpus, objective={"name": "faint"}, steps=2))
@@ -162,6 +163,7 @@ def test_scalars_of_a_new_objective_are_logged_and_plotted(corpus, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faint")
 def test_networks_of_an_objective_are_trained_saved_and_resumed(corpus, tmp_path):
     config = config_for(corpus, objective="faint", steps=6)
@@ -184,6 +186,7 @@ def test_networks_of_an_objective_are_trained_saved_and_resumed(corpus, tmp_path
             torch.testing.assert_close(found[name], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faint")
 def test_protector_names_concepts_only_if_it_was_trained_towards_some(corpus):
     cards = [
@@ -194,6 +197,7 @@ def test_protector_names_concepts_only_if_it_was_trained_towards_some(corpus):
     assert [bool(card.concept_bank_hash) for card in cards] == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faint")
 def test_what_an_objective_cannot_do_is_said_before_training(corpus):
     negative = config_for(corpus, objective={"name": "faint", "weight": -1})
@@ -204,6 +208,7 @@ def test_what_an_objective_cannot_do_is_said_before_training(corpus):
         GeneratorTrainer(taken).check()
 
 
+@pytest.mark.slow
 def test_checkpoint_from_before_there_was_a_choice_of_objectives_is_resumed(corpus, tmp_path):
     trainer = GeneratorTrainer(config_for(corpus))
     next(trainer.steps())

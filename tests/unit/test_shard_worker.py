@@ -64,6 +64,7 @@ def run(tmp_path, protector, pool):
     return protect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_format", ["match", "lossless"])
 def test_names_order_and_sidecars_are_kept_and_images_are_protected(run, output_format):
     files = make_samples(11)

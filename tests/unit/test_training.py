@@ -155,6 +155,7 @@ def test_gradient_reaches_the_generator_and_not_the_encoder(corpus, objective):
         assert torch.equal(old, new)
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_uninterrupted_training(corpus, tmp_path):
     whole = GeneratorTrainer(config_for(corpus))
     for _ in whole.steps():
@@ -173,6 +174,7 @@ def test_resumed_training_equals_uninterrupted_training(corpus, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_have_the_gradient_of_one_large_batch(corpus):
     large = GeneratorTrainer(config_for(corpus, batch_size=8))
     small = GeneratorTrainer(config_for(corpus, batch_size=2, accumulate_batches=4))
@@ -186,6 +188,7 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch(corpus):
     assert entropies[0] == entropies[1] > 0
 
 
+@pytest.mark.slow
 def test_training_moves_the_terms_in_the_right_direction(corpus):
     trainer = GeneratorTrainer(config_for(corpus, steps=40))
     history = [trainer.metrics() for _ in trainer.steps()]
@@ -217,6 +220,7 @@ class Tint(PerturbationModel):
         return self.colour.tanh().expand(len(image_BCHW), 3, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_new_kind_of_protector_is_trained_without_a_change_of_the_trainer(
     corpus, tmp_path, monkeypatch
 ):
