@@ -21,6 +21,8 @@ import one4all
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+pytestmark = pytest.mark.slow  # each loads an encoder
+
 
 @pytest.fixture
 def run(monkeypatch, protector_folder):
