@@ -14,22 +14,6 @@ from one4all.images import decode
 from one4all.protectors.codebook import MAX_CONCEPTS, Codebook, CodebookConfig, name_codebook
 
 
-def test_every_name_of_the_catalogue_is_there_and_is_what_it_says():
-    assert one4all.__version__
-    homes = set(one4all._HOMES)
-    assert homes | {"__version__"} == set(one4all.__all__)
-    for name in homes:
-        found = getattr(one4all, name)
-        assert found.__name__ == name
-        assert found.__doc__
-
-
-def test_a_name_that_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="nothing"):
-        one4all.nothing  # noqa: B018
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("output_format", ["match", "lossless"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_file_gets_the_bytes_that_the_pipeline_writes(

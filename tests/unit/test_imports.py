@@ -27,10 +27,14 @@ def test_a_look_at_the_ledger_does_not_wait_for_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_every_public_name_is_there():
-    assert set(one4all.__all__) <= set(dir(one4all))
+def test_every_public_name_is_there_and_is_what_it_says():
     assert one4all.__version__ == version("one4all")
-    for name in {*one4all.__all__} - {"__version__"}:
-        assert getattr(one4all, name).__module__.startswith("one4all.")
+    names = {*one4all.__all__} - {"__version__"}
+    assert names == set(one4all._HOMES) <= set(dir(one4all))
+    for name in names:
+        found = getattr(one4all, name)
+        assert found.__name__ == name
+        assert found.__module__.startswith("one4all.")
+        assert found.__doc__
     with pytest.raises(AttributeError, match="'one4all' has no attribute 'nothing'"):
         _ = one4all.nothing
