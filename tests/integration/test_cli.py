@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.builders import make_image
 
-from pipelines.demo import FITTED, SHIPPED
+from pipelines.demo.report import FITTED, SHIPPED
 
 
 def one4all(
