@@ -51,11 +51,12 @@ def summarise(table: Table) -> str:
     """The verdict, in a sentence with its figures."""
     column = table.columns[0]
     said = verdicts(table, column)
-    verdict = "Against this adversary, " + "; ".join(
-        f"the {title} {_CLAIMS[said[title]]}" for title in (SHIPPED, FITTED)
-    )
     if "oracle fails" in said.values():
         verdict = "Inconclusive: even the positive control does not protect here"
+    else:
+        verdict = "Against this adversary, " + "; ".join(
+            f"the {title} {_CLAIMS[said[title]]}" for title in (SHIPPED, FITTED)
+        )
     figures = ", ".join(f"{row} {table.cell(row, column)}" for row in table.rows)
     return f"{verdict}. Test accuracy in %: {figures}."
 

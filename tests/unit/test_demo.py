@@ -9,6 +9,9 @@ from one4all.errors import ShardError, UsageError
 from one4all.evaluation.labelled import read_corpus
 from pipelines.demo import photos
 from pipelines.demo.job import _training_config
+from pipelines.demo.report import FITTED, SHIPPED, summarise
+from pipelines.evaluation.report import Cell, Table
+from pipelines.evaluation.trials import GridConfig, MethodConfig
 
 
 def folder_of(root, counts: dict[str, int]) -> str:
@@ -48,3 +51,30 @@ def test_settings_of_the_training_need_no_file_beside_the_package(tmp_path, monk
     config = _training_config(tmp_path)
     assert config.source == str(tmp_path / "corpora" / "emoji-things" / "train")
     assert config.steps * config.batch_size * config.max_workers < 2000  # minutes on a CPU
+
+
+@pytest.mark.parametrize(
+    ("fitted", "oracle", "verdict"),
+    [
+        ((0.2, 0.2, 0.2), (0.1, 0.1, 0.1), f"; the {FITTED} protects."),
+        ((0.5, 0.5, 0.5), (0.1, 0.1, 0.1), f"; the {FITTED} has a weak effect, which is no "),
+        ((0.2, 0.2), (0.1, 0.1, 0.1), f"; the {FITTED} was tried too few times to tell."),
+        ((0.2, 0.2, 0.2), (0.5, 0.5, 0.5), "Inconclusive: even the positive control does not"),
+    ],
+)
+def test_summary_claims_what_the_table_shows(fitted, oracle, verdict):
+    stored = {"method": "corpus", "config": {"corpus": "x"}}
+    methods = (
+        MethodConfig(method="clean"),
+        *(MethodConfig(title=title, **stored) for title in (SHIPPED, FITTED)),
+        MethodConfig(method="class_oracle"),
+    )
+    seeds = {"clean": (0.6, 0.61, 0.6), SHIPPED: (0.6, 0.6, 0.6), FITTED: fitted}
+    cells = {
+        (row, "c"): Cell(last=last) for row, last in (seeds | {"class_oracle": oracle}).items()
+    }
+    grid = GridConfig(title="T", data=("c",), methods=methods)
+    table = Table(grid, [method.name for method in methods], ["c"], cells)
+    summary = summarise(table)
+    assert verdict in summary
+    assert "Test accuracy in %: clean 60.3" in summary

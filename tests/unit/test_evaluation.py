@@ -251,6 +251,7 @@ def test_fitted_method_is_kept_and_gives_the_same_copy(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.slow
 def test_codebook_is_kept_as_a_protector_folder(tmp_path):
     clean = images_of(size=32)
     encoder = TINY_ENCODER.model_dump()
@@ -273,6 +274,7 @@ def test_what_needs_no_fit_is_not_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_trial_belongs_to_what_its_protector_is_and_not_to_where_it_lies(tmp_path):
     def keys(folder: str) -> list[str]:
         method = {"method": "protector", "config": {"protector": str(tmp_path / folder)}}
