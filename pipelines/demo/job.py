@@ -57,9 +57,9 @@ from pipelines.train.job import train
 from pipelines.verify import VerifyConfig, verify
 
 BUCKET = "one4all-demo"
-_IMAGES_PER_CONCEPT, _MOST_CONCEPTS = 2, 2000  # RESULTS.md, section 6
+_IMAGES_PER_CONCEPT, _MOST_CONCEPTS = 2, 2000  # docs/lab-notebook.md, "Budget, drawings"
 
-# Of every copy: the one of RESULTS.md with a coarse stem, which is the default.
+# For every copy: that of docs/results.md with a coarse stem, which is the default.
 _ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
 _ORACLE = MethodConfig(
     method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}

@@ -40,7 +40,7 @@ def drawings() -> Material:
         sizes={},
         about=(
             "These are drawings, of which the encoder knows little: the hard case. Photographs: "
-            "RESULTS.md, or yours, by one4all demo --photos."
+            "docs/results.md, or yours, by one4all demo --photos."
         ),
     )
 
