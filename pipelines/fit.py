@@ -33,7 +33,6 @@ from one4all.protectors.codebook import (
     check_num_concepts,
     fit_codebook,
     name_codebook,
-    paint,
 )
 from one4all.protectors.protector import Protector
 from one4all.report import sample_grid, to_png
@@ -317,8 +316,8 @@ def _picture(found: list[PartEmbeddings], concepts_N: Tensor, codebook: Codebook
         start += len(part.embeddings)
     largest = sorted(examples, key=lambda concept: -len(examples[concept]))[:_COLUMNS]
     num_rows = min(_ROWS, min(len(examples[concept]) for concept in largest))
-    colours_KCgg = paint(codebook.signs_KLrq.flatten(1, 2))
-    patterns = (colours_KCgg.permute(0, 2, 3, 1).numpy() > 0).astype(np.uint8) * 255
+    colours_KCgg = codebook.paint(codebook.signs_KLrq.flatten(1, 2))
+    patterns = np.rint(127.5 * (1 + colours_KCgg.permute(0, 2, 3, 1).numpy())).astype(np.uint8)
     return to_png(
         sample_grid(
             [

@@ -2,7 +2,8 @@
 
     p_k(x) ~ exp(-|E_I(x) - c_k|^2 / 2 T)    how much x is like each of K concepts
     g_l(x) = argmax_g sum_{k in g} p_k(x)    the likeliest group of concepts, at each level l
-    delta  = +-epsilon * (-1, 1, -1)         green or magenta cells, some rows for each g_l(x)
+    delta  = +-epsilon * (-1, 1, -1)         green or magenta cells, some rows for each g_l(x);
+                                             hard-edged, or blurred
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
 Like concepts have like patterns: a tree of the concepts is cut into few groups, which colour the
@@ -20,6 +21,7 @@ level, q cells of a row, N items, h w grid.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
@@ -39,9 +41,6 @@ PIXELS_PER_CELL = 8
 # The tree of concepts keeps the distances of all pairs: 8 bytes times their number squared.
 MAX_CONCEPTS = 20_000
 _MOST_LOOKS = 1 << 20  # of the rows of a level: they are shuffled in memory
-
-# Of all colours within the budget, those from which photos differ least among themselves.
-GREEN = torch.tensor([-1.0, 1.0, -1.0])  # its opposite is magenta
 
 
 def _num_looks(num_rows: int, cells: int) -> int:
@@ -66,6 +65,11 @@ class CodebookConfig(BaseModel):
             and survive resizing: 4 on Caltech-101 (docs/method.md).
         temperature: T above, in squared distance of embeddings of unit length. Towards 0, the
             nearest concept decides.
+        smoothing: Blur of a pattern, in cells: the standard deviation of a Gaussian. 0 leaves flat
+            cells with hard edges, which people see; 0.625 leaves no edge, and adversaries read it
+            less well (docs/results.md).
+        green: Strength of green against that of red and blue, which is 1. At 0.7 green and magenta
+            cells are nearly equally bright, which people see less.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +78,8 @@ class CodebookConfig(BaseModel):
     groups: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (16, 128)
     cells: Annotated[int, Field(ge=1, le=32)] = 4
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
+    smoothing: Annotated[float, Field(ge=0, le=2)] = 0.0
+    green: Annotated[float, Field(ge=0.1, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _can_be_told(self) -> CodebookConfig:
@@ -111,6 +117,7 @@ class Codebook(PerturbationModel):
 
     kind = "codebook"
     config_type = CodebookConfig
+    later_keys = frozenset({"smoothing", "green"})
 
     centres_KD: Tensor
     groups_LK: Tensor
@@ -134,7 +141,7 @@ class Codebook(PerturbationModel):
             image_BCHW: Not looked at: what an image gets depends on its embedding alone.
 
         Returns:
-            float (B, 3, h, w) with h = w = 8 * ``config.cells``, each value -1 or 1.
+            float (B, 3, h, w) with h = w = 8 * ``config.cells``, in [-1, 1].
         """
         return self.patterns(self.vote(embedding_BD)).to(embedding_BD)
 
@@ -162,7 +169,11 @@ class Codebook(PerturbationModel):
         """Patterns of `vote`'s groups, float32 (N, 3, h, w), see `forward`."""
         signs_KLrq = self.signs_KLrq.cpu()
         levels = [signs_KLrq[group_N, level] for level, group_N in enumerate(groups_LN)]
-        return paint(torch.cat(levels, dim=1))
+        return self.paint(torch.cat(levels, dim=1))
+
+    def paint(self, signs_Kgg: Tensor) -> Tensor:
+        """Patterns of cells, float32 (K, 3, h, w), as the configuration says."""
+        return paint(signs_Kgg, smoothing=self.config.smoothing, green=self.config.green)
 
     def concepts(self, embedding_BD: Tensor) -> Tensor:
         """The nearest concept of each image, int64 (B,)."""
@@ -301,12 +312,37 @@ def _colour(groups_LK: Tensor, cells: int, seed: int) -> Tensor:
     return torch.stack(levels, dim=1).to(torch.int8)
 
 
-def paint(signs_Kgg: Tensor) -> Tensor:
-    """Green and magenta cells of 8x8 values, float32 (K, 3, 8 g, 8 g), -1 or 1.
+def paint(signs_Kgg: Tensor, *, smoothing: float = 0.0, green: float = 1.0) -> Tensor:
+    """Green and magenta cells of 8x8 values.
+
+    Args:
+        signs_Kgg: Cells of each pattern: 1 green, -1 magenta.
+        smoothing, green: As in `CodebookConfig`.
+
+    Returns:
+        float32 (K, 3, 8 g, 8 g) in [-1, 1]. A blurred pattern is scaled until its largest value is
+        1 or -1 again, so that the budget is used.
 
     Photos vary most in brightness, less between yellow and blue, and least between green and
     magenta. There a cell of eight levels stands out most, and a network finds it in fewer steps
     than any other colours (docs/lab-notebook.md, "Patterns").
     """
-    colours_KCgg = signs_Kgg[:, None] * GREEN[:, None, None]
-    return F.interpolate(colours_KCgg, scale_factor=PIXELS_PER_CELL, mode="nearest")
+    cells_K1hw = F.interpolate(
+        signs_Kgg[:, None].float(), scale_factor=PIXELS_PER_CELL, mode="nearest"
+    )
+    if smoothing:
+        cells_K1hw = _blur(cells_K1hw, smoothing * PIXELS_PER_CELL)
+    colour_C = torch.tensor([-1.0, green, -1.0])
+    return cells_K1hw * colour_C[:, None, None]
+
+
+def _blur(image_K1hw: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur, edges repeated; each image scaled to a largest absolute value of 1."""
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel /= kernel.sum()
+    padded = F.pad(image_K1hw, (radius,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1))
+    blurred = F.conv2d(rows, kernel.view(1, 1, 1, -1))
+    return blurred / blurred.abs().amax(dim=(2, 3), keepdim=True)

@@ -21,11 +21,14 @@ class PerturbationModel(nn.Module, ABC):
     Attributes:
         kind: Name in protector cards.
         config_type: Class of its configuration.
+        later_keys: Keys of the configuration that cards of before do not have. At their defaults
+            they are left out of a protector's hash, so that such a card keeps its own.
         presets: Configurations that have a name.
     """
 
     kind: ClassVar[str]
     config_type: ClassVar[type[BaseModel]]
+    later_keys: ClassVar[frozenset[str]] = frozenset()
     presets: ClassVar[Mapping[str, BaseModel]] = {}
 
     @abstractmethod

@@ -16,6 +16,7 @@ from one4all.protectors.codebook import (
     draw_patterns,
     fit_codebook,
     name_codebook,
+    paint,
 )
 from one4all.protectors.protector import Protector, golden_embedding
 
@@ -167,3 +168,32 @@ def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout
         in_range = (clean >= 5) & (clean <= 250)
         expected = np.broadcast_to(colours + alpha, clean.shape)
         np.testing.assert_array_equal(difference[in_range], expected[in_range])
+
+
+def test_smoothed_patterns_have_no_edge_keep_the_budget_and_say_the_same():
+    """Between two neighbours of a hard pattern lies the whole budget, twice."""
+    hard, _ = fit_codebook(clouds()[0], CONFIG, seed=0)
+    config = hard.config.model_copy(update={"smoothing": 0.625, "green": 0.7})
+    smooth = Codebook(config, 8)
+    smooth.load_state_dict(hard.state_dict())
+    groups = hard.vote(torch.eye(3, 8))
+    before, after = hard.patterns(groups), smooth.patterns(groups)
+    steepest = [p.diff(dim=2).abs().max() for p in (before, after)]
+    assert steepest[0] == 2
+    assert steepest[1] < 0.35
+    assert after.abs().amax(dim=(1, 2, 3)).tolist() == pytest.approx([1, 1, 1])
+    assert after[:, 1].abs().max() == pytest.approx(0.7)
+    assert torch.equal(after[:, 0], after[:, 2])
+    agree = (after[:, 1] * before[:, 1]).mean(dim=(1, 2))
+    assert (agree > 0.2).all(), "the cells are not to be seen in it"
+
+
+def test_a_blur_is_that_of_a_gaussian():
+    from scipy.ndimage import gaussian_filter
+
+    signs = torch.tensor([[[1, -1, -1, 1], [1, 1, 1, 1], [-1, 1, 1, -1], [-1, -1, -1, -1]]])
+    cells = signs[0].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy().astype(np.float64)
+    expected = gaussian_filter(cells, 5.0, mode="nearest", truncate=3.0)
+    expected /= np.abs(expected).max()
+    found = paint(signs, smoothing=0.625)[0, 1].numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5)

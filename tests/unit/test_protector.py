@@ -206,3 +206,10 @@ def test_a_new_kind_is_a_class_and_a_line(tmp_path, monkeypatch):
         ProtectorError, match="no kind of protector 'flat', only generator, codebook"
     ):
         check_protector(str(tmp_path / "flat"))
+
+
+def test_a_setting_that_came_later_counts_where_it_is_used():
+    card = json.loads(load_card("default").model_dump_json())
+    same = ProtectorCard.model_validate(card | {"generator": card["generator"] | {"green": 1.0}})
+    other = ProtectorCard.model_validate(card | {"generator": card["generator"] | {"green": 0.7}})
+    assert same.content_hash == load_card("default").content_hash != other.content_hash
