@@ -16,7 +16,7 @@ from one4all.clustering import k_means
 from one4all.errors import UsageError
 from one4all.extras import require
 
-MERGE_SEED = 35  # of the released code's k-means (docs/method.md, label-agnostic)
+MERGE_SEED = 35  # of the released code's k-means
 
 
 def cluster_purity(

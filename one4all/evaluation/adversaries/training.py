@@ -92,8 +92,8 @@ class AdversaryConfig(BaseModel):
 PRESETS: dict[str, AdversaryConfig] = {
     # Ours: minutes on a CPU.
     "default": AdversaryConfig(),
-    # The 14A paper's, with the departures of docs/method.md, 21: inputs are normalised, and crop
-    # and flip are on for every copy. Its networks are the six of `build_network`.
+    # The 14A paper's, with two departures: inputs are normalised, and crop and flip are on for
+    # every copy. Its networks are the six of `build_network`.
     "adv-14a": AdversaryConfig(
         width=FULL_WIDTH,
         stem_stride=1,
