@@ -1,4 +1,8 @@
-"""A real S3 endpoint on localhost, for the demo and the tests: moto's server as a process."""
+"""A real S3 endpoint on localhost, for the demo and the tests: moto's server as a process.
+
+moto looks whether an object exists and then writes it, in several threads: of two writers that both
+ask for a new object, both may succeed. So conditional requests go through it one at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from one4all.errors import One4AllError
 from one4all.extras import require
@@ -43,7 +49,7 @@ def local_s3(*buckets: str) -> Iterator[str]:
         port = probe.getsockname()[1]
     endpoint = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-m", "pipelines.local_s3", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": "65536"},
@@ -79,3 +85,28 @@ def _wait_until_ready(server: subprocess.Popen[bytes], endpoint: str) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise One4AllError(f"the local S3 server at {endpoint} does not answer")
+
+
+def conditions_in_turn(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A WSGI method that answers requests with a condition one at a time."""
+    one_at_a_time = threading.Lock()
+
+    def answer_in_turn(server: Any, environ: dict[str, Any], start_response: Any) -> Any:
+        if environ.keys().isdisjoint({"HTTP_IF_NONE_MATCH", "HTTP_IF_MATCH"}):
+            return answer(server, environ, start_response)
+        with one_at_a_time:
+            return answer(server, environ, start_response)
+
+    return answer_in_turn
+
+
+def _serve(port: str) -> None:
+    from moto import server
+
+    application = server.DomainDispatcherApplication
+    application.__call__ = conditions_in_turn(application.__call__)
+    server.main(["-H", "127.0.0.1", "-p", port])
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
