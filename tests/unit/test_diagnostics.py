@@ -139,6 +139,7 @@ def test_distortion_reports_mean_and_worst(clean):
     assert (found.max_levels, found.mean_levels) == (8, 5)
 
 
+@pytest.mark.slow
 def test_purity_is_one_for_a_cluster_an_image_and_chance_for_one(clean, encoder):
     few = LabelledImages(clean.images_NHWC[:40], clean.labels_N[:40])
     found = encoder_purity(few, encoder, ks=(1, 40))
@@ -156,6 +157,7 @@ def test_k_means_and_the_probe_find_separate_clouds():
     assert diagnostics._probe(clouds, labels, 0).accuracy == 1
 
 
+@pytest.mark.slow
 def test_cosines_and_losses_equal_slow_references(clean, encoder, bank):
     few = LabelledImages(clean.images_NHWC[:6], clean.labels_N[:6])
     protected = protect(few, white_noise(6))

@@ -14,6 +14,7 @@ from one4all.images import decode
 from one4all.protectors.codebook import MAX_CONCEPTS, Codebook, CodebookConfig, name_codebook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_format", ["match", "lossless"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_file_gets_the_bytes_that_the_pipeline_writes(
