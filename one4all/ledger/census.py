@@ -42,7 +42,7 @@ def take_census(source: Storage, ledger: Ledger, *, since: float | None = None) 
     """Tell what is done from listings alone, without reading any unit or manifest.
 
     With ``since``, in POSIX seconds, units written before it are counted apart and left alone.
-    Memory grows with the number of manifests and of pending units, by some 200 bytes each; time
+    Memory grows with the number of manifests and of pending units, by some 500 bytes each; time
     with the length of the listings.
     """
     done, given_up = ledger.done(), ledger.quarantined()
