@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = f"{sys.executable} -m pipelines"  # for one4all submit --program
 _MARK = "ONE4ALL_TEST_CLUSTER"
 _START_SECONDS = 180
