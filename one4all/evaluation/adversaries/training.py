@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from one4all.errors import ConfigError, UsageError
+from one4all.errors import ConfigError, One4AllError, UsageError
 from one4all.evaluation.adversaries.augmentation import Augmentation, augment, to_levels
 from one4all.evaluation.adversaries.classifier import Classifier, build_classifier, is_published
 from one4all.evaluation.adversaries.networks import FULL_WIDTH, NETWORKS
@@ -183,6 +183,7 @@ def train_adversary(
 
     Raises:
         UsageError: Sizes of training and test images differ, or published weights cannot be loaded.
+        One4AllError: The training diverged: an accuracy would mean nothing.
     """
     start = time.monotonic()
     if train.images_NHWC.shape[1:] != test.images_NHWC.shape[1:]:
@@ -281,7 +282,19 @@ class _Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
+            self._refuse_divergence(epoch)
             yield epoch
+
+    def _refuse_divergence(self, epoch: int) -> None:
+        """An adversary that broke down would pass for one that was held off."""
+        if all(bool(weight.isfinite().all()) for weight in self._classifier.parameters()):
+            return
+        config = self._config
+        raise One4AllError(
+            f"the adversary's weights are not finite after epoch {epoch} (learning_rate "
+            f"{config.learning_rate}, precision {config.precision}): this says nothing about the "
+            "images; use a lower learning_rate, or precision float32"
+        )
 
     @torch.inference_mode()
     def predict(self, inputs: npt.NDArray[Any]) -> Labels:
