@@ -56,7 +56,11 @@ class Writer(ABC):
         self._write(data)
 
     def commit(self) -> str:
-        """Publish, replacing what was there; returns the ETag."""
+        """Publish, replacing what stood there when the writer was opened; returns the ETag.
+
+        Raises:
+            ConflictError: Something else stands there by now, which is left alone.
+        """
         etag = self._commit()
         self._committed = True
         return etag
@@ -108,8 +112,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def writer(self, key: str) -> Writer:
-        """Write an object that becomes visible at `Writer.commit`, whole."""
+    def writer(self, key: str, *, guarded: bool = True) -> Writer:
+        """Write an object that becomes visible at `Writer.commit`, whole.
+
+        A guarded writer replaces only what stood there when it was opened: one that was paused for
+        an hour must not write over what others have done since. A store may ignore that condition
+        where an upload of many parts is completed (Ceph 16 does), so nothing may rest on it alone.
+        """
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> str:
@@ -145,8 +154,9 @@ class Storage(ABC):
 
         Never visible, but it takes space. A folder knows which process was writing. S3 does not, so
         unfinished uploads are removed only under ``exclusive``: the caller vouches that nobody else
-        is writing here, by holding the lease. A writer that is swept by mistake fails, and its
-        shard is written again.
+        is writing here, by holding the lease; what lies below another destination, which has
+        records of its own, is left alone. A writer that is swept by mistake fails, and its shard
+        is written again.
         """
 
     def read_bytes(self, key: str) -> bytes:
@@ -158,7 +168,7 @@ class Storage(ABC):
             reader.close()
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        """Write a whole small object, replacing what was there."""
-        with self.writer(key) as writer:
+        """Write a whole small object, replacing whatever stands there."""
+        with self.writer(key, guarded=False) as writer:
             writer.write(data)
             writer.commit()

@@ -50,8 +50,8 @@ class LocalStorage(Storage):
             raise SourceChangedError(f"{self._path(key)} changed since it was listed")
         return _LocalReader(self._path(key), info)
 
-    def writer(self, key: str) -> Writer:
-        return _LocalWriter(self._path(key))
+    def writer(self, key: str, *, guarded: bool = True) -> Writer:
+        return _LocalWriter(self._path(key), guarded=guarded)
 
     def create(self, key: str, data: bytes) -> str:
         path = self._path(key)
@@ -71,11 +71,7 @@ class LocalStorage(Storage):
             temporary.write_bytes(data)
             _sync(temporary)
             with _lock(path.parent):  # a folder has no compare and swap of its own
-                try:
-                    current = _file_info(path, key).etag
-                except FileNotFoundError:
-                    current = "none"
-                if current != etag:
+                if _current_etag(path) != etag:
                     raise ConflictError(f"{path} is not the version that was expected")
                 temporary.replace(path)
                 _sync(path.parent)
@@ -115,10 +111,12 @@ class LocalStorage(Storage):
         return removed
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or ".." in parts or key.startswith("/"):
+        path = PurePosixPath(key)
+        if not path.parts or ".." in path.parts or key.startswith("/"):
             raise StorageError(f"{key!r} is not a key below {self.root}")
-        return self.root.joinpath(*parts)
+        if str(path) != key:  # a//b would be the file of a/b
+            raise StorageError(f"{key!r} cannot be the name of a file; rename it to {str(path)!r}")
+        return self.root.joinpath(*path.parts)
 
 
 class _LocalReader:
@@ -143,10 +141,11 @@ class _LocalReader:
 
 
 class _LocalWriter(Writer):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, guarded: bool) -> None:
         super().__init__()
         self._path = path
         with _local_errors(path):
+            self._replaces = _current_etag(path) if guarded else None
             self._temporary = _temporary_path(path)
             self._file = self._temporary.open("xb", buffering=1 << 20)
 
@@ -159,9 +158,19 @@ class _LocalWriter(Writer):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self._temporary.replace(self._path)
-            _sync(self._path.parent)
-            return _file_info(self._path, "").etag
+            if self._replaces is None:
+                return self._publish()
+            with _lock(self._path.parent):
+                if _current_etag(self._path) != self._replaces:
+                    raise ConflictError(
+                        f"{self._path} was written by somebody else meanwhile; theirs is kept"
+                    )
+                return self._publish()
+
+    def _publish(self) -> str:
+        self._temporary.replace(self._path)
+        _sync(self._path.parent)
+        return _file_info(self._path, "").etag
 
     def _abort(self) -> None:
         with suppress(OSError):  # a full disk fails again on the flush of close
@@ -191,6 +200,14 @@ def _file_info(path: Path, key: str) -> ObjectInfo:
     stat = path.stat()
     etag = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
     return ObjectInfo(key, stat.st_size, etag, modified=stat.st_mtime)
+
+
+def _current_etag(path: Path) -> str:
+    """ETag of what stands at a path; "" if nothing does."""
+    try:
+        return _file_info(path, "").etag
+    except FileNotFoundError:
+        return ""
 
 
 def _temporary_path(path: Path) -> Path:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from one4all.errors import (
@@ -27,7 +28,7 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
+from one4all.storage.base import INTERNAL, ObjectInfo, Reader, Storage, Writer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -74,8 +75,8 @@ class S3Storage(Storage):
     def open(self, key: str, *, etag: str | None = None) -> Reader:
         return _S3Reader(self, key, etag)
 
-    def writer(self, key: str) -> Writer:
-        return _S3Writer(self, key)
+    def writer(self, key: str, *, guarded: bool = True) -> Writer:
+        return _S3Writer(self, key, guarded=guarded)
 
     def create(self, key: str, data: bytes) -> str:
         with self._errors(key):
@@ -126,11 +127,18 @@ class S3Storage(Storage):
                 Bucket=self._bucket, Prefix=self._prefix
             )
             for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+                if self._is_below_another_destination(upload["Key"][len(self._prefix) :]):
+                    continue
                 self._client.abort_multipart_upload(
                     Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
                 removed += 1
         return removed
+
+    def _is_below_another_destination(self, key: str) -> bool:
+        """Whether a folder between the root and a key has records of its own."""
+        folders = list(accumulate(key.split("/")[:-1], lambda above, name: f"{above}/{name}"))
+        return any(next(self.list(f"{folder}/{INTERNAL}"), None) for folder in folders)
 
     def _if_match(self, key: str, etag: str, request: Callable[[str], _Result]) -> _Result:
         """Send a request under the condition that an object is still this version.
@@ -286,9 +294,10 @@ class _S3Reader:
 class _S3Writer(Writer):
     """A multipart upload with a bounded number of parts in flight; one PUT if it is small."""
 
-    def __init__(self, storage: S3Storage, key: str) -> None:
+    def __init__(self, storage: S3Storage, key: str, *, guarded: bool) -> None:
         super().__init__()
         self._storage, self._key = storage, key
+        self._replaces = self._current_etag() if guarded else None
         self._request: dict[str, Any] = {
             "Bucket": storage._bucket,
             "Key": storage._prefix + key,
@@ -328,37 +337,65 @@ class _S3Writer(Writer):
             return uploaded["ETag"]
 
     def _commit(self) -> str:
-        client = self._storage._client
         if self._pool is None:
-            with self._storage._errors(self._key):
-                return client.put_object(**self._request, Body=bytes(self._buffer))["ETag"]
+            return self._publish(self._put)
         if self._buffer:
             self._send(bytes(self._buffer))
             self._buffer.clear()
         while self._in_flight:
             self._etags.append(self._in_flight.popleft().result())
-        etag = self._complete()
+        etag = self._publish(self._complete)
         self._pool.shutdown()
         return etag
 
-    def _complete(self) -> str:
+    def _current_etag(self) -> str:
+        """ETag of what stands under our key; "" if nothing does."""
+        try:
+            return self._storage.head(self._key).etag
+        except NotFoundError:
+            return ""
+
+    def _publish(self, send: Callable[[dict[str, Any]], str]) -> str:
+        """Send the request that makes the object visible, under its condition."""
+        storage, replaces = self._storage, self._replaces
+        try:
+            if replaces is None:
+                return send({})
+            if replaces:
+                return storage._if_match(self._key, replaces, lambda etag: send({"IfMatch": etag}))
+            return send({"IfNoneMatch": "*"})
+        except StorageError as error:
+            # The answer to a first try may have been lost; the SDK's second then finds no upload,
+            # or our own object under the key.
+            if (etag := self._standing_etag()) is not None:
+                return etag
+            if isinstance(error, (ConflictError, NotFoundError)):
+                raise ConflictError(
+                    f"{storage.uri}/{self._key} was written by somebody else meanwhile; theirs is "
+                    "kept"
+                ) from error
+            raise
+
+    def _put(self, condition: dict[str, Any]) -> str:
+        with self._storage._errors(self._key):
+            return self._storage._client.put_object(
+                **self._request,
+                **condition,
+                Body=bytes(self._buffer),
+                Metadata={_WRITER: self._token},
+            )["ETag"]
+
+    def _complete(self, condition: dict[str, Any]) -> str:
         parts = [
             {"ETag": etag, "PartNumber": number} for number, etag in enumerate(self._etags, start=1)
         ]
-        storage = self._storage
-        try:
-            with storage._errors(self._key):
-                done = storage._client.complete_multipart_upload(
-                    **self._request,
-                    UploadId=self._upload_id,
-                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
-                )
-        except StorageError:
-            # The answer to a first try may have been lost; the SDK's second then finds no upload.
-            etag = self._standing_etag()
-            if etag is None:
-                raise
-            return etag
+        with self._storage._errors(self._key):
+            done = self._storage._client.complete_multipart_upload(
+                **self._request,
+                **condition,
+                UploadId=self._upload_id,
+                MultipartUpload={"Parts": parts},
+            )
         # Ceph's answer holds an empty ETag, or one without the quotes that listings have.
         return self._standing_etag() or done["ETag"]
 
