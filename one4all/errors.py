@@ -7,6 +7,7 @@
     │   ├── BindingError         the destination belongs to another configuration
     │   └── AccessError          a bucket is missing, unreachable or denied
     ├── LeaseHeldError           another run is at work on the destination: exit code 75
+    ├── StalledRunError          another run holds the destination and gets nothing done
     ├── PerturbationError        a generator's output cannot be used
     ├── BadImageError            one image cannot be protected; the bad-image policy decides
     ├── ShardError               one shard cannot be trusted; it is not published
@@ -52,6 +53,10 @@ class LeaseHeldError(One4AllError):
     """Another run is at work on the destination; try again later (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+
+class StalledRunError(One4AllError):
+    """Another run holds the destination and gets nothing done; waiting does not help."""
 
 
 class PerturbationError(One4AllError):

@@ -54,6 +54,9 @@ _LOOKAHEAD = 1  # batches waiting between two stages
 OnBatch = Callable[[float], None]
 """Receives the seconds of one batch on the device."""
 
+OnStep = Callable[[], None]
+"""Called whenever a batch of samples has moved on by a stage."""
+
 
 class RewriteConfig(BaseModel):
     """What decides the bytes of a rewritten shard, and the memory that the rewrite takes.
@@ -119,6 +122,7 @@ def rewrite_unit(
     pool: ThreadPoolExecutor | None = None,
     run_id: str = "",
     on_batch: OnBatch = lambda seconds: None,
+    on_step: OnStep = lambda: None,
 ) -> Manifest:
     """Write the protected copy of one unit and return its manifest, not yet recorded.
 
@@ -133,9 +137,11 @@ def rewrite_unit(
         pool: Threads for decoding and encoding; one for each CPU, if none are given.
         run_id: Name of the run, for the manifest.
         on_batch: Receives the seconds of each batch on the device.
+        on_step: Called whenever a batch of samples has moved on, so that a stall can be told.
 
     Raises:
         ShardError: The unit is damaged or changed, or a bad image meets the policy "fail".
+        ConflictError: Somebody else wrote an output since this call began; theirs is kept.
         StorageError: A store failed in spite of retries.
     """
     if pool is None:
@@ -149,11 +155,15 @@ def rewrite_unit(
                 pool=own,
                 run_id=run_id,
                 on_batch=on_batch,
+                on_step=on_step,
             )
-    rewrite = _UnitRewrite(protector, config, pool, on_batch)
-    samples = read_samples(source, unit, max_sample_bytes=config.max_sample_bytes)
-    with closing(samples), write_unit(destination, unit) as output:
-        rewrite.run(samples, output)
+    rewrite = _UnitRewrite(protector, config, pool, on_batch, on_step)
+    # The writer first: it replaces only what stands now. If the source is replaced after it was
+    # opened, then whatever is made of its new version stands later than that, and is safe from us.
+    with write_unit(destination, unit) as output:
+        samples = read_samples(source, unit, max_sample_bytes=config.max_sample_bytes)
+        with closing(samples):
+            rewrite.run(samples, output)
         with rewrite.timer("write"):
             outputs = output.commit()
     return rewrite.manifest(unit, outputs, run_id=run_id)
@@ -168,11 +178,12 @@ class _UnitRewrite:
         config: RewriteConfig,
         pool: ThreadPoolExecutor,
         on_batch: OnBatch,
+        on_step: OnStep,
     ) -> None:
         self._protector = protector
         self._config = config
         self._pool = pool
-        self._on_batch = on_batch
+        self._on_batch, self._on_step = on_batch, on_step
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
         self._converted: Counter[str] = Counter()
@@ -188,6 +199,7 @@ class _UnitRewrite:
         # Closed before the samples are, which another thread may be reading.
         with closing(self._ahead(self._batches(samples))) as batches:
             for batch in batches:
+                self._on_step()
                 self._start_decoding(batch)
                 decoding.append(batch)
                 if len(decoding) > _LOOKAHEAD:
@@ -195,8 +207,10 @@ class _UnitRewrite:
                 if len(encoding) > _LOOKAHEAD:
                     self._write(encoding.popleft(), output)
         while decoding:
+            self._on_step()
             encoding.append(self._perturb(decoding.popleft()))
         while encoding:
+            self._on_step()
             self._write(encoding.popleft(), output)
 
     def manifest(self, unit: Unit, outputs: tuple[OutputObject, ...], *, run_id: str) -> Manifest:

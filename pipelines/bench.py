@@ -32,7 +32,7 @@ from one4all.corpus.tar import write_shard
 from one4all.distances import max_difference, psnr_db
 from one4all.images import decode, encode, extension_for, working_copy
 from one4all.ledger.census import take_census
-from one4all.ledger.ledger import Ledger
+from one4all.ledger.ledger import Ledger, digest_of
 from one4all.protectors.card import DEFAULT_PROTECTOR
 from one4all.protectors.protector import Protector
 from one4all.storage import INTERNAL, ObjectInfo, Storage, open_storage
@@ -171,7 +171,7 @@ def bench_plan(num_shards: int, output: Path, *, say: Callable[[str], None]) -> 
 def _measure_plan(num_shards: int, percent_done: int) -> dict[str, float]:
     """One census; seconds beside those of walking through both listings, and growth in bytes."""
     source = _SimulatedStorage(lambda: _simulated_source(num_shards))
-    destination = _SimulatedStorage(lambda: _simulated_manifests(num_shards, percent_done))
+    destination = _SimulatedStorage(lambda: _simulated_destination(num_shards, percent_done))
     listing = time.perf_counter()
     for storage in (source, destination):
         for _ in storage.list(""):
@@ -197,10 +197,19 @@ def _simulated_source(num_shards: int) -> Iterator[ObjectInfo]:
         yield ObjectInfo(key, 100_000_000 + index, f'"{index:032x}"')
 
 
-def _simulated_manifests(num_shards: int, percent_done: int) -> Iterator[ObjectInfo]:
-    for index, info in enumerate(_simulated_source(num_shards)):
-        if index % 100 < percent_done:
-            yield ObjectInfo(f"{INTERNAL}shards/{Unit.of_object(info).id}.json", 1000, '"x"')
+def _simulated_destination(num_shards: int, percent_done: int) -> Iterator[ObjectInfo]:
+    """Manifests, and then outputs that differ from their sources by the ETag alone."""
+
+    def done() -> Iterator[ObjectInfo]:
+        for index, info in enumerate(_simulated_source(num_shards)):
+            if index % 100 < percent_done:
+                yield info
+
+    for info in done():
+        unit, written = Unit.of_object(info), digest_of([replace(info, etag='"w"')])
+        yield ObjectInfo(f"{INTERNAL}shards/{unit.id}-{written}-0.json", 1000, '"x"')
+    for info in done():
+        yield replace(info, etag='"w"')
 
 
 class _SimulatedStorage(Storage):

@@ -21,8 +21,14 @@ _NEWS = 200  # manifests read for the rate, at each look
 class Status:
     """A destination as its ledger and its source show it; bytes and counts.
 
-    ``output_bytes``, ``num_protected`` and ``num_bad`` are totals over manifests, None if these
-    were not read.
+    ``output_bytes`` and ``num_protected`` are totals over manifests, None if these were not read.
+
+    Attributes:
+        num_damaged: Pending shards that were done, until an output went missing or was replaced.
+        num_orphans: Outputs whose source is gone.
+        num_bad: Images of done shards that could not be protected.
+        failing, quarantined: Name of a shard to why its last attempt failed.
+        last_success: POSIX seconds of the last run that left nothing to do; None if none did.
     """
 
     destination: str
@@ -33,9 +39,12 @@ class Status:
     num_done: int = 0
     num_pending: int = 0
     pending_bytes: int = 0
+    num_damaged: int = 0
+    num_orphans: int = 0
+    num_bad: int = 0
     output_bytes: int | None = None
     num_protected: int | None = None
-    num_bad: int | None = None
+    last_success: float | None = None
     failing: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
 
@@ -72,21 +81,20 @@ def read_status(destination_uri: str, *, totals: bool | None = None) -> Status:
     status = Status(destination.uri, binding.source_uri, binding.protector, binding.output_format)
     census = take_census(_open_source(binding.source_uri), ledger)
     status.num_shards, status.num_done = census.num_units, census.num_done
-    status.num_pending = len(census.pending)
+    status.num_pending, status.num_damaged = len(census.pending), len(census.damaged)
     status.pending_bytes = sum(unit.size for unit in census.pending)
-    status.quarantined = census.quarantined
-    given_up = ledger.quarantined()
-    status.failing = {
-        unit_id.rpartition("@")[0]: reasons[-1]
-        for unit_id, reasons in ledger.failures().items()
-        if unit_id not in given_up
-    }
+    status.num_bad, status.num_orphans = census.num_bad, len(census.orphans)
+    status.quarantined = ledger.reasons(census.quarantined)
+    status.failing = ledger.reasons(census.failing)
+    status.last_success = ledger.last_success()
     if totals or (totals is None and status.num_done <= MAX_TOTALS):
-        status.output_bytes = status.num_protected = status.num_bad = 0
-        for manifest in _read_manifests(ledger, sorted(ledger.done())):
+        stale = {*census.superseded, *census.orphan_records}
+        stale |= {entry.key for entry in census.damaged.values()}
+        keys = (entry.key for entry in ledger.entries() if entry.key not in stale)
+        status.output_bytes = status.num_protected = 0
+        for manifest in _read_manifests(ledger, keys):
             status.output_bytes += manifest.output_size
             status.num_protected += manifest.num_protected
-            status.num_bad += len(manifest.bad_images)
     return status
 
 
@@ -102,7 +110,7 @@ def watch(
     while True:
         before = time.monotonic()
         status = read_status(destination_uri, totals=totals)
-        done, now = ledger.done(), time.monotonic()
+        done, now = {entry.key for entry in ledger.entries()}, time.monotonic()
         growth = growth or _GrowthRate(done, now)
         news = _read_manifests(ledger, islice(done - growth.known, _NEWS))
         yield status, growth.rate(done, list(news), status.pending_bytes, now)
@@ -115,7 +123,7 @@ class _GrowthRate:
     """The rate since the first look, from a sample of what is new at each look.
 
     Args:
-        known: Ids of the shards that were done at the first look.
+        known: Keys of the manifests that stood at the first look.
         start: Time of that look, in seconds.
     """
 
@@ -140,18 +148,18 @@ class _GrowthRate:
         return Rate(self._num_new, images_per_second, pending_bytes / max(bytes_per_second, 1e-9))
 
 
-def _read_manifests(ledger: Ledger, unit_ids: Iterable[str]) -> Iterator[Manifest]:
-    """Manifests of unit ids, read side by side; one that is replaced meanwhile is left out."""
+def _read_manifests(ledger: Ledger, keys: Iterable[str]) -> Iterator[Manifest]:
+    """Manifests of some keys, read side by side; one that is deleted meanwhile is left out."""
 
-    def read(unit_id: str) -> Manifest | None:
+    def read(key: str) -> Manifest | None:
         try:
-            return ledger.manifest(unit_id)
+            return ledger.manifest(key)
         except (NotFoundError, SourceChangedError):
             return None
 
-    ids = iter(unit_ids)
+    rest = iter(keys)
     with ThreadPoolExecutor(_READERS, "manifests") as pool:
-        while window := list(islice(ids, 16 * _READERS)):  # no queue of a million futures
+        while window := list(islice(rest, 16 * _READERS)):  # no queue of a million futures
             yield from (manifest for manifest in pool.map(read, window) if manifest is not None)
 
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from one4all.audit import UnitAudit, audit_unit
-from one4all.corpus import Unit, list_units
+from one4all.corpus import Unit
 from one4all.errors import One4AllError, UsageError
-from one4all.ledger import Binding, Ledger, read_binding
-from one4all.storage import INTERNAL, open_storage
+from one4all.ledger import Binding, Ledger, read_binding, take_census
+from one4all.storage import open_storage
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig
 
@@ -115,24 +115,21 @@ def verify(
     result = Verification(
         source.uri, destination.uri, binding.output_format, binding.epsilon_levels
     )
-    units = list(list_units(source))
     ledger = Ledger(destination)
-    done = ledger.done()
-    quarantined = ledger.quarantined()
-    result.num_shards = len(units)
-    problems: list[str] = []
-    todo = []
-    for unit in units:
-        if unit.id in done:
-            todo.append(unit)
-        else:
-            reason = quarantined.get(unit.id, "no manifest")
-            problems.append(f"{unit.name}: not protected ({reason})")
-    keys = {part.key for unit in units for part in unit.objects}
+    todo: list[tuple[Unit, str]] = []
+    census = take_census(
+        source, ledger, on_recorded=lambda unit, entry: todo.append((unit, entry.key))
+    )
+    result.num_shards = census.num_units
+    reasons = ledger.reasons(census.quarantined)
+    problems = [f"{name}: not protected ({reason})" for name, reason in reasons.items()]
     problems += [
-        f"{info.key}: is no shard of the source"
-        for info in destination.list()
-        if not info.key.startswith(INTERNAL) and info.key not in keys
+        f"{unit.name}: not protected (no manifest)"
+        for unit in census.pending
+        if unit.name not in census.damaged
+    ]
+    problems += [
+        f"{key}: is no shard of the source" for key in (*census.orphans, *census.strangers)
     ]
     result.problems, result.num_problems = problems, len(problems)
     on_plan(len(todo))
@@ -145,27 +142,27 @@ def verify(
 
 
 def _audit_all(
-    units: list[Unit],
+    recorded: list[tuple[Unit, str]],
     source_uri: str,
     destination_uri: str,
     binding: Binding,
     config: VerifyConfig,
 ) -> Iterator[UnitAudit]:
-    if not units:
+    if not recorded:
         return
 
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
-        unit = Unit.from_json(str(batch["unit"][0]))
-        return {"audit": [audit_one(unit, source_uri, destination_uri, binding)]}
+        unit, key = Unit.from_json(str(batch["unit"][0])), str(batch["manifest"][0])
+        return {"audit": [audit_one(unit, key, source_uri, destination_uri, binding)]}
 
     with ray_session(config.ray):
         import ray
         from ray.data import TaskPoolStrategy
 
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
-        for start in range(0, len(units), config.wave_shards):
-            wave = units[start : start + config.wave_shards]
-            rows = [{"unit": unit.to_json()} for unit in wave]
+        for start in range(0, len(recorded), config.wave_shards):
+            wave = recorded[start : start + config.wave_shards]
+            rows = [{"unit": unit.to_json(), "manifest": key} for unit, key in wave]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
             )
@@ -173,11 +170,13 @@ def _audit_all(
                 yield row["audit"]
 
 
-def audit_one(unit: Unit, source_uri: str, destination_uri: str, binding: Binding) -> UnitAudit:
-    """Audit one unit that the ledger calls done; never raises for what the unit can cause."""
+def audit_one(
+    unit: Unit, manifest_key: str, source_uri: str, destination_uri: str, binding: Binding
+) -> UnitAudit:
+    """Audit one unit that was recorded; never raises for what the unit can cause."""
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     try:
-        manifest = Ledger(destination).manifest(unit)
+        manifest = Ledger(destination).manifest(manifest_key)
     except One4AllError as error:
         lost = UnitAudit(unit.name)
         lost.report(str(error))

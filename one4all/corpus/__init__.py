@@ -14,7 +14,7 @@ from one4all.corpus.containers import (
     write_unit,
 )
 from one4all.corpus.samples import Member, Sample, images_of, is_protectable, printable
-from one4all.corpus.units import ObjectVersion, Unit
+from one4all.corpus.units import ObjectVersion, Unit, filed_name
 
 __all__ = [
     "Container",
@@ -24,6 +24,7 @@ __all__ = [
     "Sample",
     "Unit",
     "UnitWriter",
+    "filed_name",
     "find_container",
     "images_of",
     "is_protectable",

@@ -21,7 +21,7 @@ from one4all.corpus.container import Container, Opener, OutputObject, UnitWriter
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
 from one4all.errors import ShardError
-from one4all.storage import INTERNAL, ObjectInfo, Storage, Writer
+from one4all.storage import ObjectInfo, Storage, Writer
 
 SUFFIX = ".tar"
 BLOCK = tarfile.BLOCKSIZE
@@ -72,9 +72,8 @@ class TarContainer(Container):
 
     def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
         """See the base class."""
-        for info in source.list():
-            if not info.key.startswith(INTERNAL):
-                yield Unit.of_object(info, self.name) if info.key.endswith(SUFFIX) else info
+        for info in source.list_data():
+            yield Unit.of_object(info, self.name) if info.key.endswith(SUFFIX) else info
 
     def read(
         self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from one4all.storage import ObjectInfo
 
+_MAX_FILED_BYTES = 180  # of the last part of a name; the longest record adds 55 to it
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectVersion:
@@ -68,9 +70,14 @@ class Unit:
         return replace(self, objects=tuple(parts))
 
     @property
+    def filed_name(self) -> str:
+        """The name that records are filed under; see `filed_name`."""
+        return filed_name(self.name)
+
+    @property
     def id(self) -> str:
-        """Name and version: what a manifest is filed under."""
-        return f"{self.name}@{self.version}"
+        """Filed name and version: what attempts are filed under."""
+        return f"{self.filed_name}@{self.version}"
 
     def is_older(self, since: float | None) -> bool:
         """Whether it was written before ``since``; never, where the store does not say when."""
@@ -87,3 +94,16 @@ class Unit:
         """The inverse of `to_json`."""
         name, parts, container = json.loads(text)
         return cls(name, tuple(ObjectVersion(*part) for part in parts), container)
+
+
+def filed_name(name: str) -> str:
+    """The name of a unit in the ledger: the name itself, or its beginning and its digest.
+
+    A file name has 255 bytes at most, and records need some for themselves.
+    """
+    folder, slash, base = name.rpartition("/")
+    raw = base.encode("utf-8", "surrogateescape")
+    if len(raw) <= _MAX_FILED_BYTES:
+        return name
+    digest = hashlib.sha256(raw).hexdigest()[:32]
+    return f"{folder}{slash}{raw[:100].decode('utf-8', 'replace')}~{digest}"

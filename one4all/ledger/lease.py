@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ from one4all.errors import (
     NotFoundError,
     One4AllError,
     SourceChangedError,
+    StalledRunError,
     StorageError,
 )
 from one4all.storage import INTERNAL, Storage
@@ -43,6 +45,7 @@ class _Holder:
     run_id: str
     host: str
     seconds: float
+    idle_seconds: float
 
 
 class Lease:
@@ -52,10 +55,12 @@ class Lease:
         destination: Where the run writes.
         run_id: Names the run.
         seconds: Life of the lease without a renewal.
+        stalled_seconds: Time without progress after which a holder that renews is called stuck.
         on_wait: Called once, with a sentence, if there is a holder that may be dead.
 
     Raises:
         LeaseHeldError: Another run holds the lease and renews it.
+        StalledRunError: The same, and it has made no progress for ``stalled_seconds``.
     """
 
     def __init__(
@@ -64,10 +69,12 @@ class Lease:
         run_id: str,
         *,
         seconds: float,
+        stalled_seconds: float = math.inf,
         on_wait: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._storage, self._run_id, self._seconds = destination, run_id, seconds
-        self._on_wait = on_wait
+        self._stalled_seconds, self._on_wait = stalled_seconds, on_wait
+        self._last_progress = time.monotonic()
         self._etag = ""
         self._num_renewals = 0
         self._lost_to = ""
@@ -102,6 +109,10 @@ class Lease:
                 f"run {self._lost_to} took over {self._storage.uri}, because this run could not "
                 "renew its lease in time; what is done is done, the other run does the rest"
             )
+
+    def progressed(self) -> None:
+        """Note that the run has got on; a run that waits for the lease is told when it last did."""
+        self._last_progress = time.monotonic()
 
     def confirm(self) -> bool:
         """Renew now; whether the lease is still ours, by the store's word. Never raises."""
@@ -139,6 +150,13 @@ class Lease:
                     f"waiting up to {holder.seconds:.0f} s to see whether it is alive"
                 )
             elif holder.etag != watched:
+                if holder.idle_seconds > self._stalled_seconds:
+                    raise StalledRunError(
+                        f"run {holder.run_id} on {holder.host} holds the lease of "
+                        f"{self._storage.uri}, but has got nothing done for "
+                        f"{holder.idle_seconds / 3600:.1f} hours; look what it is at, end it, and "
+                        "run again"
+                    )
                 raise LeaseHeldError(
                     f"run {holder.run_id} on {holder.host} is writing to {self._storage.uri}; "
                     "run again when it has ended"
@@ -174,10 +192,16 @@ class Lease:
             etag = self._storage.head(_KEY).etag
             with closing(self._storage.open(_KEY, etag=etag)) as reader:
                 record = json.loads(b"".join(iter(lambda: reader.read(1 << 16), b"")))
-            return _Holder(etag, record["run_id"], record["host"], record["seconds"])
+            return _Holder(
+                etag,
+                str(record["run_id"]),
+                str(record["host"]),
+                float(record["seconds"]),
+                float(record.get("idle_seconds", 0)),  # older programs did not say
+            )
         except (NotFoundError, SourceChangedError):
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(
                 f"{self._storage.uri}/{_KEY} cannot be read; delete it if no run is active"
             ) from error
@@ -189,5 +213,6 @@ class Lease:
             "host": socket.gethostname(),
             "seconds": self._seconds,
             "renewals": self._num_renewals,
+            "idle_seconds": round(time.monotonic() - self._last_progress, 1),
         }
         return json.dumps(record).encode()

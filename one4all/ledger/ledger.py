@@ -1,27 +1,38 @@
 """What is done: prefix binding, manifests, attempts.
 
-Everything lives below ``_one4all/`` of the destination, as small JSON objects:
+Everything lives below ``_one4all/`` of the destination, as small objects:
 
-    binding.json                       what determines the bytes; created once, compared ever after
-    shards/<name>@<version>.json       manifest: this version of this unit is done
-    bad/<name>@<version>.json          number of its bad images, if there are any
-    attempts/<name>@<version>/<n>-<run>.json   an attempt that is running, or why it failed
-    starts/<run>/<worker>              a worker that is loading the protector, or died of it
+    binding.json                    what determines the bytes; created once, compared ever after
+    shards/<id>-<outputs>-<bad>.json   manifest: this version of this unit was written like this
+    attempts/<id>/<n>-<run>.running    an attempt that is at work, or was when its run died
+    attempts/<id>/<n>-<run>.killed     one that a later run found like that
+    attempts/<id>/<n>-<run>.failed     one that failed; its content is the reason
+    starts/<run>/<worker>           a worker that is loading the protector, or died of it
+    last-success.json               the last run that left nothing to do
 
-A *version* is a digest of the source object's ETag and size, so what is done can be told from two
-listings, without opening a single manifest, and a changed source is simply another version. The
-manifest is the only truth of "done": a unit without one is written again.
+The name of a manifest says it all: *id* is ``<name>@<version>``, the version a digest of ETag and
+size of the source, *outputs* one of keys, sizes and ETags of what was written, *bad* the number of
+images that could not be protected. A unit is done if a manifest says that what stands at the
+destination was made from what stands at the source. So what is done is told from listings, without
+opening a record, and no writer can make it untrue unnoticed, whenever it wakes and whatever it
+writes over: then the names no longer agree, and the unit is written again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 
-from one4all.corpus import Unit
+from one4all.corpus import OutputObject, Unit
 from one4all.errors import (
     BindingError,
     ConflictError,
@@ -33,12 +44,83 @@ from one4all.errors import (
 from one4all.ledger.records import Binding, Manifest
 from one4all.storage import INTERNAL, ObjectInfo, Storage
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 3  # that failed, or killed their worker
+_READERS = 16
+MAX_KILLED = 5  # that were under way when their whole run was killed
 _BINDING = f"{INTERNAL}binding.json"
 _SHARDS = f"{INTERNAL}shards/"
-_BAD = f"{INTERNAL}bad/"
 _ATTEMPTS = f"{INTERNAL}attempts/"
 _STARTS = f"{INTERNAL}starts/"
+_LAST_SUCCESS = f"{INTERNAL}last-success.json"
+_DIGEST = "[0-9a-f]{16}"
+_ENTRY = re.compile(
+    rf"{_SHARDS}(.+)@({_DIGEST})(?:-({_DIGEST})-([0-9]+))?\.json", re.DOTALL | re.ASCII
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the name of a manifest says.
+
+    Attributes:
+        key: Key of the manifest.
+        name: Filed name of the unit, see `Unit.filed_name`.
+        version: Version of the unit that was read.
+        outputs: Digest of what was written, see `digest_of`; "" in manifests of older programs.
+        num_bad: Images of it that could not be protected; 0 in manifests of older programs.
+    """
+
+    key: str
+    name: str
+    version: str
+    outputs: str = ""
+    num_bad: int = 0
+
+    @classmethod
+    def of_key(cls, key: str) -> Entry | None:
+        """From the key of a manifest; None if it is none."""
+        found = _ENTRY.fullmatch(key)
+        if found is None:
+            return None
+        name, version, outputs, num_bad = found.groups()
+        return cls(key, name, version, outputs or "", int(num_bad or 0))
+
+    @staticmethod
+    def key_behind(name: str) -> str:
+        """A key behind those of all entries of a filed name."""
+        return f"{_SHARDS}{name}@g"
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> Entry:
+        """The entry that a manifest is filed under."""
+        unit, outputs = manifest.unit, digest_of(manifest.outputs)
+        num_bad = len(manifest.bad_images)
+        key = f"{_SHARDS}{unit.id}-{outputs}-{num_bad}.json"
+        return cls(key, unit.filed_name, unit.version, outputs, num_bad)
+
+
+@dataclass
+class Attempts:
+    """Attempts at one version of one unit that did not succeed.
+
+    Attributes:
+        failed: Keys of the records of those that failed, or killed their worker.
+        num_killed: Those that were under way when their whole run was killed.
+    """
+
+    failed: list[str] = field(default_factory=list)
+    num_killed: int = 0
+
+    def add(self, key: str) -> None:
+        """Count the attempt of a record; one that is under way does not count."""
+        if key.endswith(".failed") and key not in self.failed:
+            self.failed.append(key)
+        self.num_killed += key.endswith(".killed")
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the unit is quarantined: it is not tried again."""
+        return len(self.failed) >= MAX_ATTEMPTS or self.num_killed >= MAX_KILLED
 
 
 class Ledger:
@@ -56,9 +138,7 @@ class Ledger:
         try:
             bound = self.binding()
         except NotFoundError:
-            stranger = next(
-                (info for info in self._storage.list() if not info.key.startswith(INTERNAL)), None
-            )
+            stranger = next(self._storage.list_data(), None)
             if stranger is not None:
                 raise BindingError(
                     f"destination {self._storage.uri} holds {stranger.key!r}, which this program "
@@ -90,99 +170,121 @@ class Ledger:
         """Raises: NotFoundError if the destination was never bound; BindingError if unreadable."""
         data = self._storage.read_bytes(_BINDING)
         try:
-            return Binding.model_validate_json(data)
+            return Binding.model_validate(json.loads(data))
         except ValueError as error:
             raise BindingError(
                 f"{self._storage.uri}/{_BINDING} was written by another version of this program; "
                 "use another prefix"
             ) from error
 
-    def done(self) -> set[str]:
-        """Ids (``name@version``) of the units that have a manifest; one listing."""
-        return {
-            info.key[len(_SHARDS) :].removesuffix(".json") for info in self._storage.list(_SHARDS)
-        }
+    def outputs(self) -> Iterator[ObjectInfo]:
+        """Data of the destination, in key order; one listing."""
+        return self._storage.list_data()
 
-    def manifest(self, unit: Unit | str) -> Manifest:
-        """Of a unit or of its id. Raises: NotFoundError; ShardError if it cannot be read."""
-        unit_id = unit if isinstance(unit, str) else unit.id
-        data = self._storage.read_bytes(f"{_SHARDS}{unit_id}.json")
+    def entries(self) -> Iterator[Entry]:
+        """What the manifests say by their names, in key order; one listing."""
+        found = (Entry.of_key(info.key) for info in self._storage.list(_SHARDS))
+        return (entry for entry in found if entry is not None)
+
+    def manifest(self, entry: Entry | str) -> Manifest:
+        """Of an entry or its key. Raises: NotFoundError; ShardError if it cannot be read."""
+        key = entry if isinstance(entry, str) else entry.key
+        data = self._storage.read_bytes(key)
         try:
-            return Manifest.model_validate_json(data)
+            return Manifest.model_validate(json.loads(data))
         except ValueError as error:
-            raise ShardError(f"manifest of {unit_id} cannot be read: {error}") from error
+            raise ShardError(f"manifest {key} cannot be read: {error}") from error
 
     def manifests(self) -> Iterator[Manifest]:
-        """All manifests, in key order."""
-        for info, data in self._records(_SHARDS):
+        """All manifests, in key order; one that is deleted meanwhile is left out."""
+        for entry in self.entries():
             try:
-                yield Manifest.model_validate_json(data)
-            except ValueError as error:
-                raise ShardError(f"manifest {info.key} cannot be read: {error}") from error
+                yield self.manifest(entry)
+            except (NotFoundError, SourceChangedError):
+                continue
 
     def record(self, manifest: Manifest) -> None:
-        """Declare a unit done; the data object must be complete before.
+        """Declare what was written; the data must be complete before.
 
-        A lost conditional create means "somebody, maybe this very process before a retry". The
-        same input and protector make the same bytes, so normally both manifests agree. Where they
-        do not (two runs on different hardware), the manifest must describe the object that stands.
+        If the record is there already, its name says the same: somebody was faster, perhaps this
+        very process before a retry.
         """
-        unit, key = manifest.unit, _manifest_key(manifest.unit)
-        if manifest.bad_images:  # before the manifest: what is done must not hide what is bad
-            count = json.dumps({"num_bad": len(manifest.bad_images)})
-            self._storage.write_bytes(_bad_key(unit), count.encode())
+        with suppress(ConflictError):
+            self._storage.create(Entry.of_manifest(manifest).key, _to_json(manifest))
+        self._delete_all(_attempts_prefix(manifest.unit))
+
+    def restate(self, key: str) -> Manifest | None:
+        """Record anew what stands under other ETags, such as a destination that was copied.
+
+        Args:
+            key: Key of a manifest whose outputs have changed by their ETags.
+
+        Returns:
+            The new manifest, recorded; None if the bytes are not those of the old one.
+        """
         try:
-            self._storage.create(key, _to_json(manifest))
-        except ConflictError:
-            if _content(self.manifest(unit)) != _content(manifest) and self._stand(manifest):
-                self._storage.write_bytes(key, _to_json(manifest))
-        self._delete_all(_attempts_prefix(unit))
+            manifest = self.manifest(key)
+            standing = [self._restated(output) for output in manifest.outputs]
+        except (NotFoundError, SourceChangedError, ShardError):
+            return None
+        outputs = tuple(output for output in standing if output is not None)
+        if len(outputs) < len(standing):
+            return None
+        restated = manifest.model_copy(update={"outputs": outputs})
+        self.record(restated)
+        return restated
 
-    def _stand(self, manifest: Manifest) -> bool:
-        """Whether the objects of a manifest are those at the destination."""
-        return all(self._storage.head(o.key).etag == o.etag for o in manifest.outputs)
+    def _restated(self, output: OutputObject) -> OutputObject | None:
+        """An output as it stands, if its bytes are still the same."""
+        info = self._storage.head(output.key)
+        if info.size != output.size:
+            return None
+        sha256 = hashlib.sha256()
+        with closing(self._storage.open(output.key, etag=info.etag)) as reader:
+            while part := reader.read(1 << 20):
+                sha256.update(part)
+        return replace(output, etag=info.etag) if sha256.hexdigest() == output.sha256 else None
 
-    def num_bad_images(self) -> dict[str, int]:
-        """Bad images of each done unit that has any, by unit id; reads only those."""
-        done = self.done()
-        counts = {}
-        for info, data in self._records(_BAD):
-            unit_id = info.key[len(_BAD) :].removesuffix(".json")
-            if unit_id in done:
-                counts[unit_id] = int(json.loads(data)["num_bad"])
-        return counts
+    def remove(self, keys: Iterable[str]) -> None:
+        """Delete records or outputs; no error if one is gone."""
+        for key in keys:
+            self._storage.delete(key)
 
     def begin_attempt(self, unit: Unit, run_id: str) -> int:
         """Record durably that an attempt starts, before a byte of the unit is looked at.
 
-        An attempt of the same run that never reported back has killed its process, and counts.
-        One of an earlier run does not: a killed driver or machine is not the unit's fault.
-        Manifests of other versions are removed: from now on their bytes may be written over.
+        An attempt of the same run that never reported back has killed its process: it failed. One
+        of an earlier run was under way when that run was killed, which may be the fault of the
+        machine, and counts for less: a unit that stalls every run that meets it is given up, too.
 
         Returns:
             The number of this attempt, from 1. Above ``MAX_ATTEMPTS`` the unit is quarantined and
             must be left alone.
         """
-        counted = 0
-        for info, data in self._records(_attempts_prefix(unit)):
-            attempt = json.loads(data)
-            if not attempt["error"] and attempt["run_id"] == run_id:
-                attempt["error"] = "the worker process died"
-                self._storage.write_bytes(info.key, json.dumps(attempt).encode())
-            counted += bool(attempt["error"])
-        if counted < MAX_ATTEMPTS:
-            self._write_attempt(unit, counted + 1, run_id, error="")
-            for prefix in (_SHARDS, _BAD):
-                self._delete_all(f"{prefix}{unit.name}@", keep=unit.version)
-        return counted + 1
+        before = Attempts()
+        for info in list(self._storage.list(_attempts_prefix(unit))):
+            stem, _, state = info.key.rpartition(".")
+            if state == "running":
+                died = stem.endswith(f"-{run_id}")
+                state, reason = ("failed", b"the worker process died") if died else ("killed", b"")
+                self._storage.write_bytes(f"{stem}.{state}", reason)
+                self._storage.delete(info.key)
+            before.add(f"{stem}.{state}")
+        if before.given_up:
+            return MAX_ATTEMPTS + 1
+        number = len(before.failed) + 1
+        self._storage.write_bytes(_attempt_key(unit, number, run_id, "running"), b"")
+        return number
 
     def fail_attempt(self, unit: Unit, number: int, run_id: str, error: str) -> None:
         """Count an attempt against the unit, with its reason."""
-        self._write_attempt(unit, number, run_id, error)
+        reason = error.encode("utf-8", "replace")
+        self._storage.write_bytes(_attempt_key(unit, number, run_id, "failed"), reason)
+        self.withdraw_attempt(unit, number, run_id)
 
     def withdraw_attempt(self, unit: Unit, number: int, run_id: str) -> None:
         """Forget an attempt that failed through no fault of the unit."""
-        self._storage.delete(_attempt_key(unit, number, run_id))
+        self._storage.delete(_attempt_key(unit, number, run_id, "running"))
 
     def begin_start(self, run_id: str, worker: str) -> int:
         """Record that a worker begins to load; returns how many of the run are doing so, or died.
@@ -201,40 +303,50 @@ class Ledger:
         """Remove what dead workers of all runs left."""
         self._delete_all(_STARTS)
 
-    def failures(self) -> dict[str, list[str]]:
-        """Reasons of failed attempts, by id of units not done; reads only what has failed."""
-        reasons: dict[str, list[str]] = defaultdict(list)
-        for info, data in self._records(_ATTEMPTS):
-            if error := json.loads(data)["error"]:
-                reasons[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].append(error)
-        done = self.done() if reasons else set()
-        return {unit_id: why for unit_id, why in reasons.items() if unit_id not in done}
+    def attempts(self) -> dict[str, Attempts]:
+        """Attempts that did not succeed, by unit id; one listing."""
+        found: defaultdict[str, Attempts] = defaultdict(Attempts)
+        for info in self._storage.list(_ATTEMPTS):
+            found[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].add(info.key)
+        return found
 
-    def quarantined(self) -> dict[str, str]:
-        """Shards given up after ``MAX_ATTEMPTS`` failures: id to last reason."""
-        return {
-            unit_id: reasons[-1]
-            for unit_id, reasons in self.failures().items()
-            if len(reasons) >= MAX_ATTEMPTS
-        }
+    def reasons(self, tried: Mapping[str, Attempts], *, limit: int | None = None) -> dict[str, str]:
+        """Why the last attempt at each unit did not succeed; reads a record for each.
 
-    def _records(self, prefix: str) -> Iterator[tuple[ObjectInfo, bytes]]:
-        """Records and their contents; one that another run deletes meanwhile is left out."""
-        for info in self._storage.list(prefix):
-            try:
-                data = self._storage.read_bytes(info.key)
-            except (NotFoundError, SourceChangedError):
-                continue
-            yield info, data
+        Args:
+            tried: Unit name to attempts.
+            limit: Records to read at most; the other reasons are left to be looked up.
+        """
+        with ThreadPoolExecutor(_READERS, "reasons") as pool:
+            names = list(tried)
+            found = pool.map(self._reason, [tried[name] for name in names[:limit]])
+            return dict.fromkeys(names, "see one4all status") | dict(
+                zip(names, found, strict=False)
+            )
 
-    def _write_attempt(self, unit: Unit, number: int, run_id: str, error: str) -> None:
-        attempt = {"run_id": run_id, "error": error}
-        self._storage.write_bytes(_attempt_key(unit, number, run_id), json.dumps(attempt).encode())
+    def _reason(self, attempts: Attempts) -> str:
+        """Why the last attempt did not succeed; reads one record at most."""
+        if not attempts.failed:
+            return f"its run was killed while at work on it, {attempts.num_killed} times"
+        try:
+            return self._storage.read_bytes(attempts.failed[-1]).decode("utf-8", "replace")
+        except (NotFoundError, SourceChangedError):
+            return "unknown"
 
-    def _delete_all(self, prefix: str, *, keep: str = "") -> None:
-        for info in self._storage.list(prefix):
-            if info.key != f"{prefix}{keep}.json":
-                self._storage.delete(info.key)
+    def record_success(self, run_id: str) -> None:
+        """Note that a run left nothing to do."""
+        note = {"run_id": run_id, "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self._storage.write_bytes(_LAST_SUCCESS, json.dumps(note).encode())
+
+    def last_success(self) -> float | None:
+        """POSIX seconds, by the store's clock, of the last run that left nothing to do, if any."""
+        try:
+            return self._storage.head(_LAST_SUCCESS).modified
+        except NotFoundError:
+            return None
+
+    def _delete_all(self, prefix: str) -> None:
+        self.remove([info.key for info in self._storage.list(prefix)])
 
 
 def read_binding(destination: Storage) -> Binding:
@@ -245,26 +357,21 @@ def read_binding(destination: Storage) -> Binding:
         raise UsageError(f"{destination.uri} was not written by one4all protect") from error
 
 
-def _manifest_key(unit: Unit) -> str:
-    return f"{_SHARDS}{unit.id}.json"
-
-
-def _bad_key(unit: Unit) -> str:
-    return f"{_BAD}{unit.id}.json"
+def digest_of(outputs: Sequence[ObjectInfo | OutputObject]) -> str:
+    """Digest of keys, sizes and ETags of what was written, or of what stands, in any order."""
+    # Ceph's listings and answers do not agree about the quotes.
+    lines = sorted(f"{o.size} {o.etag.strip(chr(34))} {o.key}" for o in outputs)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _attempts_prefix(unit: Unit) -> str:
     return f"{_ATTEMPTS}{unit.id}/"
 
 
-def _attempt_key(unit: Unit, number: int, run_id: str) -> str:
-    return f"{_attempts_prefix(unit)}{number}-{run_id}.json"
-
-
-def _content(manifest: Manifest) -> list[tuple[str, str]]:
-    """What the outputs of a manifest hold."""
-    return [(output.key, output.sha256) for output in manifest.outputs]
+def _attempt_key(unit: Unit, number: int, run_id: str, state: str) -> str:
+    return f"{_attempts_prefix(unit)}{number}-{run_id}.{state}"
 
 
 def _to_json(record: BaseModel) -> bytes:
-    return record.model_dump_json(indent=1).encode() + b"\n"
+    # Not pydantic's own, which cannot write a file name that is no UTF-8.
+    return json.dumps(record.model_dump(), indent=1).encode() + b"\n"

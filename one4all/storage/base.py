@@ -98,6 +98,10 @@ class Storage(ABC):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key starts with ``prefix``, in key order."""
 
+    def list_data(self) -> Iterator[ObjectInfo]:
+        """Objects that are no records of ours, in key order."""
+        return (info for info in self.list() if not info.key.startswith(INTERNAL))
+
     @abstractmethod
     def head(self, key: str) -> ObjectInfo:
         """Raises: NotFoundError."""

@@ -54,17 +54,26 @@ class S3Storage(Storage):
     def _client(self) -> S3Client:
         return _client_for_environment()
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
+        request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        if after:
+            request["StartAfter"] = self._prefix + after
         with self._errors(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._prefix + prefix
-            )
+            pages = self._client.get_paginator("list_objects_v2").paginate(**request)
             for page in pages:
                 for entry in page.get("Contents", []):
                     key = entry["Key"][len(self._prefix) :]
                     if key and not key.endswith("/"):
                         modified = entry["LastModified"].timestamp()
                         yield ObjectInfo(key, entry["Size"], entry["ETag"], modified)
+
+    def list_data(self) -> Iterator[ObjectInfo]:
+        # Not page by page through the records, which may be as many as the data.
+        for info in self.list():
+            if info.key.startswith(INTERNAL):
+                yield from self.list(after=f"{INTERNAL}\U0010ffff")
+                return
+            yield info
 
     def head(self, key: str) -> ObjectInfo:
         with self._errors(key):
@@ -394,7 +403,7 @@ class _S3Writer(Writer):
                 **self._request,
                 **condition,
                 UploadId=self._upload_id,
-                MultipartUpload={"Parts": parts},
+                MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
             )
         # Ceph's answer holds an empty ETag, or one without the quotes that listings have.
         return self._standing_etag() or done["ETag"]

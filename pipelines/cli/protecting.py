@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +52,10 @@ def protect(
         str | None,
         typer.Option(help="Only shards written since: 2026-11-01T00:00Z, or 36h before now."),
     ] = None,
+    prune: Annotated[
+        bool | None,
+        typer.Option("--prune", help="Remove protected shards whose source is gone."),
+    ] = None,
     log_json: Annotated[
         bool | None,
         typer.Option("--log-json", help="Also write one JSON line for each shard to stderr."),
@@ -71,17 +76,23 @@ def protect(
         output_format=output_format,
         on_bad_image=on_bad_image,
         since=since,
+        prune=prune,
         log_json=log_json,
     )
     progress = Progress("shard")
 
-    def on_plan(todo: Any, num_shards: int) -> None:
-        if len(todo) < num_shards:
-            progress.say(f"{num_shards - len(todo)} of {num_shards} shards are done already")
-        progress.start(len(todo))
+    def on_plan(census: Any) -> None:
+        if census.num_done:
+            progress.say(f"{census.num_done} of {census.num_units} shards are done already")
+        if census.damaged:
+            progress.say(
+                f"{len(census.damaged)} shards were done, and their outputs are missing or were "
+                f"replaced since, such as {next(iter(census.damaged))}; they are written again"
+            )
+        progress.start(len(census.pending))
 
     def on_progress(status: Any) -> None:
-        if status.outcome == "done":
+        if status.outcome in ("done", "restated"):
             progress.advance()
         else:
             progress.say(f"{status.outcome}: {status.name}: {status.error}")
@@ -106,6 +117,13 @@ def protect(
         print(
             f"  {result.num_older} shards are older than {settings.since} and were left out; "
             f"{result.num_older_undone} of them are not protected"
+        )
+    if result.num_pruned:
+        print(f"  {result.num_pruned} outputs were removed, because their source is gone")
+    if result.num_orphans:
+        print(
+            f"  {result.num_orphans} outputs have no source any more, such as {result.orphan}; "
+            "--prune removes them"
         )
     if result.num_others:
         print(
@@ -244,16 +262,31 @@ def _status_lines(found: Any) -> list[str]:
         f"  done         {found.num_done:>9,} of {found.num_shards:,} shards{written}",
         f"  pending      {found.num_pending:>9,} shards, {to_read} to read",
     ]
+    if found.num_damaged:
+        lines.append(
+            f"  damaged      {found.num_damaged:>9,} of the pending were done, and their outputs "
+            "are missing or replaced; protect writes them again"
+        )
     if found.num_protected is None:
-        lines.append("  images       not counted; --totals reads every manifest")
+        lines.append(f"  images       {found.num_bad:,} bad; --totals counts the protected ones")
     else:
         lines.append(
             f"  images       {found.num_protected:>9,} protected, {found.num_bad:,} bad",
         )
     lines.append(f"  quarantined  {len(found.quarantined):>9,} shards")
+    if found.num_orphans:
+        lines.append(f"  orphans      {found.num_orphans:>9,} outputs whose source is gone")
+    lines.append(f"  last success {_ago(found.last_success)}")
     return lines + [
         f"    {name}: {reason}" for name, reason in (found.failing | found.quarantined).items()
     ]
+
+
+def _ago(seconds: float | None) -> str:
+    """How long ago a run left nothing to do."""
+    if seconds is None:
+        return "none: no run has left nothing to do yet"
+    return f"{in_words(max(0.0, time.time() - seconds))} ago"
 
 
 def preview(

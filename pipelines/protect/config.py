@@ -35,8 +35,14 @@ class ProtectConfig(RewriteConfig, JobConfig):
             GPU, or the node's CPUs divided by its GPUs.
         gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
         wave_shards: Shards handed to Ray at once; a wave starts its own actors.
+        max_step_cpu_seconds: CPU time that a worker may spend on one step, a batch of images; the
+            worker of a file that takes longer is ended, and the attempt counts. 0 means no limit.
+        prune: Remove outputs of this program whose source is gone. The listing of the source must
+            be complete: a folder that is not mounted looks like one whose shards were deleted.
         lease_seconds: Life of the lease that keeps a second run off the destination; renewed four
             times in it. 0 takes none: two runs at once are wasteful, but harmless.
+        stalled_seconds: Time without a shard done after which a run that holds the lease is said to
+            be stuck: the next one then ends with 1, an error, instead of 75.
         allow_unsafe_store: Write to a store that does not keep the promise of conditional writes.
             Two runs at once may then both declare a shard done.
     """
@@ -48,6 +54,9 @@ class ProtectConfig(RewriteConfig, JobConfig):
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: float = -1
     wave_shards: Annotated[int, Field(ge=1)] = 5000
+    max_step_cpu_seconds: Annotated[int, Field(ge=0)] = 900
+    prune: bool = False
     lease_seconds: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    stalled_seconds: Annotated[float, Field(gt=0)] = 4 * 3600.0
     allow_unsafe_store: bool = False
     ray: RayConfig = RayConfig()

@@ -34,10 +34,11 @@ _shards_log = logging.getLogger("one4all.shards")
 # Raise this when the same configuration would write other bytes than before.
 TRANSFORM_VERSION = 2  # gray images get green; patterns of codebooks lie on the middle square
 
+MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 
 OnProgress = Callable[[UnitStatus], None]
-OnPlan = Callable[[Sequence[Unit], int], None]
+OnPlan = Callable[[Census], None]
 
 
 @dataclass
@@ -56,6 +57,10 @@ class ProtectResult:
         other: The first of them.
         num_older: Shards written before ``config.since``, left out of all of the above.
         num_older_undone: Of these, not protected yet.
+        num_damaged: Shards that were done before this run, and their outputs missing or replaced.
+        num_orphans: Outputs whose source is gone; those that were pruned do not count.
+        orphan: The first of them.
+        num_pruned: Outputs that were removed, because their source is gone.
     """
 
     run_id: str
@@ -70,6 +75,10 @@ class ProtectResult:
     other: str = ""
     num_older: int = 0
     num_older_undone: int = 0
+    num_damaged: int = 0
+    num_orphans: int = 0
+    orphan: str = ""
+    num_pruned: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -84,7 +93,7 @@ def protect(
     destination_uri: str,
     config: ProtectConfig,
     *,
-    on_plan: OnPlan = lambda todo, num_shards: None,
+    on_plan: OnPlan = lambda census: None,
     on_progress: OnProgress = lambda status: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectResult:
@@ -97,13 +106,14 @@ def protect(
         source_uri: Folder or s3:// prefix of ``.tar`` shards.
         destination_uri: Folder or prefix; bound to this configuration by its first run.
         config: See there.
-        on_plan: Called once with the shards to do and the number of all shards.
+        on_plan: Called once with what there is, what is done, and what is to do.
         on_progress: Called with what became of each attempt at a unit.
         on_wait: Called with a sentence before waiting for a run that may have died.
 
     Raises:
         UsageError: Nothing was written.
         LeaseHeldError: Another run is at work on the destination, or took it over.
+        StalledRunError: Another run holds the destination, and has done nothing for long.
         StorageError: A store failed in mid-run; what is done is done.
     """
     source, destination = open_storage(source_uri), open_storage(destination_uri)
@@ -168,7 +178,11 @@ class _Run:
             yield
             return
         with Lease(
-            self._destination, self._run_id, seconds=self._config.lease_seconds, on_wait=on_wait
+            self._destination,
+            self._run_id,
+            seconds=self._config.lease_seconds,
+            stalled_seconds=self._config.stalled_seconds,
+            on_wait=on_wait,
         ) as self._lease:
             yield
 
@@ -180,14 +194,16 @@ class _Run:
         self._ledger.forget_starts()
         census = take_census(self._source, self._ledger, since=self._since)
         todo, barren_passes = census.pending, 0
-        on_plan(todo, census.num_units)
+        result.num_damaged = len(census.damaged)
+        on_plan(census)
         while todo and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
                 num_pending = len(todo)
                 telemetry.show("one4all_pending_shards", num_pending)
-                for status in self._waves(todo):
+                recorded = {name: entry.key for name, entry in census.damaged.items()}
+                for status in self._waves([(unit, recorded.get(unit.name, "")) for unit in todo]):
                     done = status.outcome == "done"
-                    num_pending -= done
+                    num_pending -= status.outcome in ("done", "restated")
                     telemetry.show("one4all_pending_shards", num_pending)
                     if self._config.log_json:
                         _shards_log.info(_log_line(status, self._run_id))
@@ -201,24 +217,36 @@ class _Run:
             census = take_census(self._source, self._ledger, since=self._since)
             before, todo = len(todo), [u for u in census.pending if u.name not in refused]
             barren_passes = 0 if len(todo) < before else barren_passes + 1
-        return self._account(result, census, errors)
+        self._account(result, census, errors)
+        self._tidy(result, census)
+        if not result.failed:
+            self._ledger.record_success(self._run_id)
+        return result
 
-    def _account(
-        self, result: ProtectResult, census: Census, errors: dict[str, str]
-    ) -> ProtectResult:
+    def _account(self, result: ProtectResult, census: Census, errors: dict[str, str]) -> None:
         """Complete the result by what the ledger says, whatever the workers reported."""
         result.num_shards, result.num_done = census.num_units, census.num_done
         result.num_others, result.other = census.num_others, census.other
         result.num_older, result.num_older_undone = census.num_older, census.num_older_undone
-        bad = self._ledger.num_bad_images()
-        # Bad images of older units are not this run's outcome.
-        result.num_bad_images = sum(bad[id_] for id_ in bad.keys() - census.older_done)
-        result.quarantined = census.quarantined
+        result.num_bad_images = census.num_bad
+        result.quarantined = self._ledger.reasons(census.quarantined, limit=MAX_REASONS)
         result.failed = {
             unit.name: errors.get(unit.name) or "no worker reported on it"
             for unit in census.pending
         }
-        return result
+
+    def _tidy(self, result: ProtectResult, census: Census) -> None:
+        """Remove records that say nothing true any more and, if asked to, outputs without source.
+
+        The outputs first: without a record nobody could tell that they are ours.
+        """
+        self._ledger.remove(census.superseded)
+        if self._config.prune:
+            self._ledger.remove([*census.orphans, *census.orphan_records])
+            result.num_pruned = len(census.orphans)
+            return
+        result.num_orphans = len(census.orphans)
+        result.orphan = next(iter(census.orphans), "")
 
     def sweep(self) -> None:
         """Remove what killed writers left; a store that forbids it must not stop the run."""
@@ -229,7 +257,7 @@ class _Run:
         except One4AllError as error:
             _log.warning("left-overs of killed runs could not be removed: %s", error)
 
-    def _waves(self, todo: Sequence[Unit]) -> Iterator[UnitStatus]:
+    def _waves(self, todo: Sequence[tuple[Unit, str]]) -> Iterator[UnitStatus]:
         size = self._config.wave_shards
         for start in range(0, len(todo), size):
             for status in _run_wave(
@@ -243,6 +271,7 @@ class _Run:
                 yield status
                 if self._lease is not None:
                     self._lease.check()
+                    self._lease.progressed()
 
 
 def _log_line(status: UnitStatus, run_id: str) -> str:
@@ -284,7 +313,7 @@ def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:
 
 
 def _run_wave(
-    wave: Sequence[Unit],
+    wave: Sequence[tuple[Unit, str]],
     source: Storage,
     destination: Storage,
     config: ProtectConfig,
@@ -294,6 +323,7 @@ def _run_wave(
 ) -> Iterator[UnitStatus]:
     """One Ray Data execution; yields the status of each unit that came back.
 
+    ``wave`` are units, each with the key of a manifest that may be restated, see `ProtectWorker`.
     ``protector_sha256`` is that of the binding: whatever lies at the protector's place by now, no
     worker writes with another one.
     """
@@ -325,7 +355,7 @@ def _run_wave(
     Worker.__name__ = Worker.__qualname__ = ProtectWorker.__name__
     # Ray restarts a dead actor and retries its unit without end, and offers no bound. Ours are
     # durable: attempts at a unit, and starts of workers that never came to look at one.
-    rows = [{"unit": unit.to_json()} for unit in wave]
+    rows = [{"unit": unit.to_json(), "recorded": recorded} for unit, recorded in wave]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         batch_size=1,

@@ -30,10 +30,11 @@ from one4all.rewrite import BadImagePolicyError, rewrite_unit
 from one4all.storage import open_storage
 from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
+from pipelines.protect.cpu_limit import CpuLimit
 
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["done", "failed", "refused", "quarantined"]
+Outcome = Literal["done", "restated", "failed", "refused", "quarantined"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class UnitStatus:
 
     Attributes:
         name: Name of the unit.
-        outcome: "done"; "failed"; "refused" by the bad-image policy; "quarantined" before.
+        outcome: "done"; "restated": what stands is right, and was recorded anew; "failed";
+            "refused" by the bad-image policy; "quarantined" before.
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
@@ -107,20 +109,27 @@ class ProtectWorker:
         """Protect the one unit of a Ray Data batch; never raises for what a unit can cause.
 
         Args:
-            batch: Column ``unit``: one `Unit` as JSON.
+            batch: Column ``unit``: one `Unit` as JSON; column ``recorded``: see `protect`.
 
         Returns:
             Column ``status``: one `UnitStatus`.
         """
-        return {"status": [self.protect(Unit.from_json(str(batch["unit"][0])))]}
+        unit = Unit.from_json(str(batch["unit"][0]))
+        return {"status": [self.protect(unit, recorded=str(batch["recorded"][0]))]}
 
-    def protect(self, unit: Unit) -> UnitStatus:
-        """Attempt one unit, and say what became of it."""
-        status = self._attempt(unit)
+    def protect(self, unit: Unit, *, recorded: str = "") -> UnitStatus:
+        """Attempt one unit, and say what became of it.
+
+        Args:
+            unit: What to protect.
+            recorded: Key of a manifest that calls it done, though other outputs seem to stand.
+        """
+        with CpuLimit(self._config.max_step_cpu_seconds) as limit:
+            status = self._attempt(unit, recorded, limit)
         telemetry.count("one4all_shards", status=status.outcome)
         return replace(status, peak_bytes=_peak_bytes())
 
-    def _attempt(self, unit: Unit) -> UnitStatus:
+    def _attempt(self, unit: Unit, recorded: str, limit: CpuLimit) -> UnitStatus:
         status = UnitStatus(unit.name, num_bytes=unit.size)
         if self._protector is None:
             reason = "workers die while they load the protector"
@@ -132,6 +141,8 @@ class ProtectWorker:
                 reason = f"quarantined after {MAX_ATTEMPTS} attempts"
                 return replace(status, outcome="quarantined", error=reason)
             number = attempt
+            if recorded and self._ledger.restate(recorded) is not None:
+                return replace(status, outcome="restated")
             manifest = rewrite_unit(
                 unit,
                 self._source,
@@ -141,6 +152,7 @@ class ProtectWorker:
                 pool=self._pool,
                 run_id=self._run_id,
                 on_batch=lambda seconds: telemetry.observe("one4all_batch_seconds", seconds),
+                on_step=limit.next_step,
             )
             self._ledger.record(manifest)
             _tell(manifest)

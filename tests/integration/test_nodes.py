@@ -64,9 +64,9 @@ def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tm
     ledger = Ledger(open_storage(destination))
     small = ["--protector", protector, "--set", "batch_size=4"]
     job = start_with_ray(cluster, tmp_path, "protect", source, destination, *small)
-    wait_until(lambda: len(ledger.done()) >= 2, job)
+    wait_until(lambda: len(list(ledger.entries())) >= 2, job)
     # Counted before: until the cluster knows of its loss, the other node may do all the rest.
-    assert len(ledger.done()) < 10, "the shards are too small to lose a node among them"
+    assert len(list(ledger.entries())) < 10, "the shards are too small to lose a node among them"
     cluster.lose(two_nodes[0])
     code, printed = finish(job)
     assert code == 0, printed

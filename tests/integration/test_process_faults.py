@@ -169,7 +169,7 @@ def test_two_runs_without_a_lease_are_wasteful_and_harmless(tmp_path, protector_
         _, errors = run.communicate(timeout=200)
         assert run.returncode == 0, errors
     assert verify(str(corpus), str(tmp_path / "out"), VerifyConfig()).ok
-    assert len(Ledger(open_storage(str(tmp_path / "out"))).done()) == 6
+    assert len(list(Ledger(open_storage(str(tmp_path / "out"))).entries())) == 6
     assert not list((tmp_path / "out").rglob("*.one4all-tmp"))
 
 

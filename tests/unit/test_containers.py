@@ -130,7 +130,10 @@ def test_who_protects_and_who_accounts_know_units_and_not_tar(corpus, protector,
     assert {unit.name for unit in take_census(corpus, ledger).pending} == {"0", "3"}
     destination.write_bytes("1.cls", b"0")
     spoilt = next(unit for unit in list_units(corpus) if unit.name == "1")
-    problems = audit_unit(spoilt, ledger.manifest(spoilt), corpus, destination, binding).problems
+    damaged = take_census(corpus, ledger).damaged
+    assert list(damaged) == ["1"]
+    manifest = ledger.manifest(damaged["1"])
+    problems = audit_unit(spoilt, manifest, corpus, destination, binding).problems
     assert any("1.cls is not the one in its manifest" in problem for problem in problems)
 
 

@@ -23,6 +23,7 @@ from one4all.audit import audit_unit
 from one4all.corpus import list_units
 from one4all.errors import PerturbationError, ProtectorError, ShardError
 from one4all.images import decode
+from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
 from one4all.ledger.records import Binding
 from one4all.protectors.card import load_card
@@ -323,14 +324,18 @@ def test_worker_reports_a_status_and_records_it(tmp_path, protector_folder):
         protector_sha256=load_card(str(protector_folder)).content_hash,
         num_threads=1,
     )
-    batches = ({"unit": [unit.to_json()]} for unit in list_units(open_storage(source_uri)))
+    batches = (
+        {"unit": [unit.to_json()], "recorded": [""]}
+        for unit in list_units(open_storage(source_uri))
+    )
     broken, good = (worker(batch)["status"][0] for batch in batches)
     assert (good.outcome, good.num_images, good.error) == ("done", 5, "")
     assert broken.outcome == "failed"
     assert "garbled header" in broken.error
     ledger = Ledger(open_storage(str(tmp_path / "out")))
-    assert len(ledger.done()) == 1
-    assert list(ledger.failures().values()) == [[broken.error]]
+    census = take_census(open_storage(source_uri), ledger)
+    assert census.num_done == 1
+    assert ledger.reasons(census.failing) == {"broken.tar": broken.error}
     assert not (tmp_path / "out" / "broken.tar").exists()
 
 

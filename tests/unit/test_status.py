@@ -1,7 +1,7 @@
 """How far a destination is, cheaply, and how fast it grows."""
 
 import pytest
-from test_ledger import BINDING, manifest_of
+from test_ledger import BINDING, manifest_of, write_output
 
 from one4all.corpus import ObjectVersion, Unit, list_units
 from one4all.ledger.ledger import Ledger
@@ -17,11 +17,12 @@ def half_done(tmp_path):
     source = open_storage(str(tmp_path / "in"))
     for name in "abcd":
         source.write_bytes(f"{name}.tar", b"x")
-    ledger = Ledger(open_storage(str(tmp_path / "out")))
+    destination = open_storage(str(tmp_path / "out"))
+    ledger = Ledger(destination)
     ledger.bind(BINDING.model_copy(update={"source_uri": source.uri}))
     shards = list(list_units(source))
     for shard in shards[:2]:
-        ledger.record(manifest_of(shard))
+        ledger.record(write_output(destination, shard))
     return str(tmp_path / "out"), ledger, shards
 
 
@@ -44,7 +45,7 @@ def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkey
 
     def another_shard(seconds: float) -> None:
         clock[0] += 10
-        ledger.record(manifest_of(todo.pop()))
+        ledger.record(write_output(open_storage(out), todo.pop()))
 
     todo = shards[2:]
     monkeypatch.setattr(looking.time, "monotonic", lambda: clock[0])

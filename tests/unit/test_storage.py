@@ -90,6 +90,13 @@ def test_listing_is_complete_and_in_key_order(storage):
     assert [info.key for info in storage.list("b")] == ["b-1.tar", "b.tar"]
 
 
+def test_records_are_left_out_of_the_data(storage):
+    for key in ("A.tar", "_one4all/b.json", "_one4all/s/c.json", "_one4all.tar", "~.tar", "ü.tar"):
+        storage.write_bytes(key, b"x")
+    found = [info.key for info in storage.list_data()]
+    assert found == ["A.tar", "_one4all.tar", "~.tar", "ü.tar"]
+
+
 def test_replaced_source_is_noticed(storage):
     storage.write_bytes("x", b"one")
     etag = storage.head("x").etag

@@ -76,8 +76,9 @@ def test_a_manifest_of_before_units_had_several_objects_still_counts(tmp_path):
     storage.write_bytes("_one4all/shards/a/b.tar@ebd16c8fb8c3fecb.json", json.dumps(text).encode())
     ledger = Ledger(storage)
     unit = Unit.of_object(ObjectInfo("a/b.tar", 10, '"x"'))
-    assert ledger.done() == {unit.id}
-    manifest = ledger.manifest(unit)
+    (entry,) = ledger.entries()
+    assert (entry.name, entry.version, entry.outputs) == (unit.name, unit.version, "")
+    manifest = ledger.manifest(entry)
     assert manifest.unit == unit
     assert (manifest.output_size, manifest.outputs[0].sha256) == (12, "00ff")
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
