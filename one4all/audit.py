@@ -41,6 +41,7 @@ class UnitAudit:
         num_problems: All of them; ``problems`` lists the first few.
         num_sidecars: Members compared byte for byte.
         images: One entry for each protected image.
+        recomputed: Whether the unit was protected again, too, and compared.
     """
 
     name: str
@@ -51,6 +52,7 @@ class UnitAudit:
     num_dropped: int = 0
     num_passed_through: int = 0
     images: list[ImageDistances] = field(default_factory=list)
+    recomputed: bool = False
 
     def report(self, problem: str) -> None:
         problem = printable(problem)

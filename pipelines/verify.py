@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -13,6 +14,9 @@ from one4all.audit import UnitAudit, audit_unit
 from one4all.corpus import Unit
 from one4all.errors import One4AllError, UsageError
 from one4all.ledger import Binding, Ledger, read_binding, take_census
+from one4all.protectors.card import DEFAULT_PROTECTOR, locate
+from one4all.protectors.protector import Protector, check_protector
+from one4all.recompute import recompute_unit
 from one4all.storage import open_storage
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig
@@ -24,10 +28,16 @@ class VerifyConfig(JobConfig):
     Attributes:
         num_workers: Tasks at once; 0 means as many as the CPUs allow.
         wave_shards: Shards handed to Ray at once.
+        recompute: Share of the shards, 0 to 1, that are protected again and compared: the only way
+            to tell a protected image from one that was merely changed. At least one if above 0.
+        protector: Name, folder or URI of the protector that the destination is bound to, for
+            ``recompute``.
     """
 
     num_workers: Annotated[int, Field(ge=0)] = 0
     wave_shards: Annotated[int, Field(ge=1)] = 5000
+    recompute: Annotated[float, Field(ge=0, le=1)] = 0.0
+    protector: str = DEFAULT_PROTECTOR
     ray: RayConfig = RayConfig()
 
 
@@ -37,7 +47,7 @@ class Verification:
 
     Attributes:
         max_levels: Largest |difference| of a decoded image, in levels.
-        budget_exact: Whether the output format promises the budget on decoded pixels.
+        num_recomputed: Shards that were protected again and compared.
     """
 
     source: str
@@ -50,6 +60,7 @@ class Verification:
     num_sidecars: int = 0
     num_dropped: int = 0
     num_passed_through: int = 0
+    num_recomputed: int = 0
     num_within_budget: int = 0
     max_levels: int = 0
     mean_psnr_db: float = 0.0
@@ -132,8 +143,15 @@ def verify(
         f"{key}: is no shard of the source" for key in (*census.orphans, *census.strangers)
     ]
     result.problems, result.num_problems = problems, len(problems)
-    on_plan(len(todo))
-    for audit in _audit_all(todo, source.uri, destination.uri, binding, config):
+    chosen = _choose(len(todo), config.recompute)
+    if chosen:
+        _refuse_another_protector(config.protector, binding)
+    tasks = [
+        AuditTask(unit, key, recompute=index in chosen) for index, (unit, key) in enumerate(todo)
+    ]
+    on_plan(len(tasks))
+    for audit in _audit_all(tasks, source.uri, destination.uri, binding, config):
+        result.num_recomputed += audit.recomputed
         result.add(audit)
         on_audit(audit)
     result.problems.sort()
@@ -141,28 +159,64 @@ def verify(
     return result
 
 
+@dataclass(frozen=True)
+class AuditTask:
+    """One unit to audit.
+
+    Attributes:
+        unit: The unit, in the version that was protected.
+        manifest: Key of its manifest.
+        recompute: Whether it is protected again, too, and compared.
+    """
+
+    unit: Unit
+    manifest: str
+    recompute: bool = False
+
+
+def _choose(count: int, share: float) -> set[int]:
+    """Evenly chosen indices, a share of ``count`` and at least one, unless the share is 0."""
+    wanted = math.ceil(count * share)
+    return {index * count // wanted for index in range(wanted)}
+
+
+def _refuse_another_protector(protector: str, binding: Binding) -> None:
+    card = check_protector(protector)
+    if card.content_hash != binding.protector_sha256:
+        raise UsageError(
+            f"protector {protector} is {card.content_hash[:12]}, and the destination is bound to "
+            f"{binding.protector} {binding.protector_sha256[:12]}; give that one: "
+            "--set protector=NAME, a folder or an s3:// URI"
+        )
+
+
 def _audit_all(
-    recorded: list[tuple[Unit, str]],
+    tasks: list[AuditTask],
     source_uri: str,
     destination_uri: str,
     binding: Binding,
     config: VerifyConfig,
 ) -> Iterator[UnitAudit]:
-    if not recorded:
+    if not tasks:
         return
+    protector = locate(config.protector)
 
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
         unit, key = Unit.from_json(str(batch["unit"][0])), str(batch["manifest"][0])
-        return {"audit": [audit_one(unit, key, source_uri, destination_uri, binding)]}
+        task = AuditTask(unit, key, recompute=bool(batch["recompute"][0]))
+        return {"audit": [audit_one(task, source_uri, destination_uri, binding, protector)]}
 
     with ray_session(config.ray):
         import ray
         from ray.data import TaskPoolStrategy
 
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
-        for start in range(0, len(recorded), config.wave_shards):
-            wave = recorded[start : start + config.wave_shards]
-            rows = [{"unit": unit.to_json(), "manifest": key} for unit, key in wave]
+        for start in range(0, len(tasks), config.wave_shards):
+            wave = tasks[start : start + config.wave_shards]
+            rows = [
+                {"unit": t.unit.to_json(), "manifest": t.manifest, "recompute": t.recompute}
+                for t in wave
+            ]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
             )
@@ -171,22 +225,36 @@ def _audit_all(
 
 
 def audit_one(
-    unit: Unit, manifest_key: str, source_uri: str, destination_uri: str, binding: Binding
+    task: AuditTask, source_uri: str, destination_uri: str, binding: Binding, protector: str
 ) -> UnitAudit:
     """Audit one unit that was recorded; never raises for what the unit can cause."""
+    unit = task.unit
     source, destination = open_storage(source_uri), open_storage(destination_uri)
     try:
-        manifest = Ledger(destination).manifest(manifest_key)
+        manifest = Ledger(destination).manifest(task.manifest)
     except One4AllError as error:
         lost = UnitAudit(unit.name)
         lost.report(str(error))
         return lost
-    return audit_unit(unit, manifest, source, destination, binding)
+    audit = audit_unit(unit, manifest, source, destination, binding)
+    if task.recompute:
+        loaded = _load(protector)
+        for problem in recompute_unit(unit, manifest, source, destination, loaded, binding):
+            audit.report(problem)
+        audit.recomputed = True
+    return audit
+
+
+@lru_cache(maxsize=1)
+def _load(protector: str) -> Protector:
+    return Protector.load(protector)
 
 
 def _notes(result: Verification) -> list[str]:
     """What holds but a reader should know."""
     notes = []
+    if result.num_recomputed:
+        notes.append(f"{result.num_recomputed} shards were protected again and compared")
     if result.num_dropped:
         notes.append(f"{result.num_dropped} samples were dropped, as the manifests record")
     if result.num_passed_through:

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
-TRANSFORM_VERSION = 2  # gray images get green; patterns of codebooks lie on the middle square
+TRANSFORM_VERSION = 3  # more files count as images, and what cannot be protected is a bad image
 
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector

@@ -6,12 +6,14 @@ processes.
 """
 
 import gzip
+import hashlib
 import json
 import os
 import pickle
 import subprocess
 import tarfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +28,16 @@ from support.builders import (
 )
 from support.fault_proxy import Fault, FaultProxy
 
+from one4all.corpus import OutputObject
 from one4all.corpus.tar import TarUnitWriter
-from one4all.errors import BindingError, ConflictError, ProtectorError, StorageError
+from one4all.errors import (
+    BindingError,
+    ConflictError,
+    ProtectorError,
+    StorageError,
+    UsageError,
+)
+from one4all.images import decode, encode, extension_for
 from one4all.ledger import Ledger, take_census
 from one4all.storage import INTERNAL, LocalStorage, open_storage
 from one4all.storage.s3 import PART_BYTES
@@ -74,14 +84,15 @@ def protect(monkeypatch, protector_folder):
 def problems(monkeypatch):
     """What `verify` finds wrong, its tasks in this process; and uploads left open."""
 
-    def audit_all(recorded, source_uri, destination_uri, binding, config):
-        for unit, key in recorded:
-            yield verifying.audit_one(unit, key, source_uri, destination_uri, binding)
+    def audit_all(tasks, source_uri, destination_uri, binding, config):
+        for task in tasks:
+            yield verifying.audit_one(task, source_uri, destination_uri, binding, config.protector)
 
     monkeypatch.setattr(verifying, "_audit_all", audit_all)
 
-    def problems(source, destination):
-        found = list(verifying.verify(str(source), str(destination), VerifyConfig()).problems)
+    def problems(source, destination, **options):
+        config = VerifyConfig(**options)
+        found = list(verifying.verify(str(source), str(destination), config).problems)
         if (storage := open_storage(str(destination))).uri.startswith("s3"):
             listed = storage._client.list_multipart_uploads(Bucket=storage._bucket)
             uploads = [u["Key"] for u in listed.get("Uploads", [])]
@@ -482,6 +493,40 @@ def test_copied_outputs_are_restated_and_not_made_again(tmp_path, protect, probl
     assert (result.exit_code, result.num_damaged, result.num_protected_now) == (0, 2, 0)
     assert protect(corpus, out).num_damaged == 0
     assert problems(corpus, out) == []
+
+
+@fault("an image that was changed a little, under a manifest that agrees")
+@pytest.mark.parametrize("output_format", ["match", "lossless"])
+def test_what_was_merely_changed_is_told_from_what_is_protected(
+    tmp_path, protect, problems, protector_folder, output_format
+):
+    """A JPEG that was encoded again, or some noise, passes every check but the protector's own."""
+    corpus, out = write_corpus(tmp_path / "in", num_shards=1, num_samples=3), tmp_path / "out"
+    protect(corpus, out, output_format=output_format)
+    again = {"recompute": 1.0, "protector": str(protector_folder)}
+    assert problems(corpus, out, **again) == []
+    ledger = Ledger(open_storage(str(out)))
+    (manifest,) = ledger.manifests()
+    members = read_members((corpus / "shard-000.tar").read_bytes())
+    forged = {}
+    for name, payload in members.items():
+        if not name.endswith(".jpg"):
+            forged[name] = payload
+            continue
+        image = decode(payload)
+        noisy = replace(image, pixels=image.pixels ^ 1)
+        forged[extension_for(name, image, output_format)] = encode(noisy, output_format)
+    (out / "shard-000.tar").write_bytes(make_tar(list(forged.items())))
+    info = open_storage(str(out)).head("shard-000.tar")
+    sha256 = hashlib.sha256((out / "shard-000.tar").read_bytes()).hexdigest()
+    planted = OutputObject(info.key, info.size, info.etag, sha256)
+    ledger.record(manifest.model_copy(update={"outputs": (planted,)}))
+    assert problems(corpus, out) == []
+    found = problems(corpus, out, **again)
+    assert len(found) == 3
+    assert "is not what the protector writes" in found[0]
+    with pytest.raises(UsageError, match="bound to"):
+        problems(corpus, out, recompute=1.0)
 
 
 @fault("a source shard that is deleted")

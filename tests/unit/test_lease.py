@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from one4all.errors import AccessError, ConflictError, LeaseHeldError, StorageError
+from one4all.errors import AccessError, ConflictError, LeaseHeldError, StalledRunError, StorageError
 from one4all.ledger.lease import Lease
 from one4all.storage import LocalStorage, conditional_write_defects
 
@@ -22,6 +22,33 @@ def test_second_run_is_told_who_is_at_work(storage):
         pass
     assert len(waited) == 1
     assert LeaseHeldError.exit_code == 75
+
+
+def test_holder_that_gets_nothing_done_is_called_stuck(storage):
+    """A schedule takes 75 for success, and this one would answer it for ever."""
+    with Lease(storage, "stuck", seconds=SECONDS) as lease:
+        later = {"seconds": SECONDS, "stalled_seconds": 0.2}
+        with pytest.raises(StalledRunError, match=r"run stuck on .* nothing done for"):
+            Lease(storage, "next", **later).__enter__()
+        assert StalledRunError.exit_code == 1
+        stop = threading.Event()
+        beat = threading.Thread(
+            target=lambda: [lease.progressed() for _ in iter(lambda: stop.wait(0.01), True)]
+        )
+        beat.start()
+        with pytest.raises(LeaseHeldError):
+            Lease(storage, "next", **later).__enter__()
+        stop.set()
+        beat.join()
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"[]", b"{}", b'{"run_id": "r", "host": "h", "seconds": "x"}']
+)
+def test_lease_that_cannot_be_read_is_one_sentence(storage, record):
+    storage.write_bytes("_one4all/lease.json", record)
+    with pytest.raises(StorageError, match="cannot be read; delete it if no run is active"):
+        Lease(storage, "next", seconds=SECONDS).__enter__()
 
 
 def test_lease_outlives_its_life_by_renewal_and_is_free_when_released(storage):

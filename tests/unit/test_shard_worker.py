@@ -1,7 +1,12 @@
 """One shard through the worker's stages: the contract of an output shard."""
 
 import io
+import resource
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -31,6 +36,7 @@ from one4all.protectors.protector import Protector
 from one4all.rewrite import rewrite_unit
 from one4all.storage import open_storage
 from pipelines.protect.config import ProtectConfig
+from pipelines.protect.cpu_limit import CpuLimit
 from pipelines.protect.worker import ProtectWorker
 
 SMALL = {"batch_size": 4}
@@ -337,6 +343,51 @@ def test_worker_reports_a_status_and_records_it(tmp_path, protector_folder):
     assert census.num_done == 1
     assert ledger.reasons(census.failing) == {"broken.tar": broken.error}
     assert not (tmp_path / "out" / "broken.tar").exists()
+
+
+@pytest.mark.fault(
+    "a file that keeps a decoder busy for ever, even with the interpreter's lock held"
+)
+def test_step_that_takes_for_ever_ends_the_worker_and_counts(tmp_path, protector_folder):
+    source_uri = str(write_corpus(tmp_path / "in", num_shards=1))
+    code = f"""
+import re, sys
+from one4all import rewrite
+from one4all.corpus import list_units
+from one4all.protectors.card import load_card
+from one4all.storage import open_storage
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.worker import ProtectWorker
+
+worker = ProtectWorker(
+    ProtectConfig(protector={str(protector_folder)!r}, max_step_cpu_seconds=1),
+    {source_uri!r}, {str(tmp_path / "out")!r}, "run", num_threads=1,
+    protector_sha256=load_card({str(protector_folder)!r}).content_hash,
+)
+rewrite.decode = lambda *_, **__: re.match("(a+)+$", "a" * 60 + "b")
+worker.protect(next(list_units(open_storage({source_uri!r}))))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
+    assert ended.returncode == -signal.SIGXCPU
+    ledger = Ledger(open_storage(str(tmp_path / "out")))
+    unit = first_unit(open_storage(source_uri))
+    assert ledger.begin_attempt(unit, "run") == 2
+    assert "the worker process died" in str(ledger.reasons(ledger.attempts()))
+
+
+def test_cpu_limit_is_put_back_and_starts_anew_with_each_step():
+    before = resource.getrlimit(resource.RLIMIT_CPU)
+    with CpuLimit(100) as limit:
+        first = resource.getrlimit(resource.RLIMIT_CPU)[0]
+        assert first != before[0]
+        used = time.process_time()
+        while time.process_time() < used + 1.1:
+            pass
+        limit.next_step()
+        assert resource.getrlimit(resource.RLIMIT_CPU)[0] > first
+    assert resource.getrlimit(resource.RLIMIT_CPU) == before
+    with CpuLimit(0):
+        assert resource.getrlimit(resource.RLIMIT_CPU) == before
 
 
 def test_outage_of_the_source_is_not_held_against_a_shard(tmp_path, protector_folder):
