@@ -1,8 +1,10 @@
 """Protect for half an hour while the store fails and processes are killed: `make soak`.
 
-A corpus on S3 is protected through a proxy that answers 503, resets and truncates at random, while
-workers and drivers are killed at random. A round ends when every shard is protected; it is then
-verified, straight at the server, and the next begins. Writes report.md, events.json and memory.png.
+A corpus on S3 is protected through a proxy that answers 503, resets and truncates at random. At
+random, workers and drivers are killed; whole runs are paused for longer than their lease lives,
+while the next one takes over, and wake up beside it; shards of the source are replaced. A round
+ends when every shard is protected and nobody sleeps; it is then verified, straight at the server,
+and the next begins. Writes report.md, events.json and memory.png.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import psutil
 from support.fault_proxy import Fault, FaultProxy
 
 from one4all.ledger.ledger import Ledger
-from one4all.storage import INTERNAL, open_storage
+from one4all.storage import open_storage
 from pipelines.bench import make_photo_corpus
 from pipelines.local_s3 import local_s3
 
@@ -35,7 +38,9 @@ FAULTS = (
     Fault("reset_after", "^(PUT|POST)", times=None, probability=0.02),
     Fault("latency", ".", times=None, probability=0.02, seconds=0.5),
 )
-KILLS = ("worker", "driver", "SIGINT", "SIGTERM")
+KILLS = ("worker", "driver", "SIGINT", "SIGTERM", "pause", "replace")
+LEASE_SECONDS = 6
+PAUSE_SECONDS = (8, 25)
 MEAN_SECONDS_BETWEEN_KILLS = 40
 SAMPLE_SECONDS = 2.0
 
@@ -50,6 +55,31 @@ class Soak:
     rounds: list[dict[str, object]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     faults: dict[str, int] = field(default_factory=dict)
+    num_done_again: int = 0
+
+
+@dataclass
+class Sleeper:
+    """A run whose processes are all stopped, and when they go on."""
+
+    driver: subprocess.Popen[str]
+    processes: list[psutil.Process]
+    wakes: float
+
+    @classmethod
+    def of(cls, driver: subprocess.Popen[str], seconds: float) -> Sleeper:
+        driver_process = psutil.Process(driver.pid)
+        processes = [driver_process, *driver_process.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.Error):
+                process.suspend()
+        return cls(driver, processes, time.monotonic() + seconds)
+
+    def wake(self) -> None:
+        for process in self.processes:
+            with suppress(psutil.Error):
+                process.resume()
+        self.processes = []
 
 
 def main() -> int:
@@ -88,26 +118,48 @@ def run(soak: Soak, endpoint: str, *, minutes: float, seed: int) -> None:
         number += 1
         destination = f"s3://{BUCKET}/out-{number}"
         done = {}
+        sleepers: list[Sleeper] = []
+        restless: set[str] = set()  # shards that were replaced, or all of them once a run slept
+
+        def start_run(destination: str = destination) -> subprocess.Popen[str]:
+            lease = f"lease_seconds={LEASE_SECONDS}"
+            return _one4all("protect", f"s3://{BUCKET}/in", destination, endpoint, "--set", lease)
+
         while True:
-            driver = _one4all(
-                "protect", f"s3://{BUCKET}/in", destination, endpoint, "--set", "lease_seconds=6"
-            )
+            driver = start_run()
             while driver.poll() is None:
                 now = time.monotonic()
                 soak.memory += [(now - start, *row) for row in _workers(driver.pid)]
+                for sleeper in sleepers:
+                    if now > sleeper.wakes:
+                        sleeper.wake()
                 if deadline > now > next_kill:
-                    soak.kills.append((now - start, _kill(driver, chance)))
+                    what = chance.choice(KILLS)
+                    soak.kills.append((now - start, what))
+                    if what == "pause":
+                        sleepers.append(Sleeper.of(driver, chance.uniform(*PAUSE_SECONDS)))
+                        restless |= {*done, _replace_a_shard(chance)}
+                        driver = start_run()
+                    elif what == "replace":
+                        restless.add(_replace_a_shard(chance))
+                    else:
+                        _kill(driver, what)
                     next_kill = now + chance.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
                 time.sleep(SAMPLE_SECONDS)
-            _, errors = driver.communicate()
-            soak.exits.append((time.monotonic() - start, driver.returncode))
-            if "Traceback" in errors:
-                soak.problems.append(f"a stack trace: {errors[-500:]}")
-            done = _compare(soak, destination, done)
-            if driver.returncode == 3:
-                soak.problems.append(f"round {number}: good shards were given up: {errors[-300:]}")
-            if driver.returncode in (0, 3):
+            ended = [driver, *(sleeper.driver for sleeper in sleepers)]
+            for sleeper in sleepers:
+                sleeper.wake()
+            for run in ended:
+                _, errors = run.communicate()
+                soak.exits.append((time.monotonic() - start, run.returncode))
+                if "Traceback" in errors:
+                    soak.problems.append(f"a stack trace: {errors[-500:]}")
+                if run.returncode == 3:
+                    soak.problems.append(f"round {number}: shards were given up: {errors[-300:]}")
+            done = _compare(soak, destination, done, restless)
+            if driver.returncode in (0, 3) and not sleepers:
                 break
+            sleepers = []
         _verify(soak, number, destination, time.monotonic() - start)
 
 
@@ -135,8 +187,16 @@ def _workers(driver_pid: int) -> list[tuple[int, float]]:
     return found
 
 
-def _kill(driver: subprocess.Popen[str], chance: random.Random) -> str:
-    what = chance.choice(KILLS)
+def _replace_a_shard(chance: random.Random) -> str:
+    """Another shard's content under a name of the source; returns the name."""
+    source = open_storage(f"s3://{BUCKET}/in")
+    names = [info.key for info in source.list()]
+    name, other = chance.sample(names, 2)
+    source.write_bytes(name, source.read_bytes(other) + bytes(10240))  # zeros behind the end
+    return name
+
+
+def _kill(driver: subprocess.Popen[str], what: str) -> None:
     if what == "worker":
         for process_id, _ in _workers(driver.pid):
             os.kill(process_id, signal.SIGKILL)
@@ -144,15 +204,21 @@ def _kill(driver: subprocess.Popen[str], chance: random.Random) -> str:
         driver.kill()
     else:
         driver.send_signal(getattr(signal, what))
-    return what
 
 
-def _compare(soak: Soak, destination: str, before: dict[str, str]) -> dict[str, str]:
-    """Who did which shard; what was done must still be done, by the same run, and be visible."""
+def _compare(
+    soak: Soak, destination: str, before: dict[str, str], restless: set[str]
+) -> dict[str, str]:
+    """Who did which shard; what was done must still be done, by the same run, and be visible.
+
+    A shard that was replaced is done again, and one that a sleeper wrote over may be.
+    """
     storage = open_storage(destination)
     now = {m.name: m.run_id for m in Ledger(storage).manifests()}
-    visible = {info.key for info in storage.list() if not info.key.startswith(INTERNAL)}
-    soak.problems += [f"{name} was done twice" for name in before if now.get(name) != before[name]]
+    visible = {info.key for info in storage.list_data()}
+    again = {name for name in before if now.get(name) != before[name]}
+    soak.num_done_again += len(again)
+    soak.problems += [f"{name} was done twice" for name in again - restless]
     soak.problems += [f"{name} is done but not there" for name in now.keys() - visible]
     return now
 
@@ -209,6 +275,7 @@ def _report(soak: Soak) -> str:
         "",
         f"{last / 60:.0f} minutes, {len(codes)} runs of protect, {len(soak.kills)} kills {kills}, "
         f"proxy faults {soak.faults}.",
+        f"{soak.num_done_again} shards were done again, after they were replaced or a run slept.",
         f"Exit codes: { {code: codes.count(code) for code in sorted(set(codes))} }.",
         f"Peak memory of a worker: {max((row[2] for row in soak.memory), default=0):.0f} MB.",
         "",
@@ -217,7 +284,9 @@ def _report(soak: Soak) -> str:
         *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in soak.rounds),
         "",
         *(f"PROBLEM: {problem}" for problem in soak.problems),
-        "" if soak.problems else "Nothing lost, nothing twice, nothing partial, no upload left.",
+        ""
+        if soak.problems
+        else "Nothing lost, nothing partial, no upload left, every promise held.",
         "",
     ]
     return "\n".join(lines)
