@@ -185,8 +185,8 @@ def _refuse_another_protector(protector: str, binding: Binding) -> None:
     if card.content_hash != binding.protector_sha256:
         raise UsageError(
             f"protector {protector} is {card.content_hash[:12]}, and the destination is bound to "
-            f"{binding.protector} {binding.protector_sha256[:12]}; give that one: "
-            "--set protector=NAME, a folder or an s3:// URI"
+            f"{binding.protector} {binding.protector_sha256[:12]}; give that one by --protector: "
+            "a name, a folder or an s3:// URI"
         )
 
 

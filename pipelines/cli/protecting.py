@@ -141,6 +141,14 @@ def verify(
         Path | None,
         typer.Option(help="Also write one JSON line for each image to this file."),
     ] = None,
+    recompute: Annotated[
+        float | None,
+        typer.Option(help="Share of the shards to protect again and compare, 0 to 1."),
+    ] = None,
+    protector: Annotated[
+        str | None,
+        typer.Option(help="The protector of the destination, for --recompute."),
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -149,7 +157,7 @@ def verify(
     from pipelines.verify import VerifyConfig
     from pipelines.verify import verify as run
 
-    settings = load_config(VerifyConfig, config, set_)
+    settings = load_config(VerifyConfig, config, set_, recompute=recompute, protector=protector)
     progress = Progress("shard")
 
     def on_audit(audit: Any) -> None:
