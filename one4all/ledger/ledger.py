@@ -46,7 +46,7 @@ from one4all.storage import INTERNAL, ObjectInfo, Storage
 
 MAX_ATTEMPTS = 3  # that failed, or killed their worker
 _READERS = 16
-MAX_KILLED = 5  # that were under way when their whole run was killed
+MAX_KILLED = 10  # that were under way when their whole run was killed
 _BINDING = f"{INTERNAL}binding.json"
 _SHARDS = f"{INTERNAL}shards/"
 _ATTEMPTS = f"{INTERNAL}attempts/"

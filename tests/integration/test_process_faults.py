@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support import faulty_workers
 from support.builders import make_samples, make_tar, write_corpus
@@ -171,6 +172,33 @@ def test_two_runs_without_a_lease_are_wasteful_and_harmless(tmp_path, protector_
     assert verify(str(corpus), str(tmp_path / "out"), VerifyConfig()).ok
     assert len(list(Ledger(open_storage(str(tmp_path / "out"))).entries())) == 6
     assert not list((tmp_path / "out").rglob("*.one4all-tmp"))
+
+
+@fault("a run paused past its lease, and the source replaced meanwhile")
+def test_run_that_slept_past_its_lease_damages_nothing(tmp_path, protector_folder):
+    corpus = write_corpus(tmp_path / "in", num_shards=2, num_samples=60)
+    out = tmp_path / "out"
+    settings = ("ray.num_cpus=1", "lease_seconds=3")
+    sleeper = start(corpus, out, protector_folder, *settings)
+    wait_until(lambda: list(out.rglob("*.running")), sleeper)
+    driver = psutil.Process(sleeper.pid)
+    processes = [driver, *driver.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    under_way = next(out.rglob("*.running")).parent.name.rpartition("@")[0]
+    (corpus / under_way).write_bytes(make_tar(make_samples(9, seed=70)))
+    next_run = start(corpus, out, protector_folder, *settings)
+    _, errors = next_run.communicate(timeout=200)
+    assert next_run.returncode == 0, errors
+    assert verify(str(corpus), str(out), VerifyConfig()).ok
+    before = outputs(out)
+    for process in processes:
+        process.resume()
+    _, errors = sleeper.communicate(timeout=200)
+    assert sleeper.returncode != 2, errors
+    assert "Traceback" not in errors
+    assert outputs(out) == before
+    assert verify(str(corpus), str(out), VerifyConfig()).ok
 
 
 @fault("Ctrl-C or SIGTERM mid-shard")

@@ -31,9 +31,9 @@ class PoisonedWorker(ProtectWorker):
 
         TarWriter.replace = replace
 
-    def protect(self, unit):
+    def protect(self, unit, *, recorded=""):
         self._current = unit.name
-        return super().protect(unit)
+        return super().protect(unit, recorded=recorded)
 
 
 class OnceKilledWorker(ProtectWorker):
@@ -56,9 +56,9 @@ class OnceKilledWorker(ProtectWorker):
 
         TarWriter.replace = replace
 
-    def protect(self, unit):
+    def protect(self, unit, *, recorded=""):
         self._current = unit.name
-        return super().protect(unit)
+        return super().protect(unit, recorded=recorded)
 
 
 class StillbornWorker(ProtectWorker):

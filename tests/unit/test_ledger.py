@@ -117,7 +117,7 @@ def test_shard_that_stalls_run_after_run_until_they_are_killed_is_quarantined(st
         assert ledger.begin_attempt(SHARD, f"run {run}") == 1
     assert reasons(ledger, given_up=True) == {}
     assert ledger.begin_attempt(SHARD, "one more") == MAX_ATTEMPTS + 1
-    assert "killed while at work on it, 5 times" in reasons(ledger, given_up=True)[SHARD.id]
+    assert "killed while at work on it, 10 times" in reasons(ledger, given_up=True)[SHARD.id]
 
 
 def test_success_forgets_the_failures(storage):
