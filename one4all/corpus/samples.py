@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from one4all.images import is_image
+from one4all.image_kinds import is_image
 
 DEFAULT_MAX_SAMPLE_BYTES = 1 << 30
 
@@ -69,7 +69,7 @@ def is_protectable(member: Member, sidecar_patterns: Sequence[str] = ()) -> bool
     base = member.name.rpartition("/")[2]
     if not member.is_file or any(fnmatch.fnmatchcase(base, p) for p in sidecar_patterns):
         return False
-    return is_image(member.name, member.payload[:32])
+    return is_image(member.name, member.payload)
 
 
 def images_of(sample: Sample, sidecar_patterns: Sequence[str] = ()) -> list[Member]:
