@@ -251,7 +251,7 @@ def _is_tga(data: bytes) -> bool:
     pixels: int = width * height
     if data[2] & 8:  # runs of up to 128 pixels
         return 0 < pixels <= 128 * room
-    return 0 < pixels * ((depth + 7) // 8) <= room
+    return 0 < pixels * (int(depth + 7) // 8) <= room
 
 
 def _is_jpeg_xl_codestream(data: bytes) -> bool:

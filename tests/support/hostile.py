@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import tarfile
 import zlib
 from collections.abc import Sequence
 
@@ -105,3 +106,35 @@ def run_length_bmp(width: int, height: int) -> bytes:
     head = struct.pack("<IHHI", 54 + 1024 + len(data), 0, 0, 54 + 1024)
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(data), 0, 0, 256, 0)
     return b"BM" + head + info + bytes(1024) + data
+
+
+def tar_header(name: str, *, kind: bytes = b"0", size: int | bytes = 0, link: str = "") -> bytes:
+    """A header block with a right checksum, whatever its size field holds."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    info.size = size if isinstance(size, int) else 0
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    if isinstance(size, bytes):
+        header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def tar_of(*parts: bytes) -> bytes:
+    """Headers and contents, each filled to whole blocks, and the end of the archive."""
+    return b"".join(part + bytes(-len(part) % 512) for part in parts) + bytes(1024)
+
+
+def with_pax(payload: bytes, name: str = "a.txt", content: bytes = b"") -> bytes:
+    """A tar of one member whose PAX header holds bytes of ours."""
+    extension = tar_header("pax", kind=b"x", size=len(payload))
+    return tar_of(extension, payload, tar_header(name, size=len(content)), content)
+
+
+def pax_record(keyword: str, value: str) -> bytes:
+    rest = f" {keyword}={value}\n".encode("utf-8", "surrogateescape")
+    length = len(rest) + 1
+    while len(str(length)) + len(rest) != length:
+        length += 1
+    return str(length).encode() + rest
