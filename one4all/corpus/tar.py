@@ -47,6 +47,7 @@ _MAX_PAX_RECORDS = 1000  # tar writes about ten
 _NUMBERS = {"mode": (100, 108), "uid": (108, 116), "gid": (116, 124), "size": (124, 136)}
 _NUMBERS |= {"mtime": (136, 148), "checksum": (148, 156)}
 _OCTAL = re.compile(rb" *[0-7]*[ \0]*")
+_USUAL_NUMBERS = re.compile(rb"([0-7]{6}[0-7 ][ \0]){3}([0-7]{11}[ \0]){2}[0-7]{6}\0 ")
 _PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 _PAX_NUMBERS = {
     "size": re.compile(r"\d{1,19}"),
@@ -173,12 +174,14 @@ def read_tar(
         members = tuple(group.values())
         key = members[0].key
         if members[0].is_file:
-            digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16)
-            if digest.digest() in seen:
+            digest = hashlib.blake2b(
+                key.encode("utf-8", "surrogateescape"), digest_size=16
+            ).digest()
+            if digest in seen:
                 raise ShardError(
                     f"key {key!r} appears twice; members of a sample must be consecutive"
                 )
-            seen.add(digest.digest())
+            seen.add(digest)
         return Sample(key, members)
 
     key = None
@@ -380,6 +383,8 @@ def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise ShardError(f"garbled header at byte {position:,}: {error}") from error
+    if _USUAL_NUMBERS.match(block, 100):
+        return info
     for name, (start, end) in _NUMBERS.items():
         number = block[start:end]
         if number[0] not in (0x80, 0xFF) and not _OCTAL.fullmatch(number):
