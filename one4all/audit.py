@@ -12,10 +12,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from one4all.corpus import Member, Sample, Unit, is_protectable, printable, read_samples
+from one4all.corpus import (
+    DEFAULT_MAX_SAMPLE_BYTES,
+    Member,
+    Sample,
+    Unit,
+    is_exempt,
+    is_protectable,
+    printable,
+    read_samples,
+)
 from one4all.distances import max_difference, psnr_db, ssim
 from one4all.errors import BadImageError, One4AllError
-from one4all.images import decode, extension_for
+from one4all.images import decode, extension_for, pillow_format
 from one4all.ledger.records import Binding, Manifest
 from one4all.storage import Reader, Storage
 
@@ -67,10 +76,13 @@ def audit_unit(
     source: Storage,
     destination: Storage,
     binding: Binding,
+    *,
+    max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES,
 ) -> UnitAudit:
     """Read both sides of one unit and compare.
 
-    Checked: keys and their order, member names, every sidecar's bytes and envelope, size and layout
+    Checked: keys and their order, member names, every sidecar's bytes and envelope, that Pillow
+    reads none of them as an image (but those of ``sidecar_patterns``), size and layout
     of every image, the budget on what a reader decodes (wherever the output is lossless), dropped
     and passed-through samples against the manifest, size and sha256 of every output.
 
@@ -78,10 +90,14 @@ def audit_unit(
     """
     audit = UnitAudit(unit.name)
     written = _Measured(destination)
+    # A protected image may be larger than the clean one; see `rewrite_unit`.
+    grown = 2 * max(max_sample_bytes, DEFAULT_MAX_SAMPLE_BYTES)
     try:
         with (
-            closing(read_samples(source, unit)) as clean,
-            closing(read_samples(written, manifest.output_unit.latest)) as protected,
+            closing(read_samples(source, unit, max_sample_bytes=max_sample_bytes)) as clean,
+            closing(
+                read_samples(written, manifest.output_unit.latest, max_sample_bytes=grown)
+            ) as protected,
         ):
             _Comparison(audit, manifest, binding).run(clean, protected)
             found = written.read_to_end()
@@ -183,6 +199,8 @@ class _Comparison:
             if not is_protectable(clean, self._binding.sidecar_patterns):
                 self._audit.num_sidecars += 1
                 self._expect_identical(clean, written)
+                if not is_exempt(written, self._binding.sidecar_patterns):
+                    self._expect_no_image(written)
             elif self._bad.get(printable(clean.name)) == "passed through":
                 self._audit.num_passed_through += 1
                 self._expect_identical(clean, written)
@@ -194,6 +212,11 @@ class _Comparison:
             self._audit.report(f"{clean.name}: its header is not the source's")
         if clean.payload != written.payload:
             self._audit.report(f"{clean.name}: its bytes are not the source's")
+
+    def _expect_no_image(self, sidecar: Member) -> None:
+        """Ask another library than the one that decided what is an image."""
+        if found := pillow_format(sidecar.payload):
+            self._audit.report(f"{sidecar.name}: was copied, and is a {found} image")
 
     def _compare_image(self, clean: Member, written: Member) -> None:
         limit = self._binding.max_image_pixels

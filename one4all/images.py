@@ -30,6 +30,14 @@ from isal import isal_zlib
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from one4all.errors import BadImageError, UsageError
+from one4all.image_kinds import image_kind
+from one4all.image_limits import (
+    is_icc_chunk,
+    is_icc_profile,
+    is_plausible_exif,
+    png_chunks,
+    within_limits,
+)
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
@@ -40,33 +48,14 @@ MAX_SIDE = 65_535  # pixels; what JPEG can state
 JPEG_QUALITY = 95
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for "L"
 
-# A member with one of these extensions is an image even when we cannot read it: then it is a bad
-# image and the policy decides, instead of being copied as if it were a sidecar.
-IMAGE_EXTENSIONS = frozenset(
-    "apng arw avif bmp cr2 cr3 dib dng exr gif hdr heic heif ico j2k jfif jp2 jpe jpeg jpg jpx jxl "
-    "nef pbm pgm png pnm ppm psd tga tif tiff webp".split()
-)
-_MAGIC = (
-    b"\xff\xd8\xff",  # JPEG
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"II*\0",  # TIFF and most raw formats
-    b"MM\0*",
-    b"II+\0",  # BigTIFF
-    b"MM\0+",
-    b"\xff\x4f\xff\x51",  # JPEG 2000 codestream
-    b"\0\0\0\x0cjP  \r\n\x87\n",  # JPEG 2000
-    b"\0\0\0\x0cJXL \r\n\x87\n",
-)
-_BMP_HEADER_SIZES = tuple(struct.pack("<I", n) for n in (12, 40, 52, 56, 64, 108, 124))
-_FTYP_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
-
-# Chunks of a PNG that describe the picture and stay true when its samples change.
-_PNG_KEPT_CHUNKS = frozenset((b"cHRM", b"gAMA", b"iCCP", b"sRGB", b"cICP", b"pHYs"))
+# Chunks of a PNG that describe the picture and stay true when its samples change; bytes of each.
+_PNG_KEPT_CHUNKS = {b"cHRM": 32, b"gAMA": 4, b"sRGB": 1, b"cICP": 4, b"pHYs": 9}
 # EXIF: sub-images, XMP, IPTC, Photoshop blocks, ICC (kept elsewhere), maker notes, PrintIM.
 _PICTURE_TAGS = frozenset((0x014A, 0x02BC, 0x83BB, 0x8649, 0x8773, 0x927C, 0xC4A5, 0xC634))
-_LONGEST_METADATA = 2048  # bytes or items of one value; a thumbnail does not fit
+# Bytes of one value of EXIF or one text, and of all that an image keeps: a thumbnail does not fit.
+_LONGEST_METADATA = 2048
+MAX_METADATA = 16_384
+_NOT_ASKED_FOR = frozenset("DIB GBR IM IMT IPTC MCIDAS SPIDER TGA BUFR GRIB HDF5 MPEG".split())
 _PNG_COLOUR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}
 _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
@@ -100,25 +89,6 @@ class DecodedImage:
     converted: str = ""
 
 
-def is_image(name: str, head: bytes) -> bool:
-    """Whether a shard member must be treated as an image.
-
-    Decided by extension, or else by content, so that a JPEG called ``photo.bin`` does not leave
-    unprotected.
-
-    Args:
-        name: Member name.
-        head: At least the first 32 bytes of the member.
-    """
-    if name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS:
-        return True
-    if head[:2] == b"BM" and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADER_SIZES:
-        return True
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return True
-    return head.startswith(_MAGIC) or (head[4:8] == b"ftyp" and head[8:12] in _FTYP_BRANDS)
-
-
 def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage:
     """Decode one image file completely.
 
@@ -149,10 +119,29 @@ def peek_num_pixels(data: bytes) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            width, height = Image.open(io.BytesIO(data)).size
+            width, height = _open(data).size
     except Exception:  # hostile input; decode() will say what is wrong with it
         return 0
     return width * height
+
+
+def pillow_format(data: bytes) -> str:
+    """Name of the format in which Pillow reads a file; "" if it reads none.
+
+    An opinion beside that of `image_kind`, for an audit. Formats without a signature, which any
+    table of numbers may be, and data that are no pictures are not asked for.
+    """
+    Image.init()
+    formats = [name for name in Image.ID if name not in _NOT_ASKED_FOR]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=formats)
+            if image.format not in ("EPS", "WMF"):  # drawn by programs that may not be there
+                image.load()
+    except Exception:
+        return ""
+    return str(image.format)
 
 
 def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
@@ -224,7 +213,7 @@ def from_pillow(image: Image.Image, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     return DecodedImage(
         pixels=pixels,
         format="PNG",
-        exif=_exif_without_pictures(image),
+        exif=_exif_without_pictures(image, _Room()),
         icc_profile=_icc_profile(image),
         dpi=_plausible_dpi(image.info.get("dpi")),
         converted=converted,
@@ -282,14 +271,20 @@ def colour(pixels: Pixels) -> Pixels:
 
 
 def _decode(data: bytes, max_pixels: int) -> DecodedImage:
-    image = Image.open(io.BytesIO(data))
-    _refuse_what_would_lose_data(image, data, max_pixels)
+    image = _open(data)
+    _refuse_size(image, max_pixels)
+    _refuse_frames(image)
+    _refuse_depth(image, _bits_per_channel(image, data))
     image.load()
     pixels, converted = _to_8_bit_pixels(image, data[24] if image.format == "PNG" else 8)
     return DecodedImage(
         pixels=pixels,
         format="JPEG" if image.format == "MPO" else str(image.format),
-        exif=_exif_without_pictures(image) if image.format in ("JPEG", "MPO", "WEBP") else b"",
+        exif=(
+            _exif_without_pictures(image, _Room())
+            if image.format in ("JPEG", "MPO", "WEBP")
+            else b""
+        ),
         icc_profile=_icc_profile(image),
         dpi=_plausible_dpi(image.info.get("dpi")),
         png_chunks=_png_chunks(data, image) if image.format == "PNG" else (),
@@ -297,13 +292,22 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     )
 
 
-def _icc_profile(image: Image.Image) -> bytes:
-    """The ICC profile, unless it is of CMYK, which becomes RGB.
+def _open(data: bytes) -> Image.Image:
+    """Open a file whose decoding is known to be bounded by its pixels and bytes."""
+    kind = image_kind(data)
+    if not kind:
+        raise BadImageError("not an image file that can be read")
+    if kind not in FORMATS:
+        raise BadImageError(f"format {kind} is not supported, only {', '.join(FORMATS)}")
+    return Image.open(io.BytesIO(within_limits(data, kind)), formats=(kind,))
 
-    A PNG text chunk may be called "icc_profile", or "dpi": only values of the right type count.
-    """
+
+def _icc_profile(image: Image.Image) -> bytes:
+    """The ICC profile, unless it is of CMYK, which becomes RGB, or is no profile."""
     profile = image.info.get("icc_profile")
-    return profile if isinstance(profile, bytes) and image.mode != "CMYK" else b""
+    if not isinstance(profile, bytes) or image.mode == "CMYK":
+        return b""
+    return profile if is_icc_profile(profile) else b""
 
 
 def _plausible_dpi(dpi: object) -> tuple[float, float] | None:
@@ -313,14 +317,6 @@ def _plausible_dpi(dpi: object) -> tuple[float, float] | None:
         return None
     across, down = float(dpi[0]), float(dpi[1])
     return (across, down) if 0 < across < 65536 and 0 < down < 65536 else None
-
-
-def _refuse_what_would_lose_data(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    if image.format not in (*FORMATS, "MPO"):
-        raise BadImageError(f"format {image.format} is not supported, only {', '.join(FORMATS)}")
-    _refuse_size(image, max_pixels)
-    _refuse_frames(image)
-    _refuse_depth(image, _bits_per_channel(image, data))
 
 
 def _refuse_size(image: Image.Image, max_pixels: int) -> None:
@@ -334,9 +330,11 @@ def _refuse_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _refuse_frames(image: Image.Image) -> None:
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # the rest of an MPO is a depth or gain map
-        raise BadImageError(f"animated or multi-page ({frames} frames)")
+    # Pillow counts the pages of a TIFF in a time that grows with the square of their number.
+    if (
+        getattr(image, "is_animated", False) and image.format != "MPO"
+    ):  # whose rest is depth or gain
+        raise BadImageError("animated or multi-page")
 
 
 def _refuse_depth(image: Image.Image, bits: int) -> None:
@@ -377,6 +375,9 @@ def _to_8_bit_pixels(image: Image.Image, bits: int) -> tuple[Pixels, str]:
     ``bits`` are those of a channel of the file.
     """
     mode, target = image.mode, image.mode
+    if isinstance(image.info.get("transparency"), str):  # Pillow takes a text of a PNG for it
+        image = image.copy()
+        del image.info["transparency"]
     if "transparency" in image.info and mode in ("1", "L", "P", "RGB"):
         target = "LA" if mode in ("1", "L") else "RGBA"
     elif mode not in _MODE.values():
@@ -408,20 +409,23 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(squeezed))
 
 
-def _exif_without_pictures(image: Image.Image) -> bytes:
+def _exif_without_pictures(image: Image.Image, room: _Room) -> bytes:
     """The EXIF block in TIFF structure, written anew without what may hold an unprotected copy.
 
     Orientation, resolution, dates, camera, exposure, place and the like are kept. Thumbnails (the
-    second directory), maker notes, and any value longer than ``_LONGEST_METADATA`` are not. A block
-    that cannot be parsed is dropped.
+    second directory), maker notes, and values for which there is no room are not. A block that
+    cannot be parsed is dropped.
     """
+    raw = image.info.get("exif")
     try:
+        if isinstance(raw, bytes) and not is_plausible_exif(raw.removeprefix(b"Exif\0\0")):
+            return b""
         found = image.getexif()
         kept = Image.Exif()
         kept.endian = found.endian
-        kept.update({tag: value for tag, value in found.items() if _is_plain(tag, value)})
+        kept.update({tag: value for tag, value in found.items() if room.takes(tag, value)})
         for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            entries = {t: v for t, v in found.get_ifd(directory).items() if _is_plain(t, v)}
+            entries = {t: v for t, v in found.get_ifd(directory).items() if room.takes(t, v)}
             if entries:
                 kept[directory] = entries
             else:
@@ -431,31 +435,58 @@ def _exif_without_pictures(image: Image.Image) -> bytes:
         return b""
 
 
-def _is_plain(tag: int, value: object) -> bool:
-    if tag in _PICTURE_TAGS:
-        return False
-    size = len(value) if isinstance(value, (bytes, str, tuple, list)) else 1
-    return size <= _LONGEST_METADATA
+class _Room:
+    """What is left of ``MAX_METADATA`` for one image."""
+
+    def __init__(self) -> None:
+        self._num_bytes = MAX_METADATA
+
+    def takes(self, tag: int, value: object) -> bool:
+        """Whether an EXIF value may be kept; its bytes then count."""
+        return tag not in _PICTURE_TAGS and self.holds(_num_bytes(value))
+
+    def holds(self, num_bytes: int) -> bool:
+        """Whether that many bytes may be kept; they then count."""
+        fits = num_bytes <= min(_LONGEST_METADATA, self._num_bytes)
+        self._num_bytes -= num_bytes if fits else 0
+        return fits
+
+
+def _num_bytes(value: object) -> int:
+    """Bytes of an EXIF value in its block, as near as its type in Python says."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, (tuple, list)):
+        return sum(map(_num_bytes, value))
+    return (2 if abs(value) < 1 << 16 else 4) if isinstance(value, int) else 8
 
 
 def _png_chunks(data: bytes, image: Image.Image) -> tuple[tuple[bytes, bytes], ...]:
     """The descriptive chunks of a PNG, verbatim; none that may hold a picture.
 
-    EXIF is written anew, as for other formats. Long texts are left out, and those that carry a
-    whole metadata block (XMP, "Raw profile type ..."): a thumbnail may be inside.
+    EXIF is written anew, as for other formats. Long texts are left out, those that carry a whole
+    metadata block (XMP, "Raw profile type ..."), in which a thumbnail may be, and those for which
+    there is no room. Of each other chunk the first counts, and only at the length it must have.
     """
-    chunks, position = [], 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        payload = data[position + 8 : position + 8 + length]
-        position += 12 + length
+    chunks: list[tuple[bytes, bytes]] = []
+    seen: set[bytes] = set()
+    room = _Room()
+    for kind, start, end in png_chunks(data):
+        payload = data[start + 8 : end - 4]
+        text = kind in (b"tEXt", b"zTXt", b"iTXt")
+        if kind in seen and not text:
+            continue
+        seen.add(kind)
         if kind == b"eXIf":
-            payload = _exif_without_pictures(image)
-        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-            block = payload.startswith((b"XML:", b"Raw profile"))
-            if block or len(payload) > _LONGEST_METADATA:
+            payload = _exif_without_pictures(image, room)
+        elif kind == b"iCCP":
+            if not is_icc_chunk(payload):
                 continue
-        elif kind not in _PNG_KEPT_CHUNKS:
+        elif text:
+            block = payload.startswith((b"XML:", b"Raw profile"))
+            if block or not room.holds(len(payload)):
+                continue
+        elif len(payload) != _PNG_KEPT_CHUNKS.get(kind):
             continue
         chunks.append((kind, payload))
     return tuple(chunks)

@@ -2,9 +2,10 @@
 
     source -> container's reader -> decode -> device -> encode -> container's writer -> destination
 
-Batches of samples move through the stages in order, at most three at a time, each bounded in
-images and in pixels, so memory does not grow with the unit. What a batch holds depends on the
-unit alone, never on timing: the same unit makes the same bytes.
+Batches of images move through the stages in order, at most three at a time, each bounded in
+images, pixels, members and bytes, so memory does not grow with the unit. A sample whose images are
+more than one batch may hold is spread over several, and written whole after the last. What a batch
+holds depends on the unit alone, never on timing: the same unit makes the same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from one4all.corpus import (
+    DEFAULT_MAX_SAMPLE_BYTES,
     Member,
     OutputObject,
     Sample,
@@ -50,6 +52,7 @@ from one4all.storage import Storage
 
 STAGES = ("read", "decode", "device", "encode", "write")
 _LOOKAHEAD = 1  # batches waiting between two stages
+_MAX_BATCH_MEMBERS = 16_384  # each takes about 3 KB, though it may be empty
 
 OnBatch = Callable[[float], None]
 """Receives the seconds of one batch on the device."""
@@ -104,9 +107,15 @@ class _Protected:
 
 @dataclass
 class _Batch:
-    """Samples on their way through the stages; futures are keyed by member name."""
+    """Images on their way through the stages; futures are keyed by member name.
 
-    samples: list[Sample]
+    Attributes:
+        images: Members to be decoded together.
+        samples: Those of which the last image is here, to be written after it.
+    """
+
+    images: list[Member] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     decoded: dict[str, Future[tuple[DecodedImage, Pixels]]] = field(default_factory=dict)
     protected: dict[str, Future[_Protected]] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
@@ -188,6 +197,9 @@ class _UnitRewrite:
         self._counts: Counter[str] = Counter()
         self._converted: Counter[str] = Counter()
         self._bad: list[BadImage] = []
+        # Of samples that are not written yet, by member name; more than a batch holds of one only.
+        self._finished: dict[str, _Protected] = {}
+        self._reasons: dict[str, str] = {}
         self._max_before_encoding = 0
         self._max_decoded = 0
         self._psnr_sum = 0.0
@@ -246,24 +258,36 @@ class _UnitRewrite:
             self._seconds[stage] += time.perf_counter() - start
 
     def _batches(self, samples: Iterator[Sample]) -> Iterator[_Batch]:
-        """Group whole samples until the next one would be too many images or pixels."""
-        group: list[Sample] = []
-        images = pixels = num_bytes = 0
+        """Group whole samples until the next one would be too much; spread one that alone is."""
+        config = self._config
+        batch = _Batch()
+        pixels = members = num_bytes = 0
         for sample in samples:
-            payloads = [m.payload for m in images_of(sample, self._config.sidecar_patterns)]
-            more = sum(peek_num_pixels(payload) for payload in payloads)
-            if group and (
-                images + len(payloads) > self._config.batch_size
-                or pixels + more > self._config.batch_pixels
-                or num_bytes + sample.num_bytes > 4 * self._config.batch_pixels
+            images = images_of(sample, config.sidecar_patterns)
+            sizes = [peek_num_pixels(member.payload) for member in images]
+            if batch.samples and (
+                len(batch.images) + len(images) > config.batch_size
+                or pixels + sum(sizes) > config.batch_pixels
+                or members + len(sample.members) > _MAX_BATCH_MEMBERS
+                or num_bytes + sample.stored_bytes > 4 * config.batch_pixels
             ):
-                yield _Batch(group)
-                group, images, pixels, num_bytes = [], 0, 0, 0
-            group.append(sample)
-            images, pixels = images + len(payloads), pixels + more
-            num_bytes += sample.num_bytes
-        if group:
-            yield _Batch(group)
+                yield batch
+                batch, pixels, members, num_bytes = _Batch(), 0, 0, 0
+            spread = False
+            for member, size in zip(images, sizes, strict=True):
+                full = len(batch.images) == config.batch_size or pixels + size > config.batch_pixels
+                if batch.images and full:
+                    yield batch
+                    batch, pixels, spread = _Batch(), 0, True
+                batch.images.append(member)
+                pixels += size
+            batch.samples.append(sample)
+            members, num_bytes = members + len(sample.members), num_bytes + sample.stored_bytes
+            if spread:
+                yield batch
+                batch, pixels, members, num_bytes = _Batch(), 0, 0, 0
+        if batch.samples:
+            yield batch
 
     def _ahead(self, batches: Iterator[_Batch]) -> Generator[_Batch]:
         """Read the next batch in a thread of its own while this one is worked on."""
@@ -278,9 +302,8 @@ class _UnitRewrite:
                 yield batch
 
     def _start_decoding(self, batch: _Batch) -> None:
-        for sample in batch.samples:
-            for member in images_of(sample, self._config.sidecar_patterns):
-                batch.decoded[member.name] = self._pool.submit(self._decode, member)
+        for member in batch.images:
+            batch.decoded[member.name] = self._pool.submit(self._decode, member)
 
     def _decode(self, member: Member) -> tuple[DecodedImage, Pixels]:
         image = decode(member.payload, max_pixels=self._config.max_image_pixels)
@@ -296,20 +319,15 @@ class _UnitRewrite:
                 except BadImageError as error:
                     batch.bad[name] = str(error)
         batch.decoded.clear()
-        names = list(images)
-        size = self._config.batch_size
-        for start in range(0, len(names), size):
-            chosen = names[start : start + size]
+        if images:
             before = self._seconds["device"]
             with self.timer("device"):
                 # Always a full batch: one shape, and results that do not depend on neighbours.
-                working = fill_batch([images[name][1] for name in chosen], size)
-                deltas = self._protector.perturb(working)
+                working = [copy for _, copy in images.values()]
+                deltas = self._protector.perturb(fill_batch(working, self._config.batch_size))
             self._on_batch(self._seconds["device"] - before)
-            for name, delta in zip(chosen, deltas, strict=False):
-                batch.protected[name] = self._pool.submit(
-                    self._encode, name, images[name][0], delta
-                )
+            for (name, (image, _)), delta in zip(images.items(), deltas, strict=False):
+                batch.protected[name] = self._pool.submit(self._encode, name, image, delta)
         return batch
 
     def _encode(self, name: str, clean: DecodedImage, delta: Levels) -> _Protected:
@@ -329,16 +347,29 @@ class _UnitRewrite:
 
     def _write(self, batch: _Batch, output: UnitWriter) -> None:
         """Wait for the encoded images and write the samples, in the order of the source."""
-        protected: dict[str, _Protected] = {}
+        self._reasons |= batch.bad
         with self.timer("encode"):
             for name, future in batch.protected.items():
                 try:
-                    protected[name] = future.result()
+                    self._finished[name] = future.result()
                 except BadImageError as error:
-                    batch.bad[name] = str(error)
+                    self._reasons[name] = str(error)
+        self._refuse_growth(batch)
         with self.timer("write"):
             for sample in batch.samples:
-                self._write_sample(sample, protected, batch.bad, output)
+                self._write_sample(sample, self._finished, self._reasons, output)
+        if batch.samples:
+            self._finished, self._reasons = {}, {}
+
+    def _refuse_growth(self, batch: _Batch) -> None:
+        """A sample is held until its last image is there, and a protected one may be larger."""
+        limit = max(self._config.max_sample_bytes, DEFAULT_MAX_SAMPLE_BYTES)
+        sizes = {name: len(image.file.payload) for name, image in self._finished.items()}
+        if len(batch.samples) < 2 and sum(sizes.values()) > limit:
+            raise ShardError(
+                f"the sample of {next(iter(sizes))!r} would take over {limit:,} bytes once it is "
+                "protected; split it, or raise max_sample_bytes"
+            )
 
     def _write_sample(
         self,
@@ -360,6 +391,11 @@ class _UnitRewrite:
                 "use output_format match"
             )
         for member in sample.members:
+            if member.link_target and self._config.output_format == "lossless":
+                raise ShardError(
+                    f"{member.name!r} is a link to {member.link_target!r}, which may get another "
+                    "name once JPEG becomes PNG; use output_format match"
+                )
             if member.is_file and (image := protected.get(member.name)):
                 output.replace(member, name=image.name, payload=image.file.payload)
                 self._count(image)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from one4all.corpus import Unit, images_of, read_samples
 from one4all.errors import BadImageError, NotFoundError, UsageError
-from one4all.images import IMAGE_EXTENSIONS, decode
+from one4all.image_kinds import IMAGE_EXTENSIONS
+from one4all.images import decode
 from one4all.protectors.protector import Protector
 from one4all.report import contact_sheet
 from one4all.storage import open_storage

@@ -13,10 +13,19 @@ from one4all.corpus.containers import (
     read_samples,
     write_unit,
 )
-from one4all.corpus.samples import Member, Sample, images_of, is_protectable, printable
+from one4all.corpus.samples import (
+    DEFAULT_MAX_SAMPLE_BYTES,
+    Member,
+    Sample,
+    images_of,
+    is_exempt,
+    is_protectable,
+    printable,
+)
 from one4all.corpus.units import ObjectVersion, Unit, filed_name
 
 __all__ = [
+    "DEFAULT_MAX_SAMPLE_BYTES",
     "Container",
     "Member",
     "ObjectVersion",
@@ -27,6 +36,7 @@ __all__ = [
     "filed_name",
     "find_container",
     "images_of",
+    "is_exempt",
     "is_protectable",
     "list_units",
     "open_corpora",

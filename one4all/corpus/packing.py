@@ -27,7 +27,8 @@ import numpy as np
 from one4all.corpus.tar import write_shard
 from one4all.errors import ConfigError, UsageError
 from one4all.extras import require
-from one4all.images import IMAGE_EXTENSIONS, DecodedImage, encode
+from one4all.image_kinds import IMAGE_EXTENSIONS
+from one4all.images import DecodedImage, encode
 from one4all.storage import Storage
 
 Split = Literal["train", "test"]

@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from one4all.images import is_image
+from one4all.image_kinds import is_image
 
 DEFAULT_MAX_SAMPLE_BYTES = 1 << 30
 
@@ -23,12 +23,14 @@ class Member:
         payload: Content; empty unless it is a regular file.
         envelope: All that a copy must keep beside the content, byte for byte, such as a tar header.
         is_file: Whether it is a regular file; a folder or a link is not.
+        link_target: Name that a link, hard or symbolic, stands for; "" for everything else.
     """
 
     name: str
     payload: bytes = field(repr=False)
     envelope: bytes = field(default=b"", repr=False)
     is_file: bool = True
+    link_target: str = ""
 
     @property
     def stored_bytes(self) -> int:
@@ -57,19 +59,34 @@ class Sample:
         """Bytes of content."""
         return sum(len(member.payload) for member in self.members)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes in its container."""
+        return sum(member.stored_bytes for member in self.members)
+
+
+def is_exempt(member: Member, sidecar_patterns: Sequence[str]) -> bool:
+    """Whether a member shall be left alone, image or not.
+
+    Args:
+        member: One member.
+        sidecar_patterns: Such as ``*.seg.png``; matched, with case, against the last component of
+            the name.
+    """
+    base = member.name.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(base, pattern) for pattern in sidecar_patterns)
+
 
 def is_protectable(member: Member, sidecar_patterns: Sequence[str] = ()) -> bool:
     """Whether a member is an image that must be protected; everything else is a sidecar.
 
     Args:
         member: One member.
-        sidecar_patterns: Images to leave alone, such as ``*.seg.png``; matched, with case, against
-            the last component of the name.
+        sidecar_patterns: Images to leave alone; see `is_exempt`.
     """
-    base = member.name.rpartition("/")[2]
-    if not member.is_file or any(fnmatch.fnmatchcase(base, p) for p in sidecar_patterns):
+    if not member.is_file or is_exempt(member, sidecar_patterns):
         return False
-    return is_image(member.name, member.payload[:32])
+    return is_image(member.name, member.payload)
 
 
 def images_of(sample: Sample, sidecar_patterns: Sequence[str] = ()) -> list[Member]:

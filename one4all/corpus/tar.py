@@ -6,11 +6,17 @@ end-of-archive blocks have been read and nothing but zeros follows.
 
 Members that are copied keep their header blocks and their payload byte for byte, whatever dialect
 of tar wrote them. Names are data: nothing is extracted, nothing is unpickled.
+
+Headers are read strictly, extension headers by code of our own: ``tarfile`` takes a time that grows
+with the square of a record, and numbers that no writer writes. Where readers of tar would disagree
+about what a member holds or where it ends, the shard is refused: what we copy as a text must not be
+an image to somebody else.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import re
 import tarfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -26,11 +32,32 @@ from one4all.storage import ObjectInfo, Storage, Writer
 SUFFIX = ".tar"
 BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)
-_EXTENSION_TYPES = (b"x", b"L", b"K")  # headers that describe the member after them
-_MEMBER_TYPES = frozenset(tarfile.SUPPORTED_TYPES) - {tarfile.GNUTYPE_SPARSE}
-MAX_SAMPLE_MEMBERS = 256  # a sample is held in memory, with its decoded images
-_MAX_EXTENSION_HEADERS = 8  # before one member; tar writes three at most
+_PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"  # headers that describe the member after them
+_MEMBER_TYPES = frozenset(tarfile.SUPPORTED_TYPES) - {
+    tarfile.GNUTYPE_SPARSE,
+    _LONG_NAME,
+    _LONG_LINK,
+}
+MAX_SAMPLE_MEMBERS = 256  # a sample is held in memory
+MAX_NAME = 4096  # characters; no file system holds a longer path
 _MAX_HEADER_PAYLOAD = 1 << 20  # bytes; a PAX or long-name payload beyond this is an attack
+_MAX_PAX_RECORDS = 1000  # tar writes about ten
+
+# Where the number fields of a header stand, and how they are written: octal, or base 256.
+_NUMBERS = {"mode": (100, 108), "uid": (108, 116), "gid": (116, 124), "size": (124, 136)}
+_NUMBERS |= {"mtime": (136, 148), "checksum": (148, 156)}
+_OCTAL = re.compile(rb" *[0-7]*[ \0]*")
+_USUAL_NUMBERS = re.compile(rb"([0-7]{6}[0-7 ][ \0]){3}([0-7]{11}[ \0]){2}[0-7]{6}\0 ")
+_PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
+_PAX_NUMBERS = {
+    "size": re.compile(r"\d{1,19}"),
+    "uid": re.compile(r"-?\d{1,15}"),
+    "gid": re.compile(r"-?\d{1,15}"),
+    "mtime": re.compile(r"-?\d{1,15}(\.\d*)?"),
+}
+_PAX_TEXTS = {"path": "name", "linkpath": "linkname", "uname": "uname", "gname": "gname"}
+# By these, readers find other content than we copy, or none: sparse files, parts of a file.
+_PAX_OTHER_CONTENT = ("GNU.sparse.", "GNU.volume.", "SCHILY.realsize", "SUN.holesdata")
 
 
 class Readable(Protocol):
@@ -55,7 +82,12 @@ class TarMember(Member):
     def of(cls, info: tarfile.TarInfo, header: bytes, payload: bytes) -> TarMember:
         """From a parsed header, the blocks it stands in, and the content."""
         return cls(
-            name=info.name, payload=payload, envelope=header, is_file=info.isreg(), info=info
+            name=info.name,
+            payload=payload,
+            envelope=header,
+            is_file=info.isreg(),
+            link_target=info.linkname if info.islnk() or info.issym() else "",
+            info=info,
         )
 
     @property
@@ -133,27 +165,35 @@ def read_tar(
         ShardError: As `read_members`; or a key comes back after another sample, so that readers
             would disagree about which members belong together.
     """
-    seen: set[str] = set()
-    group: list[TarMember] = []
+    seen: set[bytes] = set()  # digests: a key may be long, and a shard may hold millions
+    group: dict[str, TarMember] = {}
+    num_bytes = 0
 
     def close() -> Sample:
-        key = group[0].key
-        if group[0].is_file:
-            if key in seen:
+        members = tuple(group.values())
+        key = members[0].key
+        if members[0].is_file:
+            digest = hashlib.blake2b(
+                key.encode("utf-8", "surrogateescape"), digest_size=16
+            ).digest()
+            if digest in seen:
                 raise ShardError(
                     f"key {key!r} appears twice; members of a sample must be consecutive"
                 )
-            seen.add(key)
-        return Sample(key, tuple(group))
+            seen.add(digest)
+        return Sample(key, members)
 
+    key = None
     for member in read_members(stream, max_sample_bytes=max_sample_bytes):
-        if group and not (member.is_file and group[0].is_file and member.key == group[0].key):
+        if group and not (member.is_file and member.key == key):
             yield close()
-            group = []
-        if any(member.name == other.name for other in group):
+            group, num_bytes = {}, 0
+        if member.name in group:
             raise ShardError(f"member {member.name!r} appears twice")
-        group.append(member)
-        if len(group) > MAX_SAMPLE_MEMBERS or sum(len(m.payload) for m in group) > max_sample_bytes:
+        group[member.name] = member
+        key = member.key if member.is_file else None
+        num_bytes += len(member.payload) + len(member.envelope) - BLOCK
+        if len(group) > MAX_SAMPLE_MEMBERS or num_bytes > max_sample_bytes:
             raise ShardError(
                 f"sample {member.key!r} has over {MAX_SAMPLE_MEMBERS} members or "
                 f"{max_sample_bytes:,} bytes; a key ends at the first dot of a name, so names like "
@@ -177,40 +217,28 @@ def read_members(
     """
     blocks = _Blocks(stream)
     while True:
-        header, position, num_extensions = b"", blocks.position, 0
-        while True:
-            block = blocks.take(BLOCK, "a header" if header else "the end-of-archive blocks")
-            if block == _ZEROS:
-                break
-            info = _parse_header(block, position)
-            header += block
-            if info.type not in (*_EXTENSION_TYPES, tarfile.XGLTYPE):
-                break
-            num_extensions += 1
-            if info.size > _MAX_HEADER_PAYLOAD or num_extensions > _MAX_EXTENSION_HEADERS:
-                raise ShardError(f"too many or too large extension headers at byte {position:,}")
-            header += blocks.take(_padded(info.size), "an extension header")
-            if info.type == tarfile.XGLTYPE:
-                break
-        if block == _ZEROS:
-            if header:
-                raise ShardError(f"extension header without a member at byte {position:,}")
+        position = blocks.position
+        info, header = _read_headers(blocks)
+        if info is None:
             blocks.expect_end()
             return
+        name = info.name
+        if len(name) > MAX_NAME or len(info.linkname) > MAX_NAME:
+            raise ShardError(f"a name of over {MAX_NAME:,} characters at byte {position:,}")
         if info.type == tarfile.XGLTYPE:
-            if b" size=" in header or b" path=" in header:
-                raise ShardError(f"global header at byte {position:,} overrides names or sizes")
             yield TarMember.of(info, header, b"")
             continue
-        if len(header) > BLOCK:
-            info = _parse_extended(header, position)
-        if info.issparse() or info.type not in _MEMBER_TYPES:
-            raise ShardError(f"member {info.name!r} has the unsupported type {info.type!r}")
-        size = info.size if info.isreg() else 0
-        if not 0 <= size <= max_sample_bytes:
-            raise ShardError(f"member {info.name!r} declares {size:,} bytes, over the limit")
-        payload = blocks.take(_padded(size), f"member {info.name!r}")
-        yield TarMember.of(info, header, payload[:size])
+        if info.type not in _MEMBER_TYPES:
+            raise ShardError(f"member {name!r} has the unsupported type {info.type!r}")
+        if info.size and not info.isreg():
+            raise ShardError(
+                f"member {name!r} is no file and declares {info.size:,} bytes; readers disagree "
+                "about where the next one begins"
+            )
+        if info.size > max_sample_bytes:
+            raise ShardError(f"member {name!r} declares {info.size:,} bytes, over the limit")
+        payload = blocks.take(_padded(info.size), f"member {name!r}")
+        yield TarMember.of(info, header, payload[: info.size])
 
 
 class TarWriter:
@@ -305,32 +333,124 @@ class _Blocks:
             self.position += len(part)
 
 
+def _read_headers(blocks: _Blocks) -> tuple[tarfile.TarInfo | None, bytes]:
+    """One member's header, as its extension headers have it, and all blocks of these.
+
+    A global header counts as a member. None stands for the first block of the archive's end.
+    """
+    position = blocks.position
+    header = blocks.take(BLOCK, "the end-of-archive blocks")
+    if header == _ZEROS:
+        return None, b""
+    info = _parse_header(header, position)
+    extensions: dict[bytes, bytes] = {}
+    while info.type in (_PAX, _LONG_NAME, _LONG_LINK, tarfile.XGLTYPE):
+        mixed = extensions and _PAX in (info.type, *extensions)
+        if info.size > _MAX_HEADER_PAYLOAD or info.type in extensions or mixed:
+            raise ShardError(f"too many or too large extension headers at byte {position:,}")
+        payload = blocks.take(_padded(info.size), "an extension header")
+        header += payload
+        if info.type == tarfile.XGLTYPE:
+            if extensions:
+                raise ShardError(f"global header inside of another at byte {position:,}")
+            _check_global(_pax_records(payload[: info.size], position), position)
+            return info, header
+        extensions[info.type] = payload[: info.size]
+        block = blocks.take(BLOCK, "a header")
+        if block == _ZEROS:
+            raise ShardError(f"extension header without a member at byte {position:,}")
+        info = _parse_header(block, position)
+        header += block
+    for kind, payload in extensions.items():
+        if kind == _PAX:
+            _apply_pax(info, _pax_records(payload, position), position)
+        elif kind == _LONG_NAME:
+            info.name = _long_name(payload, position)
+        else:
+            info.linkname = _long_name(payload, position)
+    if info.isdir():
+        info.name = info.name.rstrip("/")
+    return info, header
+
+
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
     if block[:2] == b"\x1f\x8b" and position == 0:
         raise ShardError(
             "gzip-compressed; only plain tar shards are supported, decompress it first"
         )
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise ShardError(f"garbled header at byte {position:,}: {error}") from error
-
-
-def _parse_extended(header: bytes, position: int) -> tarfile.TarInfo:
-    """Parse a member header that has PAX or GNU extension headers before it."""
-    try:
-        with tarfile.open(
-            fileobj=io.BytesIO(header + bytes(2 * BLOCK)),
-            mode="r:",
-            encoding="utf-8",
-            errors="surrogateescape",
-        ) as archive:
-            info = archive.next()
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise ShardError(f"garbled extension header at byte {position:,}: {error}") from error
-    if info is None:
-        raise ShardError(f"garbled extension header at byte {position:,}")
+    if _USUAL_NUMBERS.match(block, 100):
+        return info
+    for name, (start, end) in _NUMBERS.items():
+        number = block[start:end]
+        if number[0] not in (0x80, 0xFF) and not _OCTAL.fullmatch(number):
+            raise ShardError(f"garbled header at byte {position:,}: its {name} is {number!r}")
+    if info.size < 0:
+        raise ShardError(f"garbled header at byte {position:,}: its size is {info.size:,}")
     return info
+
+
+def _pax_records(payload: bytes, position: int) -> dict[str, str]:
+    """Records ``LENGTH KEYWORD=VALUE\\n`` of a PAX header.
+
+    The character set comes first, if it is named, as ``tarfile`` has it.
+    """
+    records: dict[str, str] = {}
+    start, length = 0, len(payload.rstrip(b"\0"))
+    while start < length:
+        found = _PAX_LENGTH.match(payload, start)
+        end = start + int(found[1]) if found else 0
+        equals = payload.find(b"=", found.end(), end) if found else -1
+        if not found or equals <= found.end() or not equals < end <= len(payload):
+            raise ShardError(f"garbled extension header at byte {position:,}")
+        if payload[end - 1 : end] != b"\n" or len(records) >= _MAX_PAX_RECORDS:
+            raise ShardError(f"garbled extension header at byte {position:,}")
+        try:
+            keyword = payload[found.end() : equals].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ShardError(f"garbled extension header at byte {position:,}: {error}") from error
+        if keyword.startswith(_PAX_OTHER_CONTENT):
+            raise ShardError(
+                f"{keyword} at byte {position:,}: a sparse file or a part of one; not supported"
+            )
+        records[keyword] = payload[equals + 1 : end - 1].decode("utf-8", "surrogateescape")
+        start = end
+    if charset := records.get("hdrcharset"):
+        return {"hdrcharset": charset} | records
+    return records
+
+
+def _check_global(records: dict[str, str], position: int) -> None:
+    if set(records) & {"size", "path", "linkpath"}:
+        raise ShardError(f"global header at byte {position:,} overrides names or sizes")
+
+
+def _apply_pax(info: tarfile.TarInfo, records: dict[str, str], position: int) -> None:
+    """Let the records of a PAX header override the fields of a header."""
+    for keyword, value in records.items():
+        if attribute := _PAX_TEXTS.get(keyword):
+            text = value.rstrip("/") if keyword == "path" else value
+            if "\0" in text or (keyword in ("path", "linkpath") and not text):
+                raise ShardError(f"garbled extension header at byte {position:,}: {keyword}")
+            setattr(info, attribute, text)
+        elif pattern := _PAX_NUMBERS.get(keyword):
+            if not pattern.fullmatch(value):
+                raise ShardError(
+                    f"garbled extension header at byte {position:,}: its {keyword} is {value!r}"
+                )
+            setattr(info, keyword, float(value) if keyword == "mtime" else int(value))
+    info.pax_headers = records
+
+
+def _long_name(payload: bytes, position: int) -> str:
+    """The content of a long-name header of GNU tar."""
+    name, _, rest = payload.partition(b"\0")
+    if not name or rest.strip(b"\0"):
+        raise ShardError(f"garbled extension header at byte {position:,}")
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _dialect(member: TarMember) -> Literal[1, 2]:

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from support.builders import make_16_bit_png, make_image, make_pixels, make_samples, make_tar
 
 import one4all
@@ -54,11 +54,12 @@ def test_a_pillow_image_comes_back_protected_and_of_its_size(protector, mode):
 def test_a_pillow_image_keeps_orientation_rights_profile_and_resolution(protector):
     exif = Image.Exif()
     exif[0x0112], exif[0x8298] = 6, "(c) Ann"
-    data = make_image("JPEG", exif=exif.tobytes(), icc_profile=b"profile", dpi=(300, 300))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = make_image("JPEG", exif=exif.tobytes(), icc_profile=profile, dpi=(300, 300))
     result = protector.protect_image(Image.open(io.BytesIO(data)))
     assert result.getexif()[0x0112] == 6
     assert result.getexif()[0x8298] == "(c) Ann"
-    assert result.info["icc_profile"] == b"profile"
+    assert result.info["icc_profile"] == profile
     assert result.info["dpi"] == (300, 300)
 
 

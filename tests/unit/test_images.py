@@ -10,9 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from support.builders import make_16_bit_png, make_bomb_png, make_image, make_pixels
+from support.hostile import png_with
 
 from one4all.errors import BadImageError
-from one4all.images import DecodedImage, decode, encode, extension_for, is_image, working_copy
+from one4all.image_kinds import is_image
+from one4all.images import (
+    MAX_METADATA,
+    DecodedImage,
+    decode,
+    encode,
+    extension_for,
+    from_pillow,
+    working_copy,
+)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +170,76 @@ def test_png_texts_that_may_hold_a_picture_do_not_survive():
     assert not {"XML:com.adobe.xmp", "Raw profile type exif", "long"} & set(written.text)
 
 
+def test_png_text_is_not_taken_for_transparency():
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("transparency", "3")
+    for mode in ("L", "P", "RGB", "1"):
+        image = decode(make_image("PNG", mode, pnginfo=text))
+        assert image.pixels.shape[2] == (1 if mode in ("L", "1") else 3)
+        opened = Image.open(io.BytesIO(make_image("PNG", mode, pnginfo=text)))
+        np.testing.assert_array_equal(from_pillow(opened).pixels, image.pixels)
+
+
+def _profile_with(rest: bytes) -> bytes:
+    """Something that says it is an ICC profile, and is another file from byte 128 on."""
+    profile = bytearray(128) + rest
+    profile[36:40] = b"acsp"
+    profile[:4] = len(profile).to_bytes(4, "big")
+    return bytes(profile)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        pytest.param(make_image("JPEG", seed=9), id="a-jpeg"),
+        pytest.param(_profile_with(b"")[:-1] + make_image("JPEG", seed=9), id="profile-and-jpeg"),
+        pytest.param(_profile_with(make_pixels(600, 900, seed=9).tobytes()), id="very-long"),
+    ],
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_what_is_no_colour_profile_does_not_survive(format, profile):
+    image = decode(make_image(format, icc_profile=profile))
+    assert image.icc_profile == b""
+    assert profile[-200:] not in encode(image, "match")
+    assert "icc_profile" not in Image.open(io.BytesIO(encode(image, "lossless"))).info
+
+
+def test_file_behind_the_profile_of_a_png_does_not_survive():
+    hidden = make_image("JPEG", seed=9)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    chunk = (b"iCCP", b"sRGB\0\0" + zlib.compress(profile) + hidden)
+    assert hidden[:200] not in encode(decode(png_with(chunk)), "match")
+
+
+@pytest.mark.parametrize("kind", [b"pHYs", b"cICP", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"abCd"])
+def test_png_chunk_that_is_too_long_or_comes_twice_does_not_survive(kind):
+    hidden = make_image("JPEG", seed=9)
+    assert hidden[:200] not in encode(decode(png_with((kind, hidden))), "match")
+    written = encode(decode(png_with(*[(b"gAMA", b"\0\0\xb1\x8f")] * 50)), "match")
+    assert written.count(b"gAMA") == 1
+
+
+def test_metadata_has_a_limit_in_sum():
+    """A picture in many small parts is a picture."""
+    texts = [(b"tEXt", b"part\0" + bytes([65 + i]) * 2000) for i in range(20)]
+    kept = encode(decode(png_with(*texts)), "match").count(b"part\0")
+    assert kept == MAX_METADATA // 2005
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8769).update({0xC000 + i: bytes([i]) * 2000 for i in range(20)})
+    exif.get_ifd(0x8769)[0xD000] = tuple(range(1025))  # 2050 bytes
+    for format in ("JPEG", "PNG", "WEBP"):
+        image = decode(make_image(format, exif=exif))
+        blocks = [image.exif, *(payload for _, payload in image.png_chunks)]
+        assert 2000 < sum(map(len, blocks)) < MAX_METADATA + 500
+        found = Image.open(io.BytesIO(encode(image, "match"))).getexif()
+        assert found[0x0112] == 6
+        assert 0xD000 not in found.get_ifd(0x8769)
+
+
 def test_png_that_hides_its_depth_is_refused():
     png = make_16_bit_png(3)
     text = struct.pack(">I", 4) + b"tEXta\0bc"
@@ -213,7 +293,7 @@ def test_our_png_is_what_pillow_reads_back(height, width, channels, seed):
     ],
 )
 def test_image_is_recognised_by_name_or_by_content(name, data, expected):
-    assert is_image(name, data[:32]) is expected
+    assert is_image(name, data) is expected
 
 
 def test_only_a_jpeg_written_as_png_changes_its_name():

@@ -1,10 +1,15 @@
 """A shard is whole or refused; what is copied is copied byte for byte."""
 
 import io
+import string
 import tarfile
+import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.builders import make_samples, make_tar, read_members
+from support.hostile import pax_record, tar_header, tar_of, with_pax
 
 from one4all.corpus import tar as shards
 from one4all.corpus.tar import TarWriter, read_tar, write_shard
@@ -102,6 +107,157 @@ def test_members_that_start_with_a_dot_stand_alone():
     files = [("._a.jpg", b"1"), ("a.jpg", b"2"), ("._b.jpg", b"3"), ("b.jpg", b"4")]
     samples = read_tar(io.BytesIO(make_tar(files)))
     assert [sample.key for sample in samples] == ["._a.jpg", "a", "._b.jpg", "b"]
+
+
+BASE_256 = b"\xff" * 12
+
+
+@pytest.mark.parametrize(
+    ("tar", "reason"),
+    [
+        pytest.param(with_pax(b"1" * 131_072), "garbled extension", id="digits"),
+        pytest.param(with_pax(b"1" * 7 + b" a=\n"), "garbled extension", id="record-too-long"),
+        pytest.param(with_pax(b"0 a=\n"), "garbled extension", id="record-of-0-bytes"),
+        pytest.param(with_pax(b"9 path=ab"), "garbled extension", id="record-without-end"),
+        pytest.param(with_pax(b"6 =ab\n"), "garbled extension", id="no-keyword"),
+        pytest.param(with_pax(b"6 \xff=a\n"), "garbled extension", id="keyword-no-utf8"),
+        pytest.param(with_pax(pax_record("a", "b") * 2000), None, id="a-record-2000-times"),
+        pytest.param(
+            with_pax(b"".join(pax_record(f"a{i}", "") for i in range(1001))),
+            "garbled extension",
+            id="1001-records",
+        ),
+        pytest.param(with_pax(pax_record("path", "a\0.jpg")), "garbled extension", id="nul"),
+        pytest.param(with_pax(pax_record("path", "")), "garbled extension", id="no-name"),
+        pytest.param(with_pax(pax_record("path", "a" * 5000)), "over 4,096", id="long-name"),
+        *(
+            pytest.param(with_pax(pax_record(k, v)), f"its {k} is", id=f"{k}={v}")
+            for k, v in (
+                ("size", "-1"),
+                ("size", "1e3"),
+                ("size", ""),
+                ("uid", "1_0"),
+                ("uid", "9" * 30),
+                ("mtime", "nan"),
+                ("mtime", "1e400"),
+            )
+        ),
+        pytest.param(with_pax(pax_record("size", "9" * 18)), "over the limit", id="pax-size"),
+        *(
+            pytest.param(with_pax(pax_record(k, "1")), "sparse file", id=k)
+            for k in ("GNU.sparse.major", "GNU.sparse.name", "SCHILY.realsize", "SUN.holesdata")
+        ),
+        pytest.param(tar_of(tar_header("a", size=BASE_256)), "its size is -1", id="size-below-0"),
+        pytest.param(
+            tar_of(tar_header("a", size=b"\xff" + bytes(11))),
+            "its size is -",
+            id="far-below-0",
+        ),
+        pytest.param(
+            tar_of(tar_header("a", kind=b"x", size=b"\xff" + bytes(11))),
+            "its size is -",
+            id="extension-far-below-0",
+        ),
+        pytest.param(
+            tar_of(tar_header("a", size=b"\x80" + b"\xff" * 11)),
+            "over the limit",
+            id="2-to-88",
+        ),
+        pytest.param(tar_of(tar_header("a", size=b"-0000000001\0")), "its size", id="minus"),
+        pytest.param(tar_of(tar_header("a", size=b"00000000_1 \0")), "its size", id="underscore"),
+        pytest.param(tar_of(tar_header("a", size=b"1\0" + b"7" * 10)), "its size", id="two"),
+        *(
+            pytest.param(
+                tar_of(tar_header("a", kind=kind, size=512, link="b"), b"x" * 512),
+                "no file and declares 512",
+                id=f"content-of-type-{kind.decode()}",
+            )
+            for kind in (b"1", b"2", b"5")
+        ),
+        pytest.param(
+            tar_of(tar_header("L", kind=b"L", size=4), b"a\0b\0", tar_header("a")),
+            "garbled extension",
+            id="two-long-names",
+        ),
+        pytest.param(
+            tar_of(
+                tar_header("L", kind=b"L", size=2),
+                b"b\0",
+                tar_header("x", kind=b"x", size=10),
+                b"10 path=a\n",
+                tar_header("c"),
+            ),
+            "too many",
+            id="names-of-two-dialects",
+        ),
+        pytest.param(
+            tar_of(tar_header("g", kind=b"g", size=14), b"14 linkpath=a\n", tar_header("c")),
+            "overrides names",
+            id="global-link",
+        ),
+    ],
+)
+def test_header_that_no_writer_writes_is_refused_at_once(tar, reason):
+    start = time.process_time()
+    if reason is None:
+        assert list(read_tar(io.BytesIO(tar)))
+    else:
+        with pytest.raises(ShardError, match=reason):
+            list(read_tar(_NoNegativeReads(tar)))
+    assert time.process_time() - start < 1
+
+
+class _NoNegativeReads(io.BytesIO):
+    """A read of -1 would be the rest of a shard of any size."""
+
+    def read(self, size=-1, /):
+        assert size >= 0
+        return super().read(size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.text(min_size=1, max_size=300).filter(lambda text: "\0" not in text),
+    numbers=st.tuples(*[st.integers(0, 2**40)] * 3),
+    owner=st.text(max_size=20).filter(lambda text: "\0" not in text),
+    records=st.dictionaries(
+        st.text(string.ascii_letters, min_size=1), st.text(max_size=40), max_size=3
+    ),
+    format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_headers_say_what_tarfile_reads_in_them(name, numbers, owner, records, format):
+    info = tarfile.TarInfo(name)
+    info.uid, info.gid, info.mtime = numbers
+    info.uname = owner
+    info.pax_headers = records
+    tar = info.tobuf(format, "utf-8", "surrogateescape") + bytes(1024)
+    with tarfile.open(fileobj=io.BytesIO(tar), encoding="utf-8") as archive:
+        expected = archive.next()
+    (member,) = shards.read_members(io.BytesIO(tar))
+    for attribute in ("name", "uid", "gid", "mtime", "uname", "gname", "size", "pax_headers"):
+        assert getattr(member.info, attribute) == getattr(expected, attribute)
+    sink = io.BytesIO()
+    TarWriter(sink).replace(member, name=member.name, payload=b"")
+    (written,) = shards.read_members(io.BytesIO(sink.getvalue() + bytes(1024)))
+    for attribute in ("name", "uid", "gid", "mtime", "uname", "gname", "size"):
+        assert getattr(written.info, attribute) == getattr(expected, attribute)
+
+
+def test_extension_headers_count_as_bytes_of_a_sample():
+    record = pax_record("comment", "x" * 900_000)
+    parts = [
+        part
+        for index in range(4)
+        for part in (
+            tar_header("x", kind=b"x", size=len(record)),
+            record,
+            tar_header(f"a.{index}"),
+        )
+    ]
+    tar = tar_of(*parts)
+    assert len(list(read_tar(io.BytesIO(tar)))) == 1
+    with pytest.raises(ShardError, match="3,000,000 bytes"):
+        list(read_tar(io.BytesIO(tar), max_sample_bytes=3_000_000))
 
 
 def test_endless_extension_headers_are_refused():
