@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support.builders import make_protector
 from support.ceph import local_ceph, missing_programs
 from support.guarded_s3 import guarded_s3
@@ -22,6 +23,10 @@ from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
 
 BUCKET = "one4all-tests"
+
+# The same examples each time, on every machine.
+settings.register_profile("same", derandomize=True, database=None)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
