@@ -133,7 +133,7 @@ def test_samples_without_images_fill_a_batch(protector, pool, size):
             yield read[-1]
 
     config = RewriteConfig(batch_size=4, batch_pixels=1_000_000)
-    work = rewrite._UnitRewrite(protector, config, pool, lambda seconds: None)
+    work = rewrite._UnitRewrite(protector, config, pool, lambda seconds: None, lambda: None)
     batches = work._batches(samples())
     for _ in range(3):
         batch = next(batches)
