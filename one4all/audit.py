@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 
 from one4all.corpus import (
@@ -24,7 +24,13 @@ from one4all.corpus import (
 )
 from one4all.distances import max_difference, psnr_db, ssim
 from one4all.errors import BadImageError, One4AllError
-from one4all.images import decode, extension_for, pillow_format
+from one4all.images import (
+    DecodedImage,
+    decode,
+    extension_for,
+    pillow_format,
+    pillow_orientation,
+)
 from one4all.ledger.records import Binding, Manifest
 from one4all.storage import Reader, Storage
 
@@ -234,6 +240,7 @@ class _Comparison:
                 f"{clean.name}: {before.pixels.shape} pixels became {after.pixels.shape}"
             )
             return
+        self._compare_descriptions(clean, written, before, after)
         levels = max_difference(before.pixels, after.pixels)
         exact = output_format == "lossless" or before.format != "JPEG"
         if exact and levels > self._binding.epsilon_levels:
@@ -251,3 +258,33 @@ class _Comparison:
                 ssim(before.pixels, after.pixels),
             )
         )
+
+    def _compare_descriptions(
+        self, clean: Member, written: Member, before: DecodedImage, after: DecodedImage
+    ) -> None:
+        """What a picture says about itself; its orientation also as another reader sees it."""
+        expected = before.description
+        if self._binding.mark_no_ai_training and before.format != "BMP":
+            expected = expected.with_data_mining_prohibited()
+        for part in fields(expected):
+            wanted, found = (getattr(d, part.name) for d in (expected, after.description))
+            if part.name == "comment":  # a PNG holds no zero bytes
+                wanted, found = (text.replace(b"\0", b"") for text in (wanted, found))
+            if wanted != found:
+                self._audit.report(f"{clean.name}: its {_PARTS[part.name]} not the source's")
+        if before.icc_profile != after.icc_profile and before.format != "BMP":
+            self._audit.report(f"{clean.name}: its colour profile is not the source's")
+        turned = [pillow_orientation(member.payload) for member in (clean, written)]
+        if before.format != "TIFF" and turned[0] != turned[1]:
+            self._audit.report(
+                f"{clean.name}: lies on another side: orientation {turned[0]} became {turned[1]}"
+            )
+
+
+_PARTS = {
+    "exif": "EXIF is",
+    "xmp": "XMP is",
+    "iptc": "IPTC records are",
+    "comment": "comment is",
+    "tiff": "TIFF tags are",
+}

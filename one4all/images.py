@@ -1,8 +1,8 @@
 """Image files to pixels and back: the only place where a file format matters.
 
 Shapes: pixels are (H, W, C) uint8 with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha.
-Pixels are what the file stores: EXIF orientation is kept as metadata, not
-applied (except for TIFF, where Pillow applies it on reading).
+Pixels are what the file stores: the orientation is kept as metadata, not applied (except for TIFF,
+where Pillow applies it on reading).
 
 What happens to each kind of file (docs/formats.md has the table):
 
@@ -21,23 +21,23 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from one4all.errors import BadImageError, UsageError
 from one4all.image_kinds import image_kind
 from one4all.image_limits import (
     is_icc_chunk,
     is_icc_profile,
-    is_plausible_exif,
     png_chunks,
     within_limits,
 )
+from one4all.metadata import MAX_TEXT, MAX_TEXTS, Description, exif, iptc, png_texts, tiff, xmp
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
@@ -50,11 +50,6 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow 
 
 # Chunks of a PNG that describe the picture and stay true when its samples change; bytes of each.
 _PNG_KEPT_CHUNKS = {b"cHRM": 32, b"gAMA": 4, b"sRGB": 1, b"cICP": 4, b"pHYs": 9}
-# EXIF: sub-images, XMP, IPTC, Photoshop blocks, ICC (kept elsewhere), maker notes, PrintIM.
-_PICTURE_TAGS = frozenset((0x014A, 0x02BC, 0x83BB, 0x8649, 0x8773, 0x927C, 0xC4A5, 0xC634))
-# Bytes of one value of EXIF or one text, and of all that an image keeps: a thumbnail does not fit.
-_LONGEST_METADATA = 2048
-MAX_METADATA = 16_384
 _NOT_ASKED_FOR = frozenset("DIB GBR IM IMT IPTC MCIDAS SPIDER TGA BUFR GRIB HDF5 MPEG".split())
 _PNG_COLOUR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}
 _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
@@ -73,16 +68,16 @@ class DecodedImage:
     Attributes:
         pixels: (H, W, C) uint8, C in 1..4.
         format: One of ``FORMATS``; the format it is written back to by `encode`.
-        exif: EXIF block in TIFF structure, without thumbnail and maker notes.
+        description: EXIF, XMP, IPTC and comment, without what may hold another picture.
         icc_profile: ICC profile for ``pixels``; dropped when CMYK was converted.
         dpi: Resolution, if stated.
-        png_chunks: Descriptive chunks of a PNG, verbatim.
+        png_chunks: Other descriptive chunks of a PNG, verbatim.
         converted: What was changed to make it protectable ("palette to RGB"), or "".
     """
 
     pixels: Pixels
     format: str
-    exif: bytes = b""
+    description: Description = field(default_factory=Description)
     icc_profile: bytes = b""
     dpi: tuple[float, float] | None = None
     png_chunks: tuple[tuple[bytes, bytes], ...] = field(default=(), repr=False)
@@ -144,6 +139,18 @@ def pillow_format(data: bytes) -> str:
     return str(image.format)
 
 
+def pillow_orientation(data: bytes) -> int:
+    """Orientation of a file as Pillow tells it, from EXIF, a raw profile or XMP; 1 if it cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Not what `_open` leaves of a PNG: it has no texts.
+            stated = Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(exif.ORIENTATION)
+    except Exception:
+        return 1
+    return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
+
+
 def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
     """Encode ``image``, in its own format or without any loss.
 
@@ -157,8 +164,8 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
     if kind == "PNG":
         return _encode_png(image)
     options = dict(_ENCODER_OPTIONS[kind])
-    if image.exif and kind in ("JPEG", "WEBP"):
-        options["exif"] = b"Exif\0\0" + image.exif
+    if kind in ("JPEG", "WEBP"):
+        options |= _described(image.description, kind)
     if image.icc_profile and kind != "BMP":
         options["icc_profile"] = image.icc_profile
     if image.dpi and kind != "WEBP":
@@ -168,7 +175,11 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
         _to_pillow(image.pixels).save(buffer, format=kind, **options)
     except Exception as error:  # encoders, too, raise nearly anything
         raise BadImageError(f"cannot be written back as {kind}: {error}") from error
-    return buffer.getvalue()
+    if kind != "TIFF":
+        return buffer.getvalue()
+    about = image.description
+    blocks = {tiff.XMP: about.xmp, tiff.IPTC: about.iptc}
+    return tiff.with_entries(buffer.getvalue(), about.tiff, blocks)
 
 
 def extension_for(name: str, image: DecodedImage, output_format: OutputFormat) -> str:
@@ -213,7 +224,7 @@ def from_pillow(image: Image.Image, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     return DecodedImage(
         pixels=pixels,
         format="PNG",
-        exif=_exif_without_pictures(image, _Room()),
+        description=_describe(image),
         icc_profile=_icc_profile(image),
         dpi=_plausible_dpi(image.info.get("dpi")),
         converted=converted,
@@ -241,8 +252,10 @@ def check_pixels(pixels: object) -> Pixels:
 def to_pillow(image: DecodedImage) -> Image.Image:
     """A Pillow image of the pixels, with EXIF, ICC profile and resolution where Pillow looks."""
     result = _to_pillow(image.pixels)
-    if image.exif:
-        result.info["exif"] = b"Exif\0\0" + image.exif
+    if image.description.exif:
+        result.info["exif"] = b"Exif\0\0" + image.description.exif
+    if image.description.xmp:
+        result.info["xmp"] = image.description.xmp
     if image.icc_profile:
         result.info["icc_profile"] = image.icc_profile
     if image.dpi:
@@ -275,19 +288,25 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     _refuse_size(image, max_pixels)
     _refuse_frames(image)
     _refuse_depth(image, _bits_per_channel(image, data))
+    _refuse_bands(image)
     image.load()
     pixels, converted = _to_8_bit_pixels(image, data[24] if image.format == "PNG" else 8)
+    chunks: tuple[tuple[bytes, bytes], ...] = ()
+    if image.format == "PNG":
+        description, chunks = _describe_png(data)
+    elif image.format == "TIFF":
+        description = _describe_tiff(image, data)
+        if data[2:4] in (b"+\0", b"\0+"):
+            converted = "BigTIFF to TIFF, without descriptions"
+    else:
+        description = _describe(image)
     return DecodedImage(
         pixels=pixels,
         format="JPEG" if image.format == "MPO" else str(image.format),
-        exif=(
-            _exif_without_pictures(image, _Room())
-            if image.format in ("JPEG", "MPO", "WEBP")
-            else b""
-        ),
+        description=description,
         icc_profile=_icc_profile(image),
         dpi=_plausible_dpi(image.info.get("dpi")),
-        png_chunks=_png_chunks(data, image) if image.format == "PNG" else (),
+        png_chunks=chunks,
         converted=converted,
     )
 
@@ -335,6 +354,15 @@ def _refuse_frames(image: Image.Image) -> None:
         getattr(image, "is_animated", False) and image.format != "MPO"
     ):  # whose rest is depth or gain
         raise BadImageError("animated or multi-page")
+
+
+def _refuse_bands(image: Image.Image) -> None:
+    """Of a TIFF Pillow leaves out the bands that it has no mode for, such as near infrared."""
+    bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 0  # type: ignore[attr-defined]
+    if bands > len(image.getbands()) or image.mode == "RGBX":
+        raise BadImageError(
+            f"{bands} bands; only gray and RGB, with or without alpha, can be protected"
+        )
 
 
 def _refuse_depth(image: Image.Image, bits: int) -> None:
@@ -409,87 +437,98 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(squeezed))
 
 
-def _exif_without_pictures(image: Image.Image, room: _Room) -> bytes:
-    """The EXIF block in TIFF structure, written anew without what may hold an unprotected copy.
-
-    Orientation, resolution, dates, camera, exposure, place and the like are kept. Thumbnails (the
-    second directory), maker notes, and values for which there is no room are not. A block that
-    cannot be parsed is dropped.
-    """
-    raw = image.info.get("exif")
-    try:
-        if isinstance(raw, bytes) and not is_plausible_exif(raw.removeprefix(b"Exif\0\0")):
-            return b""
-        found = image.getexif()
-        kept = Image.Exif()
-        kept.endian = found.endian
-        kept.update({tag: value for tag, value in found.items() if room.takes(tag, value)})
-        for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            entries = {t: v for t, v in found.get_ifd(directory).items() if room.takes(t, v)}
-            if entries:
-                kept[directory] = entries
-            else:
-                kept.pop(directory, None)
-        return kept.tobytes().removeprefix(b"Exif\0\0") if len(kept) else b""
-    except Exception:  # hostile or broken metadata; the picture itself is fine
-        return b""
+def _describe(image: Image.Image) -> Description:
+    """What a JPEG, a WebP or a picture in memory says about itself."""
+    info = image.info
+    resources = info.get("photoshop")
+    return Description.of(
+        exif=info.get("exif"),
+        xmp=info.get("xmp"),
+        iptc=resources.get(iptc.RESOURCE) if isinstance(resources, dict) else b"",
+        comment=info.get("comment"),
+    )
 
 
-class _Room:
-    """What is left of ``MAX_METADATA`` for one image."""
-
-    def __init__(self) -> None:
-        self._num_bytes = MAX_METADATA
-
-    def takes(self, tag: int, value: object) -> bool:
-        """Whether an EXIF value may be kept; its bytes then count."""
-        return tag not in _PICTURE_TAGS and self.holds(_num_bytes(value))
-
-    def holds(self, num_bytes: int) -> bool:
-        """Whether that many bytes may be kept; they then count."""
-        fits = num_bytes <= min(_LONGEST_METADATA, self._num_bytes)
-        self._num_bytes -= num_bytes if fits else 0
-        return fits
+def _describe_tiff(image: Image.Image, data: bytes) -> Description:
+    """The tags of a TIFF; the place of a map is not lost without a word."""
+    kept = tuple(tiff.entries(data))
+    stated = tiff.GEO.intersection(image.tag_v2)  # type: ignore[attr-defined]
+    if stated - {entry.tag for entry in kept}:
+        raise BadImageError("a GeoTIFF whose tags are too long to be kept, or a BigTIFF")
+    packet = xmp.without_orientation(tiff.block(data, tiff.XMP))  # Pillow turns the pixels
+    found = Description.of(xmp=packet, iptc=tiff.block(data, tiff.IPTC))
+    return replace(found, tiff=kept)
 
 
-def _num_bytes(value: object) -> int:
-    """Bytes of an EXIF value in its block, as near as its type in Python says."""
-    if isinstance(value, (bytes, str)):
-        return len(value)
-    if isinstance(value, (tuple, list)):
-        return sum(map(_num_bytes, value))
-    return (2 if abs(value) < 1 << 16 else 4) if isinstance(value, int) else 8
+def _described(description: Description, kind: str) -> dict[str, Any]:
+    """Options by which Pillow writes a description into a JPEG or a WebP."""
+    options: dict[str, Any] = {}
+    if description.exif:
+        options["exif"] = exif.PREFIX + description.exif
+    if description.xmp:
+        options["xmp"] = description.xmp
+    if kind == "JPEG" and description.comment:
+        options["comment"] = description.comment
+    if kind == "JPEG" and description.iptc:
+        segment = iptc.to_photoshop(description.iptc)
+        options["extra"] = b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment
+    return options
 
 
-def _png_chunks(data: bytes, image: Image.Image) -> tuple[tuple[bytes, bytes], ...]:
-    """The descriptive chunks of a PNG, verbatim; none that may hold a picture.
+def _describe_png(data: bytes) -> tuple[Description, tuple[tuple[bytes, bytes], ...]]:
+    """What a PNG says about itself, and its other descriptive chunks, verbatim.
 
-    EXIF is written anew, as for other formats. Long texts are left out, those that carry a whole
-    metadata block (XMP, "Raw profile type ..."), in which a thumbnail may be, and those for which
-    there is no room. Of each other chunk the first counts, and only at the length it must have.
+    Texts that are long, and those for which there is no room, are left out. Of each other chunk the
+    first counts, and only at the length it must have.
     """
     chunks: list[tuple[bytes, bytes]] = []
-    seen: set[bytes] = set()
-    room = _Room()
+    found: dict[bytes, bytes] = {}
+    room = MAX_TEXTS
     for kind, start, end in png_chunks(data):
         payload = data[start + 8 : end - 4]
-        text = kind in (b"tEXt", b"zTXt", b"iTXt")
-        if kind in seen and not text:
-            continue
-        seen.add(kind)
-        if kind == b"eXIf":
-            payload = _exif_without_pictures(image, room)
-        elif kind == b"iCCP":
-            if not is_icc_chunk(payload):
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            name = payload.partition(b"\0")[0]
+            if name in png_texts.BLOCKS:
+                found[name] = found.get(name) or png_texts.read_text(kind, payload)[1]
+            elif name.startswith(png_texts.RAW_PROFILE):
                 continue
-        elif text:
-            block = payload.startswith((b"XML:", b"Raw profile"))
-            if block or not room.holds(len(payload)):
-                continue
-        elif len(payload) != _PNG_KEPT_CHUNKS.get(kind):
-            continue
-        chunks.append((kind, payload))
-    return tuple(chunks)
+            elif kind == b"tEXt" and name == b"Comment" and len(payload) <= MAX_TEXT:
+                found.setdefault(name, payload[len(b"Comment\0") :])
+            elif len(payload) <= min(MAX_TEXT, room):
+                room -= len(payload)
+                chunks.append((kind, payload))
+        elif kind not in found:
+            found[kind] = payload
+            fits = is_icc_chunk(payload) if kind == b"iCCP" else False
+            if fits or len(payload) == _PNG_KEPT_CHUNKS.get(kind):
+                chunks.append((kind, payload))
+
+    def profile(name: str) -> bytes:
+        return png_texts.read_raw_profile(found.get(png_texts.RAW_PROFILE + name.encode(), b""))
+
+    app1 = profile("APP1")
+    records = profile("iptc") or profile("8bim")
+    description = Description.of(
+        exif=found.get(b"eXIf") or profile("exif") or app1,
+        xmp=found.get(png_texts.XMP) or profile("xmp") or app1.removeprefix(xmp.NAMESPACE),
+        iptc=iptc.of_photoshop(records) or records,
+        comment=found.get(b"Comment"),
+    )
+    return description, tuple(chunks)
+
+
+def _description_chunks(description: Description) -> list[tuple[bytes, bytes]]:
+    """Chunks of a PNG that hold a description."""
+    chunks = []
+    if description.exif:
+        chunks.append((b"eXIf", description.exif))
+    if description.xmp:
+        chunks.append((b"iTXt", png_texts.write_xmp(description.xmp)))
+    if description.iptc:
+        chunks.append((b"zTXt", png_texts.write_raw_profile("iptc", description.iptc)))
+    if description.comment:
+        chunks.append((b"tEXt", b"Comment\0" + description.comment.replace(b"\0", b"")))
+    return chunks
 
 
 def _encode_png(image: DecodedImage) -> bytes:
@@ -504,12 +543,9 @@ def _encode_png(image: DecodedImage) -> bytes:
     filtered[:, 0] = 2  # filter type "up"
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    chunks = image.png_chunks
-    if not chunks:
-        if image.icc_profile:
-            chunks += ((b"iCCP", b"ICC profile\0\0" + zlib.compress(image.icc_profile)),)
-        if image.exif:
-            chunks += ((b"eXIf", image.exif),)
+    chunks = [*image.png_chunks, *_description_chunks(image.description)]
+    if image.icc_profile and not any(kind == b"iCCP" for kind, _ in chunks):
+        chunks.insert(0, (b"iCCP", b"ICC profile\0\0" + zlib.compress(image.icc_profile)))
     header = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOUR_TYPE[channels], 0, 0, 0)
     parts = [b"\x89PNG\r\n\x1a\n", _png_chunk(b"IHDR", header)]
     parts += [_png_chunk(kind, payload) for kind, payload in chunks if payload]

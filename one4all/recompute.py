@@ -49,6 +49,7 @@ def recompute_unit(
         on_bad_image=binding.on_bad_image,
         max_image_pixels=binding.max_image_pixels,
         sidecar_patterns=binding.sidecar_patterns,
+        mark_no_ai_training=binding.mark_no_ai_training,
     )
     with tempfile.TemporaryDirectory(prefix="one4all-recompute-") as folder:
         again = open_storage(folder)

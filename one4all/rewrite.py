@@ -16,7 +16,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +71,9 @@ class RewriteConfig(BaseModel):
             unprotected, or "fail" the shard. Always recorded.
         sidecar_patterns: Members copied although they are images, such as ``*.seg.png``; matched
             against the last component of the name.
+        mark_no_ai_training: Write into the XMP of each protected image that it must not be used to
+            train AI (IPTC's Data Mining property), unless it states a reservation already. BMP
+            cannot hold it.
         max_image_pixels: Larger images are bad images; refused before they are decoded.
         max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory.
         batch_size: Images in one forward pass. Another size may round a pixel here
@@ -83,6 +86,7 @@ class RewriteConfig(BaseModel):
     output_format: OutputFormat = "match"
     on_bad_image: Literal["drop", "fail", "passthrough"] = "drop"
     sidecar_patterns: tuple[str, ...] = ()
+    mark_no_ai_training: bool = False
     max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = DEFAULT_MAX_PIXELS
     max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -333,6 +337,9 @@ class _UnitRewrite:
     def _encode(self, name: str, clean: DecodedImage, delta: Levels) -> _Protected:
         """Add the perturbation, encode, and measure what a reader will decode."""
         config = self._config
+        if config.mark_no_ai_training:
+            marked = clean.description.with_data_mining_prohibited()
+            clean = replace(clean, description=marked)
         try:
             file = recode(
                 clean,

@@ -29,6 +29,7 @@ class Binding(_Record):
     on_bad_image: Literal["drop", "fail", "passthrough"]
     max_image_pixels: int
     sidecar_patterns: tuple[str, ...]
+    mark_no_ai_training: bool = False
     transform_version: int
 
 

@@ -17,12 +17,16 @@ PREFIX = b"Exif\0\0"
 ORIENTATION = 0x0112
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 129: 1}
+# Bytes of the numbers that a value of a type is made of.
+UNITS = {3: 2, 4: 4, 5: 4, 8: 2, 9: 4, 10: 4, 11: 4, 12: 8, 13: 4}
 # Directories that are entries of another: Exif, GPS, interoperability.
 _DIRECTORIES = frozenset((0x8769, 0x8825, 0xA005))
 # Sub-images, JPEG tables and thumbnails, XMP, IPTC, Photoshop blocks, ICC (kept elsewhere), maker
 # notes, PrintIM, strips and tiles.
 _PICTURES = {0x0111, 0x0117, 0x0144, 0x0145, 0x014A, 0x015B, 0x0201, 0x0202}
 _PICTURES |= {0x02BC, 0x83BB, 0x8649, 0x8773, 0x927C, 0xC4A5, 0xC634}
+LONGEST_VALUE = 2048  # bytes; a thumbnail does not fit
+_FRAME_BYTES = 8 + 4 * (2 + 4) + 3 * 12  # header, four directories, three pointers to them
 _MAX_ENTRIES = 1000  # of a block; cameras write some 60
 
 
@@ -47,13 +51,20 @@ class Entry:
     def may_hold_a_picture(self) -> bool:
         return self.tag in _PICTURES
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in a block, at most."""
+        return 12 + (len(self.value) + 1 if len(self.value) > 4 else 0)
 
-def entries(block: bytes) -> list[Entry]:
+
+def entries(block: bytes, *, max_value: int = LONGEST_VALUE) -> list[Entry]:
     """Entries of the directories that describe the picture itself, in their order.
 
     Args:
         block: EXIF block, with or without its prefix. What cannot be read in it is left out: a
             value that lies outside, a directory that comes back.
+
+        max_value: Bytes of a value; longer ones are left out.
 
     Returns:
         No entry of a thumbnail; none at all if it is no EXIF block.
@@ -67,7 +78,7 @@ def entries(block: bytes) -> list[Entry]:
     pending, seen = [(0, first)], {0}
     while pending and len(found) < _MAX_ENTRIES:
         directory, offset = pending.pop(0)
-        for entry in _read_directory(block, order, directory, offset):
+        for entry in _read_directory(block, order, directory, offset, max_value):
             if entry.tag not in _DIRECTORIES:
                 found.append(entry)
             elif entry.tag not in seen and len(entry.value) == 4:
@@ -79,8 +90,8 @@ def entries(block: bytes) -> list[Entry]:
 def without_pictures(block: bytes, *, max_bytes: int) -> bytes:
     """The same block without what may hold a second, unprotected copy of the picture.
 
-    Left out are thumbnails, sub-images, maker notes and embedded blocks of other kinds, and then
-    the longest values until the rest fits.
+    Left out are thumbnails, sub-images, maker notes, embedded blocks of other kinds, values of over
+    2 KB, and then the longest ones until the rest fits.
 
     Args:
         block: EXIF block, with or without its prefix.
@@ -91,12 +102,12 @@ def without_pictures(block: bytes, *, max_bytes: int) -> bytes:
     """
     block = block.removeprefix(PREFIX)
     kept = [entry for entry in entries(block) if not entry.may_hold_a_picture]
-    while kept:
-        written = _write(_byte_order(block), kept)
-        if len(written) <= max_bytes:
-            return written
-        kept.remove(max(kept, key=lambda entry: len(entry.value)))
-    return b""
+    room = max_bytes - _FRAME_BYTES
+    for entry in sorted(kept, key=lambda entry: len(entry.value)):
+        room -= entry.num_bytes
+        if room < 0:
+            kept.remove(entry)
+    return _write(_byte_order(block), kept) if kept else b""
 
 
 def orientation(block: bytes) -> int:
@@ -114,7 +125,9 @@ def _byte_order(block: bytes) -> str:
     return {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4], "") if len(block) >= 8 else ""
 
 
-def _read_directory(block: bytes, order: str, directory: int, offset: int) -> Iterator[Entry]:
+def _read_directory(
+    block: bytes, order: str, directory: int, offset: int, max_value: int
+) -> Iterator[Entry]:
     if offset + 2 > len(block):
         return
     (count,) = struct.unpack_from(f"{order}H", block, offset)
@@ -123,6 +136,8 @@ def _read_directory(block: bytes, order: str, directory: int, offset: int) -> It
             return
         tag, type_, num_values = struct.unpack_from(f"{order}HHI", block, position)
         size = _SIZES.get(type_, 0) * num_values
+        if size > max_value:
+            continue
         if size <= 4:  # or of a type that nobody knows: then the 4 bytes are all there is
             value = block[position + 8 : position + 8 + (size or 4)]
         else:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 
 SIGNATURE = b"Photoshop 3.0\0"  # before the resources in a JPEG
-_RESOURCE = 0x0404
+RESOURCE = 0x0404  # of Photoshop's, that holds the records
 _PREVIEWS = frozenset((200, 201, 202))  # of record 2: format, version and data of a preview
 _RECORDS = frozenset(range(1, 7))  # 7 to 9 hold objects
 _LONGEST_VALUE = 2048  # bytes of one value; captions may have 2,000
@@ -50,7 +50,7 @@ def of_photoshop(resources: bytes) -> bytes:
         if start + 4 > len(resources):
             break
         (size,) = struct.unpack_from(">I", resources, start)
-        if number == _RESOURCE:
+        if number == RESOURCE:
             return resources[start + 4 : start + 4 + size]
         position = start + 4 + size + size % 2
     return b""
@@ -58,7 +58,7 @@ def of_photoshop(resources: bytes) -> bytes:
 
 def to_photoshop(records: bytes) -> bytes:
     """An APP13 segment, signature included, that holds these records."""
-    resource = b"8BIM" + struct.pack(">HHI", _RESOURCE, 0, len(records)) + records
+    resource = b"8BIM" + struct.pack(">HHI", RESOURCE, 0, len(records)) + records
     return SIGNATURE + resource + bytes(len(records) % 2)
 
 

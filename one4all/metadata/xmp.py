@@ -16,6 +16,8 @@ _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _PLUS = "http://ns.useplus.org/ldf/xmp/1.0/"
 _TIFF = "http://ns.adobe.com/tiff/1.0/"
 _META = "adobe:ns:meta/"
+_ROOTS = (f"{{{_META}}}xmpmeta", f"{{{_META}}}xapmeta", f"{{{_RDF}}}RDF")
+_ORIENTATION = f"{{{_TIFF}}}Orientation"
 _DATA_MINING = f"{{{_PLUS}}}DataMining"
 # Thumbnails, embedded pictures, depth maps and sounds, each as text in base 64.
 _PICTURES = frozenset(
@@ -67,8 +69,20 @@ def without_pictures(packet: bytes, *, max_bytes: int) -> bytes:
 
 def orientation(packet: bytes) -> int:
     """Orientation, 1 to 8; 1, upright, if the packet states none or something else."""
-    found = _property(_parse(packet), f"{{{_TIFF}}}Orientation")
+    found = _property(_parse(packet), _ORIENTATION)
     return int(found) if re.fullmatch("[1-8]", found) else 1
+
+
+def without_orientation(packet: bytes) -> bytes:
+    """The packet for pixels that have been turned upright."""
+    root = _parse(packet)
+    if root is None or not _property(root, _ORIENTATION):
+        return packet
+    for element in root.iter():
+        element.attrib.pop(_ORIENTATION, None)
+        for child in [child for child in element if child.tag == _ORIENTATION]:
+            element.remove(child)
+    return _serialize(root)
 
 
 def data_mining(packet: bytes) -> str:
@@ -105,9 +119,10 @@ def _parse(packet: bytes) -> ElementTree.Element | None:
     if not text or b"<!" in text.replace(b"<!--", b""):
         return None
     try:
-        return ElementTree.fromstring(text)
+        root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError, LookupError):
         return None
+    return root if root.tag in _ROOTS else None
 
 
 def _take_out(parent: ElementTree.Element) -> bool:

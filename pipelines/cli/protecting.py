@@ -52,6 +52,10 @@ def protect(
         str | None,
         typer.Option(help="Only shards written since: 2026-11-01T00:00Z, or 36h before now."),
     ] = None,
+    mark_no_ai_training: Annotated[
+        bool | None,
+        typer.Option("--mark-no-ai-training", help="Write a data-mining reservation (XMP)."),
+    ] = None,
     prune: Annotated[
         bool | None,
         typer.Option("--prune", help="Remove protected shards whose source is gone."),
@@ -76,6 +80,7 @@ def protect(
         output_format=output_format,
         on_bad_image=on_bad_image,
         since=since,
+        mark_no_ai_training=mark_no_ai_training,
         prune=prune,
         log_json=log_json,
     )

@@ -136,6 +136,7 @@ def protect(
         on_bad_image=config.on_bad_image,
         max_image_pixels=config.max_image_pixels,
         sidecar_patterns=config.sidecar_patterns,
+        mark_no_ai_training=config.mark_no_ai_training,
         transform_version=TRANSFORM_VERSION,
     )
     ledger.is_bound(binding)  # before the probe, which writes

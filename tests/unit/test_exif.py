@@ -9,38 +9,11 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from support.metadata_blocks import block_of
 
 from one4all.metadata import exif
 
 MAX = 60_000
-
-
-def block_of(
-    *directories: tuple[int, list[tuple[int, int, int, bytes]]], order: str = "<"
-) -> bytes:
-    """An EXIF block of directories, given by their tag (0 is the first) and entries.
-
-    A directory's own entry is added to the first one, that of 0xA005 to 0x8769; 1 is a thumbnail.
-    """
-    content = {tag: list(entries) for tag, entries in directories}
-    for inner, outer in ((0xA005, 0x8769), (0x8769, 0), (0x8825, 0)):
-        if inner in content:
-            content[outer].append((inner, 4, 1, b"here"))
-    places, end = {}, 8
-    for tag, entries in content.items():
-        places[tag] = end
-        end += 2 + 12 * len(entries) + 4
-    body, values = b"", b""
-    for tag, entries in content.items():
-        body += struct.pack(f"{order}H", len(entries))
-        for number, type_, count, value in sorted(entries):
-            if value == b"here":
-                value = struct.pack(f"{order}I", places[number])
-            elif len(value) > 4:
-                values, value = values + value, struct.pack(f"{order}I", end + len(values))
-            body += struct.pack(f"{order}HHI", number, type_, count) + value.ljust(4, b"\0")
-        body += struct.pack(f"{order}I", places.get(1, 0) if tag == 0 else 0)
-    return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8) + body + values
 
 
 def read(block: bytes) -> dict[tuple[int, int], tuple[int, int, bytes]]:
@@ -87,6 +60,9 @@ def test_limit_is_on_the_sum_and_the_longest_values_go_first():
     assert {(0, 0x0112), (0, 0x010F), (0, 0x9C9B)} <= set(read(kept))
     assert exif.orientation(kept) == 6
     assert exif.without_pictures(block, max_bytes=20) == b""
+    assert (
+        exif.without_pictures(block_of((0, [(0x9C9B, 1, 2049, bytes(2049))])), max_bytes=MAX) == b""
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,12 @@ import struct
 
 import pytest
 from PIL import Image
+from support.metadata_blocks import RIGHTS_XMP, data_set
 
 from one4all.metadata import iptc, xmp
 
 MAX = 60_000
-RIGHTS = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
-    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    b'xmlns:plus="http://ns.useplus.org/ldf/xmp/1.0/" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
-    b'xmlns:dc="http://purl.org/dc/elements/1.1/" tiff:Orientation="6" '
-    b'plus:DataMining="http://ns.useplus.org/ldf/vocab/DMI-PROHIBITED-AIMLTRAINING">'
-    b"<dc:rights><rdf:Alt><rdf:li xml:lang='x-default'>\xc2\xa9 Zo\xc3\xab</rdf:li></rdf:Alt>"
-    b"</dc:rights>%s</rdf:Description></rdf:RDF></x:xmpmeta>"
-)
-PLAIN = b"<?xpacket begin='' id='W5M0'?>" + RIGHTS % b"" + b"    <?xpacket end='w'?>"
+PLAIN = b"<?xpacket begin='' id='W5M0'?>" + RIGHTS_XMP % b"" + b"    <?xpacket end='w'?>"
 THUMBNAIL = (
     b'<xmp:Thumbnails xmlns:xmp="http://ns.adobe.com/xap/1.0/" '
     b'xmlns:xmpGImg="http://ns.adobe.com/xap/1.0/g/img/"><rdf:Alt><rdf:li>'
@@ -36,7 +28,7 @@ def test_packet_without_a_picture_stays_byte_for_byte():
 
 @pytest.mark.parametrize("picture", [THUMBNAIL, LONG, LONG.replace(b"blob", b"a") + THUMBNAIL])
 def test_pictures_go_and_rights_stay(picture):
-    kept = xmp.without_pictures(RIGHTS % picture, max_bytes=MAX)
+    kept = xmp.without_pictures(RIGHTS_XMP % picture, max_bytes=MAX)
     assert b"/9j/" not in kept
     assert b"QUJDQUJD" not in kept
     assert "© Zoë" in kept.decode()
@@ -49,6 +41,7 @@ def test_pictures_go_and_rights_stay(picture):
     [
         b"",
         b"no xml",
+        b"<xmp>other XML</xmp>",
         b"<a>",
         b"\xff\xfe",
         b'<!DOCTYPE a [<!ENTITY b "ccc">]><a>&b;</a>',
@@ -58,6 +51,17 @@ def test_pictures_go_and_rights_stay(picture):
 def test_what_is_no_packet_is_left_out(packet):
     assert xmp.without_pictures(packet, max_bytes=MAX) == b""
     assert (xmp.orientation(packet), xmp.data_mining(packet)) == (1, "")
+
+
+def test_orientation_is_taken_out_for_pixels_that_were_turned():
+    assert xmp.orientation(xmp.without_orientation(PLAIN)) == 1
+    assert xmp.data_mining(xmp.without_orientation(PLAIN)) == xmp.PROHIBITED
+    element = PLAIN.replace(b'tiff:Orientation="6"', b"").replace(
+        b"<dc:rights>", b"<tiff:Orientation>8</tiff:Orientation><dc:rights>"
+    )
+    assert xmp.orientation(element) == 8
+    assert xmp.orientation(xmp.without_orientation(element)) == 1
+    assert xmp.without_orientation(b"") == b""
 
 
 def test_reservation_is_added_and_the_owners_own_word_is_kept():
@@ -70,10 +74,6 @@ def test_reservation_is_added_and_the_owners_own_word_is_kept():
     other = PLAIN.replace(b"DMI-PROHIBITED-AIMLTRAINING", b"DMI-ALLOWED")
     assert xmp.with_data_mining_prohibited(other) == other
     assert xmp.with_data_mining_prohibited(made) == made
-
-
-def data_set(record: int, number: int, value: bytes) -> bytes:
-    return struct.pack(">BBBH", 0x1C, record, number, len(value)) + value
 
 
 def test_records_of_text_stay_and_previews_go():
