@@ -84,7 +84,6 @@ _SIGNATURES = (
     ("PAM", rb"P7\n(?:#|WIDTH|HEIGHT|DEPTH|MAXVAL|TUPLTYPE)|P7 332"),
     ("IM", rb"Image type: "),
     ("XPM", rb"/\* XPM \*/"),
-    ("XBM", rb"\s*#define[ \t]+\S*_width[ \t]+\d+[\r\n]+#define[ \t]+\S*_height[ \t]+\d+[\r\n]"),
     ("PhotoCD", rb".{2048}PCD_"),
 )
 _SIGNATURE = re.compile(b"|".join(b"(%s)" % text for _, text in _SIGNATURES), re.DOTALL)
@@ -166,6 +165,12 @@ def _is_svg(data: bytes) -> bool:
         if end < 0:
             return False
         position = end + len(mark)
+
+
+def _is_x_bitmap(data: bytes) -> bool:
+    """A piece of C that defines sizes and then bits."""
+    head = data[:4096].lstrip()
+    return head.startswith((b"#define", b"/*")) and b"_bits[]" in head
 
 
 def _is_icon(data: bytes) -> bool:
@@ -277,6 +282,7 @@ def _is_jpeg_xl_codestream(data: bytes) -> bool:
 _CHECKS = (
     ("HEIF or AVIF", _is_iso_picture),
     ("SVG", _is_svg),
+    ("XBM", _is_x_bitmap),
     ("ICO", _is_icon),
     ("PNM", _is_pnm),
     ("PCX", _is_pcx),
