@@ -156,8 +156,9 @@ def _is_svg(data: bytes) -> bool:
             end, mark = text.find(b"?>", position), b"?>"
         elif text.startswith(b"<!DOCTYPE", position):
             mark = b">"
-            end, subset = text.find(b">", position), text.find(b"[", position)
-            if 0 <= subset < end:
+            end = text.find(b">", position)
+            subset = text.find(b"[", position, max(end, 0))
+            if subset >= 0:
                 mark = b"]>"
                 end = text.find(mark, subset)
         else:
