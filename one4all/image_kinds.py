@@ -3,9 +3,9 @@
 Both lists are wider than what can be protected. A member that is an image and cannot be protected
 is a bad image, and the policy decides; what is missing here is copied as a sidecar, unprotected.
 
-Drawn from the registries of Pillow, ImageMagick, LibRaw, ``filetype`` and ``puremagic``. No library
-serves as it is: they take two bytes for a format ("P5", "BM"), so that a caption would become a bad
-image. Here a signature is four bytes at least that no text begins with, or the header behind it has
+Held against the registries of Pillow, ``filetype`` (17 formats) and ``puremagic`` (also disks and
+documents). None serves as it is: they take two bytes for a format ("P5", "BM"), so that a caption
+would become a bad image. Here a signature is four bytes at least that no text begins with, or the header behind it has
 to make sense. Names that common sidecars share (``.pcd`` point clouds, ``.raw``, ``.fit``, ``.ps``)
 count by content alone.
 
@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = frozenset(
     "ndpi "
     # Old friends
     "pbm pgm ppm pnm pam xbm xpm xwd wbmp pcx dcx tga targa icb vda vst sgi rgb rgba bw ras sun "
-    "pct pict pic pxr msp fli flc im".split()
+    "pct pict pic pxr msp fli flc im lbm ilbm djv djvu jb2 jbig2 ntf nitf fpx".split()
 )
 
 # Each begins the content of a file. DOTALL: a dot is any byte.
@@ -85,6 +85,11 @@ _SIGNATURES = (
     ("IM", rb"Image type: "),
     ("XPM", rb"/\* XPM \*/"),
     ("PhotoCD", rb".{2048}PCD_"),
+    ("ILBM", rb"FORM.{4}(?:ILBM|PBM )"),
+    ("DjVu", rb"(?:AT&T)?FORM.{4}DJV[UM]"),
+    ("JBIG2", rb"\x97JB2\r\n\x1a\n"),
+    ("NITF", rb"NITF0\d|NSIF0\d"),
+    ("X cursor", rb"Xcur\x10\0\0\0"),
 )
 _SIGNATURE = re.compile(b"|".join(b"(%s)" % text for _, text in _SIGNATURES), re.DOTALL)
 # These are words, and a text may begin with them. A real file has control characters close behind.
