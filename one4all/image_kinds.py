@@ -3,11 +3,11 @@
 Both lists are wider than what can be protected. A member that is an image and cannot be protected
 is a bad image, and the policy decides; what is missing here is copied as a sidecar, unprotected.
 
-Held against the registries of Pillow, ``filetype`` (17 formats) and ``puremagic`` (also disks and
-documents). None serves as it is: they take two bytes for a format ("P5", "BM"), so that a caption
-would become a bad image. Here a signature is four bytes at least that no text begins with, or the header behind it has
-to make sense. Names that common sidecars share (``.pcd`` point clouds, ``.raw``, ``.fit``, ``.ps``)
-count by content alone.
+Held against the registries of Pillow, ``filetype`` (17 formats) and ``puremagic`` (disks and
+documents, too). None serves as it is: they take two bytes for a format ("P5", "BM"), so that a
+caption would become a bad image. Here a signature is four bytes at least that no text begins with,
+or the header behind it has to make sense. Names that common sidecars share (``.pcd`` point clouds,
+``.raw``, ``.fit``, ``.ps``) count by content alone.
 
 Pixels inside documents, videos, archives and arrays are not looked for: PDF, MP4, ZIP, HDF5, NumPy.
 """
