@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-wheel test-ceph test-cluster soak check bench clean
+.PHONY: demo test test-fast test-wheel test-ceph test-cluster soak fuzz check bench clean
 
 demo: .venv/ready  ## pack, train, protect to S3, verify, attack; runs/demo/report.html; PHOTOS=folder for yours
 	$(BIN)/one4all demo $(if $(PHOTOS),--photos '$(PHOTOS)')
@@ -26,6 +26,9 @@ test-cluster: .venv/cluster  ## a Ray cluster on loopback addresses, and jobs su
 
 soak: .venv/ready  ## half an hour of protect with random kills and a failing store: runs/soak
 	PYTHONPATH=tests $(BIN)/python tests/soak.py
+
+fuzz: .venv/ready  ## ten minutes of broken images and shards, or MINUTES=60: runs/fuzz
+	PYTHONPATH=tests $(BIN)/python tests/fuzz.py $(if $(MINUTES),--minutes '$(MINUTES)')
 
 check: .venv/ready  ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -3,11 +3,11 @@
 Both lists are wider than what can be protected. A member that is an image and cannot be protected
 is a bad image, and the policy decides; what is missing here is copied as a sidecar, unprotected.
 
-Drawn from the registries of Pillow, ImageMagick, LibRaw, ``filetype`` and ``puremagic``. No library
-serves as it is: they take two bytes for a format ("P5", "BM"), so that a caption would become a bad
-image. Here a signature is four bytes at least that no text begins with, or the header behind it has
-to make sense. Names that common sidecars share (``.pcd`` point clouds, ``.raw``, ``.fit``, ``.ps``)
-count by content alone.
+Held against the registries of Pillow, ``filetype`` (17 formats) and ``puremagic`` (disks and
+documents, too). None serves as it is: they take two bytes for a format ("P5", "BM"), so that a
+caption would become a bad image. Here a signature is four bytes at least that no text begins with,
+or the header behind it has to make sense. Names that common sidecars share (``.pcd`` point clouds,
+``.raw``, ``.fit``, ``.ps``) count by content alone.
 
 Pixels inside documents, videos, archives and arrays are not looked for: PDF, MP4, ZIP, HDF5, NumPy.
 """
@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = frozenset(
     "ndpi "
     # Old friends
     "pbm pgm ppm pnm pam xbm xpm xwd wbmp pcx dcx tga targa icb vda vst sgi rgb rgba bw ras sun "
-    "pct pict pic pxr msp fli flc im".split()
+    "pct pict pic pxr msp fli flc im lbm ilbm djv djvu jb2 jbig2 ntf nitf fpx".split()
 )
 
 # Each begins the content of a file. DOTALL: a dot is any byte.
@@ -84,8 +84,12 @@ _SIGNATURES = (
     ("PAM", rb"P7\n(?:#|WIDTH|HEIGHT|DEPTH|MAXVAL|TUPLTYPE)|P7 332"),
     ("IM", rb"Image type: "),
     ("XPM", rb"/\* XPM \*/"),
-    ("XBM", rb"\s*#define[ \t]+\S*_width[ \t]+\d+[\r\n]+#define[ \t]+\S*_height[ \t]+\d+[\r\n]"),
     ("PhotoCD", rb".{2048}PCD_"),
+    ("ILBM", rb"FORM.{4}(?:ILBM|PBM )"),
+    ("DjVu", rb"(?:AT&T)?FORM.{4}DJV[UM]"),
+    ("JBIG2", rb"\x97JB2\r\n\x1a\n"),
+    ("NITF", rb"NITF0\d|NSIF0\d"),
+    ("X cursor", rb"Xcur\x10\0\0\0"),
 )
 _SIGNATURE = re.compile(b"|".join(b"(%s)" % text for _, text in _SIGNATURES), re.DOTALL)
 # These are words, and a text may begin with them. A real file has control characters close behind.
@@ -157,8 +161,9 @@ def _is_svg(data: bytes) -> bool:
             end, mark = text.find(b"?>", position), b"?>"
         elif text.startswith(b"<!DOCTYPE", position):
             mark = b">"
-            end, subset = text.find(b">", position), text.find(b"[", position)
-            if 0 <= subset < end:
+            end = text.find(b">", position)
+            subset = text.find(b"[", position, max(end, 0))
+            if subset >= 0:
                 mark = b"]>"
                 end = text.find(mark, subset)
         else:
@@ -166,6 +171,12 @@ def _is_svg(data: bytes) -> bool:
         if end < 0:
             return False
         position = end + len(mark)
+
+
+def _is_x_bitmap(data: bytes) -> bool:
+    """A piece of C that defines sizes and then bits."""
+    head = data[:4096].lstrip()
+    return head.startswith((b"#define", b"/*")) and b"_bits[]" in head
 
 
 def _is_icon(data: bytes) -> bool:
@@ -277,6 +288,7 @@ def _is_jpeg_xl_codestream(data: bytes) -> bool:
 _CHECKS = (
     ("HEIF or AVIF", _is_iso_picture),
     ("SVG", _is_svg),
+    ("XBM", _is_x_bitmap),
     ("ICO", _is_icon),
     ("PNM", _is_pnm),
     ("PCX", _is_pcx),

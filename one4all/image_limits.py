@@ -45,6 +45,7 @@ _TIFF_INTEGERS = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}
 _TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 _SUB_DIRECTORIES = (0x8769, 0x8825, 0xA005)  # EXIF, GPS, interoperability
 _WIDTH, _HEIGHT, _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES = 256, 257, 273, 277, 278, 279
+_KIND, _SUB_IMAGES, _DNG_VERSION = 254, 330, 50706
 _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 284, 322, 323, 324, 325
 
 
@@ -213,6 +214,8 @@ def _tiff(data: bytes) -> bytes:
     first = _Directory(data, _first_directory(data))
     if first.next:
         raise BadImageError("animated or multi-page: its first page points to another")
+    if first.is_not_the_picture():
+        raise BadImageError("a raw file: its first picture is a preview")
     if first.num_bytes > 2 * len(data):
         raise BadImageError("a TIFF whose tags overlap")
     if sum(sub.num_bytes for sub in first.sub_directories()) > MAX_EXIF_BYTES:
@@ -300,6 +303,12 @@ class _Directory:
                 if directory.count(tag) == 1 and len(found) <= 2 * len(_SUB_DIRECTORIES):
                     found.append(_Directory(self._data, directory.integer(tag, 0)))
         return found[1:]
+
+    def is_not_the_picture(self) -> bool:
+        """Whether it is a preview of another picture, as in DNG, NEF and other raw files."""
+        others = self._integers(_SUB_IMAGES, limit=16)
+        full_size = (not _Directory(self._data, at).integer(_KIND, 0) & 1 for at in others)
+        return self.count(_DNG_VERSION) > 0 or self.integer(_KIND, 0) & 1 > 0 or any(full_size)
 
     def count(self, tag: int) -> int:
         """Number of values of an entry; 0 if it is missing."""

@@ -116,9 +116,13 @@ def tar_header(name: str, *, kind: bytes = b"0", size: int | bytes = 0, link: st
     header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
     if isinstance(size, bytes):
         header[124:136] = size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    return with_checksum(bytes(header))
+
+
+def with_checksum(header: bytes) -> bytes:
+    """A header block whose checksum is right."""
+    total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    return header[:148] + b"%06o\0 " % total + header[156:]
 
 
 def tar_of(*parts: bytes) -> bytes:

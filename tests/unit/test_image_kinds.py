@@ -62,6 +62,8 @@ def test_name_of_an_image_format_is_enough(extension):
         pytest.param(b"FUJIFILMCCD-RAW 0201", "camera raw", id="fuji-raf"),
         pytest.param(b"IIRO\x08\0\0\0", "camera raw", id="olympus-orf"),
         pytest.param(b"IIU\0\x18\0\0\0", "camera raw", id="panasonic-rw2"),
+        pytest.param(b"AT&TFORM\0\0\1\0DJVUINFO", "DjVu", id="djvu"),
+        pytest.param(b"\x97JB2\r\n\x1a\n\1", "JBIG2", id="jbig2"),
         pytest.param(SVG, "SVG", id="svg"),
         pytest.param(SVG.decode().encode("utf-16"), "SVG", id="svg-utf-16"),
         pytest.param(

@@ -15,6 +15,8 @@ from support.hostile import (
     overlapping_exif,
     png_with,
     run_length_bmp,
+    tiff,
+    tiff_end,
     tiff_of_pages,
     tiff_of_strips,
 )
@@ -60,6 +62,18 @@ def test_file_that_costs_more_than_its_pixels_is_refused_at_once(data, reason):
         decode(data)
     assert peek_num_pixels(data) == 0
     assert time.process_time() - start < 2
+
+
+def test_preview_of_a_raw_file_is_not_taken_for_its_picture():
+    """Pillow reads the first directory of a NEF or DNG, and the raw data would be thrown away."""
+    pixels = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8)]
+    for more in ([(254, 4, 1, 1)], [(50706, 1, 4, 0x0401)], [(330, 4, 1, 8)]):
+        with pytest.raises(BadImageError, match="first picture is a preview"):
+            decode(tiff(sorted(pixels + more), bytes(99)))
+    thumbnail = tiff_end(6)
+    entry = struct.pack("<HHHII", 1, 254, 4, 1, 1) + bytes(4)
+    kept = decode(tiff(sorted([*pixels, (330, 4, 1, thumbnail)]), entry + bytes(99)))
+    assert kept.pixels.shape == (8, 8, 1)
 
 
 EXIF = overlapping_exif(900, 50_000)
