@@ -14,15 +14,14 @@ import re
 import shlex
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from one4all.errors import One4AllError, UsageError
-from pipelines.ray_session import prepare_environment
+from pipelines.ray_session import prepare_environment, set_variables
 
 INTERRUPTED = 130
 SECOND_CHANCE_SECONDS = 5.0  # in which another Ctrl-C stops the job
@@ -233,7 +232,7 @@ def _connect(address: str) -> Any:
     for name in list(logging.root.manager.loggerDict):
         if name == "ray" or name.startswith("ray."):  # which set their own levels
             logging.getLogger(name).setLevel(logging.ERROR)
-    with _environment_variable("RAY_API_SERVER_ADDRESS", address):
+    with set_variables({"RAY_API_SERVER_ADDRESS": address}):
         try:
             return JobSubmissionClient(address)
         except AuthenticationError as error:
@@ -370,19 +369,6 @@ class _Follower:
             return 1
         self._say(f"{self._id} ended with exit status {code}")
         return int(code) if code > 0 else 128 - int(code)
-
-
-@contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _last_line(error: Exception) -> str:
