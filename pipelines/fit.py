@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from one4all.concepts import ConceptBank
 from one4all.corpus import Unit, images_of, open_corpora, read_samples
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.errors import BadImageError, One4AllError, ShardError, UsageError
+from one4all.errors import BadImageError, NotFoundError, One4AllError, ShardError, UsageError
 from one4all.fitting import Embeddings, embed
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, decode, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
@@ -47,6 +48,7 @@ _BATCH = 32
 _THUMBNAIL = 64  # pixels
 _THUMBNAILS = 3000  # of all shards; a picture of concepts needs no more
 _COLUMNS, _ROWS = 16, 8
+_NAMED = 10  # damaged shards, at most, in an error
 _FEWEST_PER_SHARD = 64
 
 
@@ -95,7 +97,8 @@ class Fit:
         num_images: Looked at; 0 for a vocabulary.
         num_bad: Images that could not be read, and were left out.
         sizes_K: Images, or names, of each pattern.
-        bad_shards: Shards that could not be read to their end, and were left out, with the reason.
+        bad_shards: Shards that could not be read to their end, or were gone, and were left out as a
+            whole, with the reason.
     """
 
     card: ProtectorCard
@@ -139,13 +142,17 @@ def fit(
     on_plan(len(parts))
     found = sorted(_embed_all(parts, config, on_shard), key=lambda part: part.unit)
     embeddings_ND = torch.from_numpy(np.concatenate([part.embeddings for part in found]))
-    codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
+    bad_shards = {part.unit: part.error for part in found if part.error}
+    try:
+        codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
+    except UsageError as error:
+        lines = [f"left out: {name}: {why}" for name, why in islice(bad_shards.items(), _NAMED)]
+        raise UsageError("\n  ".join([str(error), *lines])) from error
     num_bad = sum(part.num_bad for part in found)
     facts = {"num_images": len(embeddings_ND), "num_bad": num_bad, "command": command}
     card = _publish(codebook, load_encoder(config.encoder), config, output, facts)
     output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
     sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts)
-    bad_shards = {part.unit: part.error for part in found if part.error}
     return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()), bad_shards)
 
 
@@ -268,7 +275,7 @@ class PartEmbedder:
         empty = np.zeros((0, self._encoder.embedding_dim), np.float32)
         try:
             drawn = self._draw(part)
-        except ShardError as damage:
+        except (ShardError, NotFoundError) as damage:
             return PartEmbeddings(name, empty, [], error=str(damage))
         working = [pixels for pixels in map(self._working_copy, drawn) if pixels is not None]
         found = [

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage import LocalStorage, Storage, open_storage
+from one4all.storage import LocalStorage, Storage, local, open_storage
 from one4all.storage.s3 import PART_BYTES
 
 
@@ -88,6 +89,118 @@ def test_listing_is_complete_and_in_key_order(storage):
     assert [info.key for info in storage.list()] == sorted(keys)
     assert [info.key for info in storage.list("a/")] == ["a/b.tar", "a/c/d.tar"]
     assert [info.key for info in storage.list("b")] == ["b-1.tar", "b.tar"]
+
+
+def test_listing_a_prefix_looks_at_nothing_else(tmp_path, monkeypatch):
+    storage = open_storage(str(tmp_path))
+    for key in ("a/x1", "a/x2", "a/x2/y", "a/z", "b/x1", "c"):
+        if key != "a/x2":
+            storage.write_bytes(key, b"1")
+    looked_at = []
+    info = local._info
+    monkeypatch.setattr(local, "_info", lambda stat, key: looked_at.append(key) or info(stat, key))
+    expected = {
+        "a/x": ["a/x1", "a/x2/y"],
+        "a/x2/": ["a/x2/y"],
+        "a/x1": ["a/x1"],
+        "a/": ["a/x1", "a/x2/y", "a/z"],
+        "b": ["b/x1"],
+        "a/q": [],
+        "none/": [],
+        "c/": [],
+    }
+    for prefix, keys in expected.items():
+        looked_at.clear()
+        assert [found.key for found in storage.list(prefix)] == keys == looked_at
+
+
+@pytest.fixture
+def folder_with_a_shard(tmp_path) -> Path:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "a.tar").write_bytes(b"x")
+    return tmp_path / "in"
+
+
+def test_link_that_leads_back_is_named(folder_with_a_shard):
+    (folder_with_a_shard / "sub" / "loop").symlink_to(folder_with_a_shard)
+    with pytest.raises(AccessError, match="in/sub/loop leads back to one above it"):
+        list(open_storage(str(folder_with_a_shard)).list())
+
+
+def test_folder_that_is_linked_twice_is_listed_twice(folder_with_a_shard):
+    (folder_with_a_shard / "other").symlink_to(folder_with_a_shard / "sub")
+    keys = [info.key for info in open_storage(str(folder_with_a_shard)).list()]
+    assert keys == ["other/a.tar", "sub/a.tar"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "b.tar"], ids=["dangling", "to itself"])
+def test_link_to_nothing_is_listed_and_cannot_be_read(folder_with_a_shard, target):
+    (folder_with_a_shard / "b.tar").symlink_to(target)
+    storage = open_storage(str(folder_with_a_shard))
+    assert [info.key for info in storage.list()] == ["b.tar", "sub/a.tar"]
+    with pytest.raises(StorageError, match=r"(no such file|cannot read).*b\.tar"):
+        storage.open("b.tar")
+
+
+def test_name_that_is_no_utf8_is_listed_and_read(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.tar")).write_bytes(b"x")
+    storage = open_storage(str(tmp_path))
+    [info] = storage.list()
+    assert os.fsencode(info.key) == b"caf\xe9.tar"
+    assert read_all(storage, info.key) == b"x"
+
+
+@pytest.fixture
+def unreadable(monkeypatch) -> Callable[[Path], None]:
+    """Makes a path unreadable, for root too, whom the modes of files do not stop."""
+
+    def refuse(path: Path) -> None:
+        path.chmod(0)
+        if os.geteuid():
+            return
+        for module, name in ((os, "scandir"), (Path, "open")):
+            real = getattr(module, name)
+
+            def guarded(place, *arguments, real=real, **options):
+                if Path(place) == path:
+                    raise PermissionError(13, "Permission denied", str(place))
+                return real(place, *arguments, **options)
+
+            monkeypatch.setattr(module, name, guarded)
+
+    return refuse
+
+
+def test_folder_or_file_that_cannot_be_read_is_named_and_never_left_out(
+    folder_with_a_shard, unreadable
+):
+    storage = open_storage(str(folder_with_a_shard))
+    unreadable(folder_with_a_shard / "sub" / "a.tar")
+    [info] = storage.list()
+    with pytest.raises(StorageError, match=r"cannot read .*/in/sub/a.tar: Permission denied"):
+        storage.open(info.key)
+    unreadable(folder_with_a_shard / "sub")
+    with pytest.raises(AccessError, match="/in/sub cannot be read by this user"):
+        list(storage.list())
+    (folder_with_a_shard / "sub").chmod(0o700)
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "while it is read"])
+def test_file_that_goes_away_is_noticed(tmp_path, monkeypatch, moment):
+    storage = open_storage(str(tmp_path))
+    storage.write_bytes("x", b"data")
+    if moment == "while it is read":
+        with closing(storage.open("x")) as reader:
+            reader.read(10)
+            (tmp_path / "x").unlink()
+            with pytest.raises(SourceChangedError, match="went away while it was read"):
+                reader.read(10)
+        return
+    info = storage.head("x")
+    (tmp_path / "x").unlink()
+    monkeypatch.setattr(LocalStorage, "head", lambda self, key: info)
+    with pytest.raises(NotFoundError, match="no such file"):
+        storage.open("x")
 
 
 def test_replaced_source_is_noticed(storage):
