@@ -38,6 +38,7 @@ from one4all.protectors.codebook import (
 from one4all.protectors.protector import Protector
 from one4all.report import sample_grid, to_png
 from one4all.storage import Storage, open_storage
+from one4all.text import shown
 from one4all.vocabularies import load_vocabulary
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig, absolute_weights
@@ -343,10 +344,13 @@ def describe(result: Fit, config: FitConfig) -> str:
     if not result.num_images:
         kind = "patterns of names"
     look = f"; {PICTURE} there shows its concepts" if result.num_images else ""
+    left_out = (
+        f"  left out: {shown(f'{name}: {why}')}\n" for name, why in result.bad_shards.items()
+    )
     return (
         f"{len(result.sizes_K)} {kind}; the smallest has {min(result.sizes_K)}, "
         f"the largest {max(result.sizes_K)}\n"
-        + "".join(f"  left out: {name}: {why}\n" for name, why in result.bad_shards.items())
+        + "".join(left_out)
         + f"protector {result.card.content_hash[:12]} written to {config.output}{look}\n"
         f"  one4all protect SOURCE DESTINATION --protector {shlex.quote(config.output)}"
     )

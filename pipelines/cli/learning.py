@@ -18,6 +18,8 @@ from pipelines.cli.terminal import (
     TrainingSource,
     choice,
     command_line,
+    show,
+    show_text,
 )
 
 # Of an entry of the training's metrics: said otherwise, or the same all along.
@@ -77,7 +79,7 @@ def fit(
             on_plan=progress.start,
             on_shard=lambda name: progress.advance(),
         )
-    print(describe(result, settings))
+    show_text(describe(result, settings))
 
 
 def train(
@@ -121,9 +123,9 @@ def train(
             on_wait=progress.say,
         )
     if num_damaged := card.training["num_damaged_shards"]:
-        print(f"damaged shards, used up to their damage: {num_damaged}, named in {DAMAGED_FILE}")
-    print(f"protector {card.content_hash[:12]} written to {settings.output}")
-    print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
+        show(f"damaged shards, used up to their damage: {num_damaged}, named in {DAMAGED_FILE}")
+    show(f"protector {card.content_hash[:12]} written to {settings.output}")
+    show(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
 
 
 def training_note(entry: dict[str, float]) -> str:
@@ -171,4 +173,4 @@ def pack(
         prefix=split,
         images_per_shard=images_per_shard,
     )
-    print(f"{num_images} images in {num_shards} shards written to {storage.uri}")
+    show(f"{num_images} images in {num_shards} shards written to {storage.uri}")
