@@ -286,10 +286,49 @@ def test_key_cannot_leave_the_folder(tmp_path):
             storage.write_bytes(key, b"")
 
 
-@pytest.mark.parametrize("uri", ["http://x/y", "s3://", "gs://bucket/x"])
-def test_other_uris_are_refused(uri):
-    with pytest.raises(UsageError, match="s3://bucket/prefix"):
+@pytest.mark.parametrize(
+    ("uri", "hint"),
+    [
+        ("http://x/y", "use s3://bucket/prefix"),
+        ("gs://bucket/x", "use s3://bucket/prefix"),
+        ("gs:/bucket/x", "use s3://bucket/prefix"),
+        ("s3://", "names no bucket"),
+        ("s3:///prefix", "did you mean s3://prefix"),
+        ("s3:/bucket/prefix", "did you mean s3://bucket/prefix"),
+        ("s3:bucket", "did you mean s3://bucket"),
+        ("S3://bucket/prefix", "did you mean s3://bucket/prefix"),
+        (" s3://bucket", "did you mean s3://bucket"),
+        ("s3a://bucket/x", "did you mean s3://bucket/x"),
+        ("s3://my bucket/x", "'my bucket' cannot be the name of a bucket"),
+        ("file://photos/in", "did you mean file:///photos/in"),
+        ("file:photos", "did you mean file:///photos"),
+        ("file://", "use s3://bucket/prefix"),
+        ("old:photos", r"or \./old:photos for a folder"),
+        ("vocabluary:imagenet1k", "for a folder of that name"),
+        ("", "no place is given"),
+        ("  ", "no place is given"),
+    ],
+)
+def test_other_uris_are_refused_with_what_to_write(tmp_path, monkeypatch, uri, hint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=hint):
         open_storage(uri)
+
+
+def test_folder_with_a_colon_in_its_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in (
+        "./s3:/x",
+        f"{tmp_path}/s3:/x",
+        "2026-11-28T10:00",
+        "a/b:c",
+        f"file://{tmp_path}/y",
+    ):
+        storage = open_storage(uri)
+        assert isinstance(storage, LocalStorage)
+        assert open_storage(storage.uri).root == storage.root
+        assert storage.root.is_relative_to(tmp_path)
+    assert open_storage("file:///a%20b?c#d").root == Path("/a b?c#d")
 
 
 def test_missing_places_are_named(tmp_path, s3_endpoint):
