@@ -17,6 +17,7 @@ from one4all.errors import (
     NotFoundError,
     SourceChangedError,
     StorageError,
+    UsageError,
 )
 from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
 
@@ -29,7 +30,10 @@ class LocalStorage(Storage):
 
     def __init__(self, root: Path) -> None:
         # Resolved, so that two ways to one folder are seen as one.
-        self.root = root.expanduser().resolve()
+        try:
+            self.root = root.expanduser().resolve()
+        except (RuntimeError, OSError, ValueError) as error:  # a link to itself, ~nobody, a NUL
+            raise UsageError(f"{str(root)!r} is no path of a folder: {error}") from error
         self.uri = str(self.root)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

@@ -121,10 +121,18 @@ def folder_with_a_shard(tmp_path) -> Path:
     return tmp_path / "in"
 
 
+@pytest.mark.fault("folder with a link that leads back, or nowhere")
 def test_link_that_leads_back_is_named(folder_with_a_shard):
     (folder_with_a_shard / "sub" / "loop").symlink_to(folder_with_a_shard)
     with pytest.raises(AccessError, match="in/sub/loop leads back to one above it"):
         list(open_storage(str(folder_with_a_shard)).list())
+
+
+def test_root_that_is_no_path_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for uri in (f"{tmp_path}/loop", "~nobody-of-this-name/x", f"{tmp_path}/a\0b"):
+        with pytest.raises(UsageError, match="is no path of a folder"):
+            open_storage(uri)
 
 
 def test_folder_that_is_linked_twice_is_listed_twice(folder_with_a_shard):
@@ -133,6 +141,7 @@ def test_folder_that_is_linked_twice_is_listed_twice(folder_with_a_shard):
     assert keys == ["other/a.tar", "sub/a.tar"]
 
 
+@pytest.mark.fault("folder with a link that leads back, or nowhere")
 @pytest.mark.parametrize("target", ["nowhere", "b.tar"], ids=["dangling", "to itself"])
 def test_link_to_nothing_is_listed_and_cannot_be_read(folder_with_a_shard, target):
     (folder_with_a_shard / "b.tar").symlink_to(target)
@@ -171,6 +180,7 @@ def unreadable(monkeypatch) -> Callable[[Path], None]:
     return refuse
 
 
+@pytest.mark.fault("folder or file that the user may not read")
 def test_folder_or_file_that_cannot_be_read_is_named_and_never_left_out(
     folder_with_a_shard, unreadable
 ):
@@ -185,6 +195,7 @@ def test_folder_or_file_that_cannot_be_read_is_named_and_never_left_out(
     (folder_with_a_shard / "sub").chmod(0o700)
 
 
+@pytest.mark.fault("file that goes away while it is read")
 @pytest.mark.parametrize("moment", ["before it is opened", "while it is read"])
 def test_file_that_goes_away_is_noticed(tmp_path, monkeypatch, moment):
     storage = open_storage(str(tmp_path))

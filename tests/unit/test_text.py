@@ -45,6 +45,7 @@ def test_one_function_prints():
     assert found <= allowed
 
 
+@pytest.mark.fault("control characters in names")
 def test_whatever_is_printed_is_harmless(capsys):
     terminal.show(HOSTILE, "b")
     terminal.show_text(f"one\n{HOSTILE}\n")
@@ -65,6 +66,7 @@ def test_whatever_is_printed_is_harmless(capsys):
     assert not {"\x1b", "\x7f", "\r", "\udce9"} & set(out + err + logged)
 
 
+@pytest.mark.fault("control characters in names")
 def test_error_that_names_a_hostile_folder_is_harmless(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", "verify", f"{tmp_path}/\x1b[2J\udce9", str(tmp_path)],
@@ -80,6 +82,7 @@ def test_error_that_names_a_hostile_folder_is_harmless(tmp_path):
 NAMES = ("a", r"$\foo$", HOSTILE, "$5 and $6", "_x^2 #1 %", r"\$")
 
 
+@pytest.mark.fault("names that are formulas to a plot")
 @pytest.mark.parametrize(
     "plot",
     [
