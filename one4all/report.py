@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from one4all.errors import UsageError
 from one4all.extras import require
 from one4all.images import Pixels, colour
+from one4all.text import drawn, shown
 
 AMPLIFICATION = 12
 _MOST_NUMBERED_CLASSES = 20
@@ -40,7 +41,7 @@ def contact_sheet(
     margin, caption_height, header = 8, 16, 24
     pictures = [
         (
-            caption,
+            shown(caption),
             [_fit(p, tile) for p in (clean, _amplify(clean, protected, amplification), protected)],
         )
         for caption, clean, protected in rows
@@ -75,6 +76,7 @@ def sample_grid(columns: Sequence[tuple[str, Sequence[Pixels]]], tile: int = 96)
         raise UsageError(f"columns hold {sorted(num_rows)} images; one row needs one from each")
     margin, header = 8, 24
     font = ImageFont.load_default(size=12)
+    columns = [(shown(caption), images) for caption, images in columns]
     widths = [max(tile, math.ceil(font.getlength(caption))) for caption, _ in columns]
     size = (sum(widths) + margin * (len(columns) + 1), header + num_rows.pop() * (tile + margin))
     grid = Image.new("RGB", size, "white")
@@ -118,7 +120,7 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None
         axes = figure.add_subplot(rows, _CURVE_COLUMNS, index + 1)
         logged = [entry for entry in history if name in entry]
         axes.plot([e["step"] for e in logged], [e[name] for e in logged], marker=".")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(drawn(name), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -139,7 +141,8 @@ def plot_accuracies(
     axes = figure.add_subplot()
     names = list(accuracies)
     means = [100 * float(np.mean(values)) for values in accuracies.values()]
-    axes.barh(names, means, color=["#4c72b0" if n == "clean" else "#b0b0b0" for n in names])
+    colours = ["#4c72b0" if name == "clean" else "#b0b0b0" for name in names]
+    axes.barh([drawn(name) for name in names], means, color=colours)
     for position, values in enumerate(accuracies.values()):
         axes.plot([100 * v for v in values], [position] * len(values), "k.", markersize=5)
         axes.text(
@@ -149,7 +152,7 @@ def plot_accuracies(
     axes.set_xlabel("test accuracy on clean images, % (dashed: most frequent class; dots: seeds)")
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(drawn(title), fontsize=10)
     figure.tight_layout()
     return _to_png(figure)
 
@@ -161,10 +164,10 @@ def plot_curves(
     figure = _figure(6.5, 4.0)
     axes = figure.add_subplot()
     for name, points in series.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker=".")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, fontsize=10)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=drawn(name), marker=".")
+    axes.set_xlabel(drawn(xlabel))
+    axes.set_ylabel(drawn(ylabel))
+    axes.set_title(drawn(title), fontsize=10)
     axes.grid(alpha=0.3)
     if series:
         axes.legend(fontsize=8)
@@ -200,11 +203,12 @@ def plot_confusion(confusion: npt.ArrayLike, *, title: str, names: Sequence[str]
             ink = "white" if share > 60 else "black"
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=7)
     if names:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
+        labels = [drawn(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), labels, fontsize=7)
     axes.set_xlabel("answer")
     axes.set_ylabel("true class")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(drawn(title), fontsize=10)
     figure.tight_layout()
     return _to_png(figure)
 
@@ -235,7 +239,7 @@ def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Sec
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     html = environment.from_string(template).render(title=title, summary=summary, sections=sections)
-    path.write_text(html, "utf-8")
+    path.write_text(html, "utf-8", errors="backslashreplace")
 
 
 def to_png(image: Image.Image) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from one4all.concepts import ConceptBank
 from one4all.corpus import Unit, images_of, open_corpora, read_samples
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.errors import BadImageError, One4AllError, ShardError, UsageError
+from one4all.errors import BadImageError, NotFoundError, One4AllError, ShardError, UsageError
 from one4all.fitting import Embeddings, embed
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, decode, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
@@ -37,6 +38,7 @@ from one4all.protectors.codebook import (
 from one4all.protectors.protector import Protector
 from one4all.report import sample_grid, to_png
 from one4all.storage import Storage, open_storage
+from one4all.text import shown
 from one4all.vocabularies import load_vocabulary
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig, absolute_weights
@@ -47,6 +49,7 @@ _BATCH = 32
 _THUMBNAIL = 64  # pixels
 _THUMBNAILS = 3000  # of all shards; a picture of concepts needs no more
 _COLUMNS, _ROWS = 16, 8
+_NAMED = 10  # damaged shards, at most, in an error
 _FEWEST_PER_SHARD = 64
 
 
@@ -95,7 +98,8 @@ class Fit:
         num_images: Looked at; 0 for a vocabulary.
         num_bad: Images that could not be read, and were left out.
         sizes_K: Images, or names, of each pattern.
-        bad_shards: Shards that could not be read to their end, and were left out, with the reason.
+        bad_shards: Shards that could not be read to their end, or were gone, and were left out as a
+            whole, with the reason.
     """
 
     card: ProtectorCard
@@ -139,13 +143,17 @@ def fit(
     on_plan(len(parts))
     found = sorted(_embed_all(parts, config, on_shard), key=lambda part: part.unit)
     embeddings_ND = torch.from_numpy(np.concatenate([part.embeddings for part in found]))
-    codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
+    bad_shards = {part.unit: part.error for part in found if part.error}
+    try:
+        codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
+    except UsageError as error:
+        lines = [f"left out: {name}: {why}" for name, why in islice(bad_shards.items(), _NAMED)]
+        raise UsageError("\n  ".join([str(error), *lines])) from error
     num_bad = sum(part.num_bad for part in found)
     facts = {"num_images": len(embeddings_ND), "num_bad": num_bad, "command": command}
     card = _publish(codebook, load_encoder(config.encoder), config, output, facts)
     output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
     sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts)
-    bad_shards = {part.unit: part.error for part in found if part.error}
     return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()), bad_shards)
 
 
@@ -268,7 +276,7 @@ class PartEmbedder:
         empty = np.zeros((0, self._encoder.embedding_dim), np.float32)
         try:
             drawn = self._draw(part)
-        except ShardError as damage:
+        except (ShardError, NotFoundError) as damage:
             return PartEmbeddings(name, empty, [], error=str(damage))
         working = [pixels for pixels in map(self._working_copy, drawn) if pixels is not None]
         found = [
@@ -336,10 +344,13 @@ def describe(result: Fit, config: FitConfig) -> str:
     if not result.num_images:
         kind = "patterns of names"
     look = f"; {PICTURE} there shows its concepts" if result.num_images else ""
+    left_out = (
+        f"  left out: {shown(f'{name}: {why}')}\n" for name, why in result.bad_shards.items()
+    )
     return (
         f"{len(result.sizes_K)} {kind}; the smallest has {min(result.sizes_K)}, "
         f"the largest {max(result.sizes_K)}\n"
-        + "".join(f"  left out: {name}: {why}\n" for name, why in result.bad_shards.items())
+        + "".join(left_out)
         + f"protector {result.card.content_hash[:12]} written to {config.output}{look}\n"
         f"  one4all protect SOURCE DESTINATION --protector {shlex.quote(config.output)}"
     )

@@ -1,13 +1,23 @@
-"""Starting or joining Ray, quietly."""
+"""Starting or joining Ray, quietly. Nobody else gets into a Ray that is started here.
+
+Whoever reaches a Ray may run code in it. So a local one asks for a token that only its own
+processes know, listens on loopback alone, and keeps its sockets and logs in a private folder: each
+for what the others leave open. A cluster is joined on its own terms.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
 import signal
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from one4all.errors import One4AllError
@@ -29,10 +39,10 @@ _NOISY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
 def prepare_environment() -> None:
-    """Set Ray's variables, unless they are set.
+    """Set the variables for joining a Ray, unless they are set.
 
-    Token authentication would be switched on by the mere presence of ~/.ray/auth_token, which an
-    earlier local session leaves behind: a token is used if the environment gives one.
+    Token authentication would be switched on by the mere presence of ~/.ray/auth_token, which a
+    local session of another program leaves behind: a token is used if the environment gives one.
     """
     token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     variables = _ENVIRONMENT | {"RAY_AUTH_MODE": "token" if token else "disabled"}
@@ -47,45 +57,125 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     A session that was running before is left running. A local one stops with the block.
     """
     require("ray", "jobs")
-    prepare_environment()
-    import ray
-
-    if ray.is_initialized():
+    if _is_running():
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
+    with _local_ray(config) if address in ("", "local") else _joined_ray(address):
+        _quieten_ray_data()
+        yield
+
+
+def _is_running() -> bool:
+    ray = sys.modules.get("ray")  # to be imported only when its variables are set
+    return ray is not None and ray.is_initialized()
+
+
+@contextmanager
+def _joined_ray(address: str) -> Iterator[None]:
+    prepare_environment()
+    with _ray(f"join the Ray cluster at {address}", address=address):
+        yield
+
+
+@contextmanager
+def _local_ray(config: RayConfig) -> Iterator[None]:
+    """Start a Ray of our own; what the environment says of authentication is for clusters."""
+    with set_variables(_local_variables()), _private_folder() as folder:
+        options: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": config.num_cpus or None,
+            "object_store_memory": config.object_store_bytes,
+            "include_dashboard": False,
+            "_temp_dir": folder,
+        }
+        with _ray("start Ray here", **options):
+            yield
+
+
+@contextmanager
+def _ray(what: str, **options: Any) -> Iterator[None]:
+    """Ray with these options of `ray.init`; ``what`` says for an error what they ask for."""
+    import ray
+
     with our_signal_handlers():
         try:
-            if address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=config.num_cpus or None,
-                    object_store_memory=config.object_store_bytes,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:  # Ray raises plain Exception when a node does not start in time
             reason = str(error).strip().partition("\n")[0]
-            where = f"join the Ray cluster at {address}" if address else "start Ray here"
-            raise One4AllError(f"cannot {where}: {reason}") from error
+            raise One4AllError(f"cannot {what}: {reason}") from error
     try:
-        import ray.data
-        import ray.train
-
-        for name in _NOISY_LOGGERS:  # after the imports, which set their own levels
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        # A shard may take longer than Ray's default of 30 minutes without an output row.
-        context.execution_no_progress_timeout_s = -1
-        context.max_errored_blocks = 0
         yield
     finally:
         ray.shutdown()
+
+
+def _quieten_ray_data() -> None:
+    import ray.data
+    import ray.train
+
+    for name in _NOISY_LOGGERS:  # after the imports, which set their own levels
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A shard may take longer than Ray's default of 30 minutes without an output row.
+    context.execution_no_progress_timeout_s = -1
+    context.max_errored_blocks = 0
+
+
+@cache
+def _local_variables() -> Mapping[str, str | None]:
+    """The variables of all local sessions of this process: Ray remembers what it read first."""
+    variables: dict[str, str | None] = {
+        **{name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN_PATH": None,
+        # Unset, it is switched on for what `ray.init` starts, even if Ray was imported before.
+        "RAY_AUTH_MODE": None,
+    }
+    if "ray" not in sys.modules:  # else it has decided already
+        # Without clusters Ray needs loopback alone; elsewhere than on Linux that is its default.
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return variables
+
+
+@contextmanager
+def set_variables(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Variables of this process and of what it starts, within the block; None unsets one."""
+    before = {name: os.environ.get(name) for name in variables}
+    _assign(variables)
+    try:
+        yield
+    finally:
+        _assign(before)
+
+
+def _assign(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """A folder below one that others cannot enter: Ray opens what it is given to all.
+
+    Logs are in it too, and stay behind when the block ends with an exception.
+    """
+    # Not TMPDIR, which may be long: paths of sockets must not be.
+    parent = os.environ.get("RAY_TMPDIR", "/tmp")
+    try:
+        folder = tempfile.mkdtemp(prefix="one4all-ray-", dir=parent)
+    except OSError as error:
+        raise One4AllError(
+            f"cannot start Ray here: it needs a folder in {parent} ({error.strerror}); set "
+            "RAY_TMPDIR to one that this user can write to"
+        ) from error
+    yield os.path.join(folder, "ray")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -14,15 +14,15 @@ import re
 import shlex
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from one4all.errors import One4AllError, UsageError
-from pipelines.ray_session import prepare_environment
+from pipelines.leaks import find_secret
+from pipelines.ray_session import prepare_environment, set_variables
 
 INTERRUPTED = 130
 SECOND_CHANCE_SECONDS = 5.0  # in which another Ctrl-C stops the job
@@ -38,17 +38,8 @@ _SLOT_FORMATS: dict[Slot, str] = {"hourly": "%Y-%m-%dT%H", "daily": "%Y-%m-%d"}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # Ray makes file names of it
 # Never part of an uploaded working directory.
 _EXCLUDED = [".git", ".venv", "runs", ".env", ".env.*", ".aws", ".ssh", ".netrc", "*.pem", "*.key"]
-_SECRETS = re.compile(
-    r"AWS_SECRET|AWS_SESSION_TOKEN|aws_secret_access_key"
-    r"|(?i:(?:secret|token|passw(?:or)?d|api_?key|credentials?)(?:_\w+)?\s*[=:]\s*\S)"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS access keys
-    r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abp]-)\w{10,}"
-    r"|(?i:X-Amz-(?:Signature|Security-Token)=)"  # presigned URLs
-    r"|://[^/@\s]*:[^/@\s]+@"  # passwords in URLs
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
-)
-_SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|API_?KEY")
-_NO_SECRET = re.compile(r"_(?:FILE|PATH|URL|URI|MODE)$")
+_EXCLUDED += [".azure", ".gcloud", ".kube", ".docker", ".gnupg", ".pgpass", ".git-credentials"]
+_EXCLUDED += ["id_rsa*", "id_ecdsa*", "id_ed25519*", "*.p12", "*.pfx", "*.jks", "*.kdbx"]
 
 
 class ClusterError(One4AllError):
@@ -144,17 +135,12 @@ def refuse_secrets(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
     Whoever can see the cluster's dashboard can read the entry point of a job.
     """
-    values = [
-        value
-        for name, value in environment.items()
-        if _SECRET_VARIABLE.search(name) and not _NO_SECRET.search(name) and len(value) >= 8
-    ]
-    for position, argument in enumerate(arguments, start=1):
-        if _SECRETS.search(argument) or any(value in argument for value in values):
-            raise UsageError(
-                f"argument {position} of the job looks like a secret, and every user of the "
-                "cluster could read it; give the nodes a role, or mount the secret there"
-            )
+    if found := find_secret(arguments, environment):
+        position, kind = found
+        raise UsageError(
+            f"argument {position} of the job looks like a secret ({kind}), and every user of the "
+            "cluster could read it; give the nodes a role, or mount the secret there"
+        )
 
 
 def cluster_address(address: str | None, environment: Mapping[str, str]) -> str:
@@ -233,7 +219,7 @@ def _connect(address: str) -> Any:
     for name in list(logging.root.manager.loggerDict):
         if name == "ray" or name.startswith("ray."):  # which set their own levels
             logging.getLogger(name).setLevel(logging.ERROR)
-    with _environment_variable("RAY_API_SERVER_ADDRESS", address):
+    with set_variables({"RAY_API_SERVER_ADDRESS": address}):
         try:
             return JobSubmissionClient(address)
         except AuthenticationError as error:
@@ -370,19 +356,6 @@ class _Follower:
             return 1
         self._say(f"{self._id} ended with exit status {code}")
         return int(code) if code > 0 else 128 - int(code)
-
-
-@contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _last_line(error: Exception) -> str:

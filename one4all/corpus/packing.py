@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,8 @@ from one4all.errors import ConfigError, UsageError
 from one4all.extras import require
 from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.images import DecodedImage, encode
-from one4all.storage import Storage
+from one4all.storage import LocalStorage, Storage
+from one4all.text import shown
 
 Split = Literal["train", "test"]
 
@@ -178,6 +179,8 @@ def _embedded(
 
 
 def _image_folder(root: Path) -> Iterator[LabelledImage]:
+    storage = LocalStorage(root)
+    storage.check(writable=False)
     classes = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
     )
@@ -185,19 +188,32 @@ def _image_folder(root: Path) -> Iterator[LabelledImage]:
         raise UsageError(f"{root} has no sub-folders; it needs one for each class")
     for label, name in enumerate(classes):
         taken: set[str] = set()
-        for path in sorted((root / name).rglob("*")):
-            extension = path.suffix.lower().lstrip(".")
-            relative = path.relative_to(root)
+        # Not Path.rglob, which passes over folders that cannot be read.
+        for relative in sorted(PurePosixPath(info.key) for info in storage.list(f"{name}/")):
+            path = root / relative
+            extension = relative.suffix.lower().lstrip(".")
             hidden = any(part.startswith(".") for part in relative.parts)
-            if not path.is_file() or extension not in IMAGE_EXTENSIONS or hidden:
+            if extension not in IMAGE_EXTENSIONS or hidden:
                 continue
+            if not _is_utf8(str(relative)):
+                raise UsageError(f"{shown(str(path))} has a name that is not UTF-8; rename it")
             key = _safe_key(relative.with_suffix("").as_posix())
             if key in taken:  # a.jpg beside a.png, or a.b.jpg beside a_b.jpg
                 key = _safe_key(relative.as_posix())
             if key in taken:
                 raise UsageError(f"{path} would get a key that another image has; rename it")
             taken.add(key)
-            yield LabelledImage(key, path.read_bytes(), extension, label, name)
+            image = storage.read_bytes(str(relative))
+            yield LabelledImage(key, image, extension, label, name)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a name of the file system is text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _torchvision(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from one4all.corpus import images_of, list_units, read_samples
+from one4all.corpus import Sample, Unit, images_of, list_units, read_samples
 from one4all.corpus.packing import LabelledImage
 from one4all.errors import BadImageError, ShardError, UsageError
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode
@@ -100,7 +100,7 @@ def _samples(uri: str, sidecar_patterns: Sequence[str]) -> Iterator[tuple[str, b
     """Key, image file, class index and class name of each sample of a corpus of shards."""
     storage = open_storage(uri)
     for unit in list_units(storage):
-        for sample in read_samples(storage, unit):
+        for sample in _named(unit, read_samples(storage, unit)):
             members = {m.name.rpartition(".")[2].lower(): m.payload for m in sample.members}
             pictures = [member.payload for member in images_of(sample, sidecar_patterns)]
             if len(pictures) != 1 or "cls" not in members:
@@ -117,6 +117,14 @@ def _samples(uri: str, sidecar_patterns: Sequence[str]) -> Iterator[tuple[str, b
                 ) from error
             class_name = members.get("txt", b"").decode("utf-8", "replace")
             yield sample.key, pictures[0], label, class_name
+
+
+def _named(unit: Unit, samples: Iterator[Sample]) -> Iterator[Sample]:
+    """The samples of a unit; an error names it. Leaving it out would be another experiment."""
+    try:
+        yield from samples
+    except ShardError as error:
+        raise ShardError(f"{unit.name}: {error}") from error
 
 
 def _collect(

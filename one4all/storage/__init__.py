@@ -16,8 +16,9 @@ truncated object when the body of their ``with`` block raises (docs/pipeline.md)
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from one4all.errors import UsageError
 from one4all.extras import require
@@ -37,23 +38,51 @@ __all__ = [
 ]
 
 
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:[\w:.-]+")
+# Of a URI, or of what was meant to be one; a path begins with / or . or ~ where it looks like one.
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
+
+
 def open_storage(uri: str) -> Storage:
-    """The storage for a local path, ``file://`` or ``s3://bucket/prefix``.
+    """The storage for a local path, ``file:///path`` or ``s3://bucket/prefix``.
+
+    A relative path that begins like a URI, such as ``old:photos``, is written ``./old:photos``:
+    what was meant to be a bucket must not become a folder here.
 
     Raises:
-        UsageError: Another scheme, or no bucket.
+        UsageError: Another scheme, or one that is misspelt; no bucket; or nothing at all.
     """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
+    if not uri.strip():
+        raise UsageError(
+            "no place is given; use a local path (. is this folder) or s3://bucket/..."
+        )
+    if not (match := _SCHEME.match(uri)):
         return LocalStorage(Path(uri))
-    if scheme == "file":
-        return LocalStorage(Path(unquote(urlsplit(uri).path)))
-    if scheme == "s3":
+    rest = uri[match.end() :]
+    if uri.startswith("file:///") and rest.strip("/"):
+        return LocalStorage(Path(unquote(rest.removeprefix("//"))))
+    bucket, _, prefix = rest.removeprefix("//").partition("/")
+    if uri.startswith("s3://") and _BUCKET.fullmatch(bucket):
         require("boto3", "s3")
         from one4all.storage.s3 import S3Storage
 
-        bucket, _, prefix = rest.partition("/")
-        if bucket:
-            return S3Storage(bucket, prefix.strip("/"))
-        raise UsageError(f"{uri!r} names no bucket; write s3://bucket/prefix")
-    raise UsageError(f"cannot open {uri!r}: use a local path, file:// or s3://bucket/prefix")
+        return S3Storage(bucket, prefix.strip("/"))
+    raise UsageError(
+        f"cannot open {uri!r}: use s3://bucket/prefix, file:///path or a local path"
+        + _hint(match[1].lower(), rest, uri)
+    )
+
+
+def _hint(scheme: str, rest: str, uri: str) -> str:
+    """What may have been meant by what looks like a URI."""
+    place = rest.strip("/ ")
+    if scheme in ("s3", "s3a", "s3n"):
+        bucket = place.partition("/")[0]
+        if not bucket:
+            return "; it names no bucket"
+        if not _BUCKET.fullmatch(bucket):
+            return f"; {bucket!r} cannot be the name of a bucket"
+        return f"; did you mean s3://{place}?"
+    if scheme == "file":
+        return f"; did you mean file:///{place}?"
+    return "" if rest.startswith("//") else f"; or ./{uri} for a folder of that name"

@@ -17,6 +17,7 @@ from one4all.errors import (
     NotFoundError,
     SourceChangedError,
     StorageError,
+    UsageError,
 )
 from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
 
@@ -29,20 +30,23 @@ class LocalStorage(Storage):
 
     def __init__(self, root: Path) -> None:
         # Resolved, so that two ways to one folder are seen as one.
-        self.root = root.expanduser().resolve()
+        try:
+            self.root = root.expanduser().resolve()
+        except (RuntimeError, OSError, ValueError) as error:  # a link to itself, ~nobody, a NUL
+            raise UsageError(f"{str(root)!r} is no path of a folder: {error}") from error
         self.uri = str(self.root)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        folder = prefix.rpartition("/")[0]
-        yield from (
-            info for info in _walk(self.root / folder, folder) if info.key.startswith(prefix)
-        )
+        folder, _, stem = prefix.rpartition("/")
+        return _walk(self.root / folder, folder, stem)
 
     def head(self, key: str) -> ObjectInfo:
         try:
             return _file_info(self._path(key), key)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"no such file: {self._path(key)}") from error
+        except OSError as error:
+            raise _unreadable(self._path(key), error) from error
 
     def open(self, key: str, *, etag: str | None = None) -> Reader:
         info = self.head(key)
@@ -122,15 +126,27 @@ class LocalStorage(Storage):
 class _LocalReader:
     def __init__(self, path: Path, info: ObjectInfo) -> None:
         self._path, self._info = path, info
-        self._file = path.open("rb", buffering=0)
+        try:
+            self._file = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no such file: {path}") from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
         self._left = info.size
 
     def read(self, size: int, /) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
         self._left -= len(data)
         if not data and size and self._left == 0:
             # Renamed over: our handle still shows the old file. Written in place: it does not.
-            if _file_info(self._path, self._info.key).etag != self._info.etag:
+            try:
+                etag = _file_info(self._path, self._info.key).etag
+            except FileNotFoundError as error:
+                raise SourceChangedError(f"{self._path} went away while it was read") from error
+            if etag != self._info.etag:
                 raise SourceChangedError(f"{self._path} changed while it was read")
         elif not data and size:
             raise SourceChangedError(f"{self._path} shrank while it was read")
@@ -178,26 +194,80 @@ class _LocalWriter(Writer):
         self._temporary.unlink(missing_ok=True)
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[ObjectInfo]:
-    """Files below ``folder`` in key order, without those that are being written."""
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot read {path}: {error.strerror or error}")
+
+
+def _walk(
+    folder: Path, prefix: str, stem: str = "", above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[ObjectInfo]:
+    """Files below ``folder`` in key order, without those that are being written.
+
+    Args:
+        folder: Folder to list.
+        prefix: Its key; "" for the root.
+        stem: Only entries of the folder itself whose name starts so are looked at.
+        above: Device and inode of the folders that led here.
+
+    Raises:
+        AccessError: A folder cannot be read, or leads back to one above it.
+        StorageError: The disk fails.
+    """
+    entries = []
     try:
-        entries = list(os.scandir(folder))
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name.startswith(stem) and not entry.name.endswith(TEMPORARY_SUFFIX):
+                    is_folder = not _leads_nowhere(entry) and entry.is_dir()
+                    entries.append((entry.name + "/" * is_folder, is_folder, entry))
     except (FileNotFoundError, NotADirectoryError):
         return
-    entries.sort(key=lambda entry: entry.name + "/" if entry.is_dir() else entry.name)
-    for entry in entries:
+    except PermissionError as error:
+        raise AccessError(
+            f"{error.filename or folder} cannot be read by this user, so what is there would be "
+            "missed; change that, or move it elsewhere"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot list {folder}: {error.strerror or error}") from error
+    if identity in above:
+        raise AccessError(
+            f"folder {folder} leads back to one above it, so there is no end to what is below it; "
+            "remove the link"
+        )
+    for _, is_folder, entry in sorted(entries, key=lambda item: item[0]):
         key = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.name.endswith(TEMPORARY_SUFFIX):
-            continue
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), key)
-        elif entry.is_file():
-            with suppress(FileNotFoundError):  # deleted since the folder was read
-                yield _file_info(Path(entry.path), key)
+        if is_folder:
+            yield from _walk(Path(entry.path), key, above=(*above, identity))
+        elif (info := _entry_info(entry, key)) is not None:
+            yield info
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a symbolic link to what is not there, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _entry_info(entry: os.DirEntry[str], key: str) -> ObjectInfo | None:
+    """What an entry that is no folder holds; None for one that is no file, or is gone."""
+    try:
+        if _leads_nowhere(entry):  # listed, so that the absence is noticed: reading it says so
+            return _info(entry.stat(follow_symlinks=False), key)
+        return _info(entry.stat(), key) if entry.is_file() else None
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise AccessError(f"{entry.path} cannot be looked at by this user") from error
+    except OSError as error:
+        raise StorageError(f"cannot list {entry.path}: {error.strerror or error}") from error
 
 
 def _file_info(path: Path, key: str) -> ObjectInfo:
-    stat = path.stat()
+    return _info(path.stat(), key)
+
+
+def _info(stat: os.stat_result, key: str) -> ObjectInfo:
     etag = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
     return ObjectInfo(key, stat.st_size, etag, modified=stat.st_mtime)
 

@@ -8,6 +8,10 @@ starting there decodes nothing that came before.
 When training goes on with another number of ranks, what is left of the shares of a begun epoch is
 dealt to the new ranks, each of which then begins the next epoch with a share of the new size. So
 every image counts once an epoch however often the number changes, and nobody waits for anybody.
+
+A unit that is damaged, or is gone, ends where its damage begins, in every epoch anew; what comes
+after it in the stream is what would come after a shorter unit. So positions hold as long as the
+damage stays the same.
 """
 
 from __future__ import annotations
@@ -21,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from one4all.corpus import Unit, images_of, open_corpora, read_samples
-from one4all.errors import BadImageError, UsageError
+from one4all.corpus import Sample, Unit, images_of, open_corpora, read_samples
+from one4all.errors import BadImageError, NotFoundError, ShardError, UsageError
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, colour, decode, working_copy
 from one4all.storage import open_storage
 
 MIN_CROP_AREA = 0.4  # share of the image; paper-like RandomResizedCrop (docs/method.md, 19)
 SHUFFLE_BYTES = 256 << 20  # encoded images held to draw from, at most
+EMPTY_EPOCHS = 20  # in a row, in which damage left a rank less than a batch: then too much is lost
 
 
 @dataclass(frozen=True, order=True)
@@ -89,9 +94,15 @@ class ImageStream:
             from; matched against the last component of the name.
         num_threads: Threads that decode.
 
+    Attributes:
+        damaged: Why a unit could not be read to its end, by its URI; of all that were met so far.
+            Its images before the damage are used, the others are left out.
+
     Raises:
         UsageError: There is no unit in them.
     """
+
+    damaged: dict[str, str]
 
     def __init__(
         self,
@@ -108,6 +119,7 @@ class ImageStream:
         self._shuffle_buffer = shuffle_buffer
         self._sidecar_patterns = tuple(sidecar_patterns)
         self._pool = ThreadPoolExecutor(num_threads, "loader")
+        self.damaged = {}
 
     def batches(self, batch_size: int, shares: Shares) -> Iterator[tuple[Shares, Pixels]]:
         """Batches without end: of these shares, then of the last one's epoch after epoch.
@@ -120,7 +132,8 @@ class ImageStream:
             what is left *after* the batch, to be given again to resume.
 
         Raises:
-            UsageError: A share holds less than one batch.
+            UsageError: A share holds less than one batch; or damaged units have left less than that
+                for `EMPTY_EPOCHS` epochs.
         """
         # One batch is prepared while the caller works on the one before.
         with ThreadPoolExecutor(1, "batches") as ahead:
@@ -132,6 +145,7 @@ class ImageStream:
                 yield batch
 
     def _batches(self, batch_size: int, shares: Shares) -> Iterator[tuple[Shares, Pixels]]:
+        num_empty = 0  # shares in a row
         while True:
             share, later = shares[0], shares[1:]
             chunk: list[tuple[int, bytes]] = []
@@ -152,11 +166,24 @@ class ImageStream:
                     yield (replace(share, position=count), *later), np.stack(images)
                     images = []
             if not yielded and share.position == 0:
-                raise UsageError(
-                    f"rank {share.index} finds {count} images, not enough that can be read for one "
-                    f"batch of {batch_size}; use more images, fewer workers or a smaller batch"
-                )
+                num_empty += 1
+                if not self.damaged or num_empty == EMPTY_EPOCHS:
+                    raise UsageError(
+                        f"rank {share.index} finds {count} images, not enough that can be read for "
+                        f"one batch of {batch_size}; use more images, fewer workers or a smaller "
+                        f"batch{self._losses()}"
+                    )
+            elif yielded:
+                num_empty = 0
             shares = later or (replace(share, epoch=share.epoch + 1, position=0),)
+
+    def _losses(self) -> str:
+        """What the damaged units do to a message."""
+        if not self.damaged:
+            return ""
+        uri, reason = next(iter(self.damaged.items()))
+        others = f", and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
+        return f"; damaged: {uri} ({reason}){others}"
 
     def _shuffled(self, share: Share) -> Iterator[bytes]:
         """Encoded images of a share in its random order."""
@@ -178,13 +205,19 @@ class ImageStream:
         by_unit = len(order) >= share.count
         index = 0
         for position in order[share.index :: share.count] if by_unit else order:
-            uri, unit = self._units[position]
-            # A training run lasts longer than some corpora stay as they were listed.
-            for sample in read_samples(open_storage(uri), unit.latest):
+            for sample in self._samples(*self._units[position]):
                 for member in images_of(sample, self._sidecar_patterns):
                     index += 1
                     if by_unit or index % share.count == share.index:
                         yield member.payload
+
+    def _samples(self, uri: str, unit: Unit) -> Iterator[Sample]:
+        """Samples of a unit, up to its end or its damage."""
+        try:
+            # A training run lasts longer than some corpora stay as they were listed.
+            yield from read_samples(open_storage(uri), unit.latest)
+        except (ShardError, NotFoundError) as damage:
+            self.damaged.setdefault(f"{uri}/{unit.name}", str(damage))
 
     def _crop(self, share: Share, index: int, payload: bytes) -> Pixels | None:
         """A random crop, resized, mirrored half of the time; None for an unreadable image."""

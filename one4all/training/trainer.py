@@ -6,7 +6,7 @@ Knows no Ray: `pipelines.train.job` runs one of these in every worker.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
 from functools import partial
@@ -197,6 +197,11 @@ class GeneratorTrainer:
         self.shares = deal([], world_size)[rank]
         self._loss: Tensor | float = math.nan  # of the last batch
         self._scalars: Scalars = {}
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Why units could not be read to their end, by URI: those that this rank has met so far."""
+        return self._stream.damaged
 
     @property
     def working_size(self) -> int:

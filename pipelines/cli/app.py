@@ -16,14 +16,14 @@ import typer
 
 from one4all.errors import One4AllError
 from pipelines.cli import evaluating, learning, operating, planning, protecting
-from pipelines.cli.terminal import INTERRUPTED, interrupt
+from pipelines.cli.terminal import INTERRUPTED, EscapedFormatter, interrupt, show, show_text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"one4all {version('one4all')}")
+        show(f"one4all {version('one4all')}")
         raise typer.Exit
 
 
@@ -44,7 +44,9 @@ for family in (protecting, learning, planning, evaluating, operating):
 def main() -> None:
     """Entry point: every expected error is one sentence and an exit code."""
     _keep_native_messages_off_the_terminal()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(EscapedFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
     shards = logging.getLogger("one4all.shards")  # said on request: one JSON line each
     shards.handlers = [logging.StreamHandler(sys.stderr)]
     shards.setLevel(logging.INFO)
@@ -54,12 +56,12 @@ def main() -> None:
     try:
         app()
     except One4AllError as error:
-        print(f"one4all: {error}", file=sys.stderr)
+        show_text(f"one4all: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             advice = f"; {interrupt.advice}" if interrupt.advice else ""
-            print(f"one4all: interrupted{advice}", file=sys.stderr)
+            show(f"one4all: interrupted{advice}", file=sys.stderr)
         raise
 
 

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.planning import plan_evaluate
-from pipelines.cli.terminal import EvaluationFile, Progress, SetOption, command_line
+from pipelines.cli.terminal import (
+    EvaluationFile,
+    Progress,
+    SetOption,
+    command_line,
+    show,
+    show_text,
+)
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -46,7 +53,7 @@ def evaluate(
     settings = load_config(EvaluateConfig, config, set_, output=output)
     if export:
         for place in export_copies(settings, export):
-            print(f"written: {place}")
+            show(f"written: {place}")
         return
     progress = Progress("trial")
 
@@ -67,9 +74,9 @@ def evaluate(
             say=progress.say,
         )
         diagnoses = diagnose_copies(settings, say=progress.say)
-    print(report(settings, result, diagnoses=diagnoses))
+    show_text(report(settings, result, diagnoses=diagnoses))
     for title, reason in result.failed.items():
-        print(f"  failed: {title}: {reason}")
+        show(f"  failed: {title}: {reason}")
     raise typer.Exit(1 if result.failed else 0)
 
 
@@ -87,8 +94,8 @@ def demo(
     from pipelines import demo as parts
 
     material = parts.photos(photos) if photos else parts.drawings()
-    report = parts.demo(folder, material, say=print)
-    print(f"report: {report}")
+    report = parts.demo(folder, material, say=show)
+    show(f"report: {report}")
 
 
 def bench(
@@ -111,8 +118,8 @@ def bench(
     from pipelines.bench import bench_memory, bench_plan
 
     if plan_shards:
-        print(bench_plan(plan_shards, output, say=print))
+        show_text(bench_plan(plan_shards, output, say=show))
     elif shard_gb > 0:
-        print(bench_memory(shard_gb, output, say=print))
+        show_text(bench_memory(shard_gb, output, say=show))
     else:
-        print(run(source, output, say=print))
+        show_text(run(source, output, say=show))

@@ -18,10 +18,19 @@ from pipelines.cli.terminal import (
     TrainingSource,
     choice,
     command_line,
+    show,
+    show_text,
 )
 
 # Of an entry of the training's metrics: said otherwise, or the same all along.
-_NOT_NOTED = {"step", "epoch", "learning_rate", "world_size", "images_per_second"}
+_NOT_NOTED = {
+    "step",
+    "epoch",
+    "learning_rate",
+    "world_size",
+    "images_per_second",
+    "damaged_shards",
+}
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -70,7 +79,7 @@ def fit(
             on_plan=progress.start,
             on_shard=lambda name: progress.advance(),
         )
-    print(describe(result, settings))
+    show_text(describe(result, settings))
 
 
 def train(
@@ -94,6 +103,7 @@ def train(
     from pipelines.settings import load_config
     from pipelines.train.config import TrainConfig
     from pipelines.train.job import train as run
+    from pipelines.train.progress import DAMAGED_FILE
 
     settings = load_config(TrainConfig, config, set_, source=source, output=output)
     progress = Progress("step")
@@ -107,15 +117,22 @@ def train(
             command=command_line(),
             on_start=lambda: progress.start(settings.steps),
             on_metrics=on_metrics,
+            on_damage=lambda uri, reason: progress.say(
+                f"left out from its damage on: {uri}: {reason}"
+            ),
             on_wait=progress.say,
         )
-    print(f"protector {card.content_hash[:12]} written to {settings.output}")
-    print(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
+    if num_damaged := card.training["num_damaged_shards"]:
+        show(f"damaged shards, used up to their damage: {num_damaged}, named in {DAMAGED_FILE}")
+    show(f"protector {card.content_hash[:12]} written to {settings.output}")
+    show(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
 
 
 def training_note(entry: dict[str, float]) -> str:
     """One line of how training goes: the loss, the objective's own scalars, and the pace."""
     scalars = [f"{key} {value:.3g}" for key, value in entry.items() if key not in _NOT_NOTED]
+    if num_damaged := entry.get("damaged_shards"):
+        scalars.append(f"damaged shards {num_damaged:.0f}")
     return " ".join([*scalars, f"{entry['images_per_second']:.3g} images/s"])
 
 
@@ -156,4 +173,4 @@ def pack(
         prefix=split,
         images_per_shard=images_per_shard,
     )
-    print(f"{num_images} images in {num_shards} shards written to {storage.uri}")
+    show(f"{num_images} images in {num_shards} shards written to {storage.uri}")

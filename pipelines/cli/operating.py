@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipelines.cli.terminal import choice, interrupt
+from pipelines.cli.terminal import choice, interrupt, show, show_text
 
 if TYPE_CHECKING:  # it waits for PyTorch
     from pipelines.settings import JobConfig
@@ -87,7 +87,7 @@ def submit(
         run(
             job,
             to,
-            say=lambda line: print(line, flush=True),
+            say=show,
             stop_on_interrupt=stop_on_interrupt,
         )
     )
@@ -128,11 +128,11 @@ def config(
     if verb not in VERBS_WITH_SETTINGS:
         raise typer.BadParameter(f"{verb!r} has no settings, only {', '.join(VERBS_WITH_SETTINGS)}")
     if verb == "evaluate":
-        print("# Settings of `one4all evaluate FILE`: the defaults, and a small example.")
+        show("# Settings of `one4all evaluate FILE`: the defaults, and a small example.")
     else:
-        print(f"# Settings of `one4all {verb} ... --config FILE`: the defaults; keep what differs.")
-    print("# One key alone: --set KEY=VALUE, and --set KEY.KEY=VALUE for a key inside another.\n")
-    print(settings_yaml(default_settings(verb)), end="")
+        show(f"# Settings of `one4all {verb} ... --config FILE`: the defaults; keep what differs.")
+    show("# One key alone: --set KEY=VALUE, and --set KEY.KEY=VALUE for a key inside another.", "")
+    show_text(settings_yaml(default_settings(verb)))
 
 
 def default_settings(verb: str) -> JobConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,9 @@ from pipelines.cli.terminal import (
     TrainingSource,
     in_words,
     number_in_words,
+    show,
+    show_json,
+    show_text,
     size_in_words,
 )
 
@@ -61,7 +63,7 @@ def plan_protect(
     settings = load_config(ProtectConfig, config, set_, protector=protector)
     found = run(source, settings, destination_uri=destination, num_workers=workers)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        show_json(found.to_json())
     else:
         _print_protect_plan(found)
 
@@ -107,40 +109,40 @@ def plan_evaluate(
     from pipelines.evaluation.trials import EvaluateConfig, describe
     from pipelines.settings import load_config
 
-    print(describe(load_config(EvaluateConfig, config, set_, output=output)))
+    show_text(describe(load_config(EvaluateConfig, config, set_, output=output)))
 
 
 def _print_protect_plan(found: Any) -> None:
     done = f"; {found.num_done:,} more are done" if found.num_done else ""
     size = size_in_words(found.num_bytes)
-    print(f"{found.source}: {found.num_shards:,} shards, {size} to do{done}")
+    show(f"{found.source}: {found.num_shards:,} shards, {size} to do{done}")
     if not found.num_shards:
         return
     worker = f"{found.cpus_per_worker} CPU" + "s" * (found.cpus_per_worker > 1)
     if found.gpus_per_worker:
         worker = f"{found.gpus_per_worker:g} GPU and {worker}"
     measured = sum(shard.num_measured for shard in found.sampled)
-    print(f"  about {found.num_images:,} images")
-    print(
+    show(f"  about {found.num_images:,} images")
+    show(
         f"  {found.images_per_second:.3g} images/s for one worker of {worker}, limited by "
         f"{found.limited_by}"
     )
     hours = "GPU-hours" if found.gpus_per_worker else "worker-hours"
     for estimate in found.estimates:
         amount = estimate.worker_hours * (found.gpus_per_worker or 1)
-        print(
+        show(
             f"  {estimate.num_workers:>5,} workers: {in_words(estimate.seconds):>9}, "
             f"{number_in_words(amount)} {hours}"
         )
-    print(f"  measured on {measured} images of {len(found.sampled)} shards, on this hardware")
+    show(f"  measured on {measured} images of {len(found.sampled)} shards, on this hardware")
     if found.relative_low is None:
-        print("  uncertainty: unknown, since only one shard could be sampled")
+        show("  uncertainty: unknown, since only one shard could be sampled")
     else:
-        print(
+        show(
             f"  uncertainty: single sampled shards say {found.relative_low:.2g} to "
             f"{found.relative_high:.2g} times these times"
         )
-    print(
+    show(
         "  not in it: start-up (a minute or so), writing to the destination, other hardware or "
         "load; workers are taken to be equally fast side by side"
     )
@@ -149,13 +151,13 @@ def _print_protect_plan(found: Any) -> None:
 def _print_train_plan(found: Any) -> None:
     images = f", {found.num_images:,} images" if found.num_images else ""
     size = size_in_words(found.num_bytes)
-    print(f"{found.steps:,} steps; {found.num_shards:,} shards, {size}{images}")
-    print(
+    show(f"{found.steps:,} steps; {found.num_shards:,} shards, {size}{images}")
+    show(
         f"  a worker needs about {size_in_words(found.device_bytes)} "
         f"{'on its GPU' if found.on_gpu else 'of memory'} for weights, optimiser and one batch at "
         f"{found.cost.working_size} pixels, and {size_in_words(found.host_bytes)} of memory besides"
     )
-    print(
+    show(
         f"  {number_in_words(found.images_per_second)} images/s of one worker "
         f"({found.speed_from}); {number_in_words(found.cost.flops / 1e9)} GFLOP an image"
     )
@@ -168,10 +170,10 @@ def _print_train_plan(found: Any) -> None:
         if estimate.gpu_hours is not None:
             hours = f"{number_in_words(estimate.gpu_hours)} GPU-hours"
         price = "" if estimate.price is None else f", price {estimate.price:,.2f}"
-        print(
+        show(
             f"  {count:>5,} workers: {estimate.images_per_step:,} images a step, {epochs} epochs, "
             f"{shards if fewest else 'all'} shards a rank: {in_words(estimate.seconds)}, "
             f"{hours}{price}"
         )
     if found.num_images is None:
-        print("  epochs: say --num-images, or put a sizes.json beside the shards")
+        show("  epochs: say --num-images, or put a sizes.json beside the shards")

@@ -19,6 +19,9 @@ from pipelines.cli.terminal import (
     SetOption,
     in_words,
     interrupt,
+    redraw,
+    show,
+    show_json,
     size_in_words,
 )
 
@@ -111,27 +114,27 @@ def protect(
             on_progress=on_progress,
             on_wait=progress.say,
         )
-    print(
+    show(
         f"{result.num_done} of {result.num_shards} shards protected "
         f"({result.num_protected_now} now, {result.num_images} images); "
         f"{result.num_bad_images} bad images"
     )
     for name, reason in (result.failed | result.quarantined).items():
-        print(f"  not protected: {name}: {reason}")
+        show(f"  not protected: {name}: {reason}")
     if result.num_older:
-        print(
+        show(
             f"  {result.num_older} shards are older than {settings.since} and were left out; "
             f"{result.num_older_undone} of them are not protected"
         )
     if result.num_pruned:
-        print(f"  {result.num_pruned} outputs were removed, because their source is gone")
+        show(f"  {result.num_pruned} outputs were removed, because their source is gone")
     if result.num_orphans:
-        print(
+        show(
             f"  {result.num_orphans} outputs have no source any more, such as {result.orphan}; "
             "--prune removes them"
         )
     if result.num_others:
-        print(
+        show(
             f"  {result.num_others} objects are no .tar shards and were left alone, such as "
             f"{result.other}"
         )
@@ -181,7 +184,7 @@ def verify(
             on_audit=on_audit,
         )
     if as_json:
-        print(json.dumps(result.to_json(), indent=1))
+        show_json(result.to_json())
     else:
         _print_verification(result)
     raise typer.Exit(0 if result.ok else 1)
@@ -189,23 +192,23 @@ def verify(
 
 def _print_verification(result: Any) -> None:
     verdict = "every promise holds" if result.ok else f"{result.num_problems} PROBLEMS"
-    print(
+    show(
         f"{verdict}: {result.num_shards} shards, {result.num_samples} samples, "
         f"{result.num_images} images, {result.num_sidecars} sidecars"
     )
     if result.num_images:
-        print(
+        show(
             f"  {result.num_within_budget} of {result.num_images} images within "
             f"{result.epsilon_levels} levels once decoded (largest {result.max_levels})"
         )
-        print(
+        show(
             f"  PSNR {result.mean_psnr_db:.1f} dB (worst {result.min_psnr_db:.1f}), "
             f"SSIM {result.mean_ssim:.3f} (worst {result.min_ssim:.3f})"
         )
     for note in result.notes:
-        print(f"  note: {note}")
+        show(f"  note: {note}")
     for problem in result.problems:
-        print(f"  problem: {problem}")
+        show(f"  problem: {problem}")
 
 
 class _StatusCommand(TyperCommand):
@@ -243,9 +246,9 @@ def status(
         return
     found = read_status(destination, totals=totals)
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
+        show_json(asdict(found))
     else:
-        print("\n".join(_status_lines(found)))
+        show(*_status_lines(found))
 
 
 def _watch(looks: Any) -> None:
@@ -259,11 +262,10 @@ def _watch(looks: Any) -> None:
             pace += f", about {in_words(rate.seconds_left)} left"
         if not sys.stdout.isatty():
             done = f"{found.num_done:,} of {found.num_shards:,} shards done"
-            print(f"{done}, {found.num_pending:,} pending; {pace}", flush=True)
+            show(f"{done}, {found.num_pending:,} pending; {pace}")
             continue
         lines = [*_status_lines(found), f"  {pace}"]
-        # Up to where the last drawing began, and everything below erased.
-        print(f"\x1b[{height}F\x1b[J" * bool(height) + "\n".join(lines), flush=True)
+        redraw(lines, height)
         height = len(lines)
 
 
@@ -312,4 +314,4 @@ def preview(
     from pipelines.preview import preview as run
 
     count = run(source, output, protector=protector, num_images=num_images)
-    print(f"{count} images drawn to {output}")
+    show(f"{count} images drawn to {output}")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from tqdm import tqdm
+
+from one4all.text import shown
 
 INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
 LINE_SECONDS = 30.0  # between two lines of progress in a log file
@@ -35,6 +40,36 @@ EvaluationFile = Annotated[
     Path,
     typer.Argument(help="YAML file: data sets, methods, grids."),
 ]
+
+
+def show(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines; what is not fit for a terminal in them is escaped. Nothing else here prints."""
+    print("\n".join(shown(line, keep="\t") for line in lines), file=file, flush=True)
+
+
+def show_text(text: str, file: TextIO | None = None) -> None:
+    """Print several lines."""
+    show(*text.rstrip("\n").split("\n"), file=file)
+
+
+def show_json(document: Any) -> None:
+    """Print a document for programs."""
+    show_text(json.dumps(document, indent=1).replace("\x7f", "\\u007f"))
+
+
+def redraw(lines: Sequence[str], height: int) -> None:
+    """Print lines on a terminal in the place of the last ``height``."""
+    # Up to where the last drawing began, and everything below erased.
+    print(f"\x1b[{height}F\x1b[J" * bool(height), end="")
+    show(*lines)
+
+
+class EscapedFormatter(logging.Formatter):
+    """Log records that are fit for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the base class."""
+        return shown(super().format(record), keep="\n\t")
 
 
 class Interrupt:
@@ -99,7 +134,7 @@ class Progress:
     def advance(self, steps: int = 1, note: str = "") -> None:
         interrupt.check()
         if note:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(shown(note), refresh=False)
         self._bar.update(steps)
 
     def advance_to(self, position: int, note: str) -> None:
@@ -107,7 +142,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         interrupt.check()
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(shown(line), file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

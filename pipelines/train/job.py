@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipelines.train.progress import Entry, RunLog, progress_board
 from pipelines.train.worker import train_loop
 
 _RUN_FILE = "run.json"
+_NAMED = 100  # damaged shards, at most, in the card; the run folder has them all
 
 
 def train(
@@ -40,6 +42,7 @@ def train(
     command: str = "",
     on_start: Callable[[], None] = lambda: None,
     on_metrics: Callable[[Entry], None] = lambda entry: None,
+    on_damage: Callable[[str, str], None] = lambda uri, reason: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
@@ -49,7 +52,12 @@ def train(
         command: Command line, for the record in the card.
         on_start: Called when all checks have passed.
         on_metrics: Called on the driver with what rank 0 logs, every ``log_every`` steps.
+        on_damage: Called with the URI of each shard that cannot be read to its end, and why. Its
+            images before the damage are used.
         on_wait: Called with a sentence before waiting for a run that may have died.
+
+    Returns:
+        The card; ``training`` in it names damaged shards, too.
 
     Raises:
         UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
@@ -73,20 +81,28 @@ def train(
     with lease:
         log = RunLog(config.run_folder)
         on_start()
-        checkpoint = _fit(config, log, on_metrics)
+        checkpoint = _fit(config, log, on_metrics, on_damage)
         lease.check()  # what the other run writes is as good, but not ours
         with checkpoint.as_directory() as folder:
-            return _export(config, given.source, Path(folder), log.history, command)
+            return _export(config, given.source, Path(folder), log, command)
 
 
-def _fit(config: TrainConfig, log: RunLog, on_metrics: Callable[[Entry], None]) -> Any:
+def _fit(
+    config: TrainConfig,
+    log: RunLog,
+    on_metrics: Callable[[Entry], None],
+    on_damage: Callable[[str, str], None],
+) -> Any:
     """Run Ray Train to the end; its last checkpoint."""
 
-    def on_entry(entry: Entry) -> None:
-        log.add(entry)
-        on_metrics(entry)
+    def log_entry(entry: Entry) -> None:
+        on_metrics(log.add(entry))
 
-    with ray_session(config.ray), log, progress_board(on_entry) as board:
+    def log_damage(damaged: dict[str, str]) -> None:
+        for uri, reason in log.add_damage(damaged).items():
+            on_damage(uri, reason)
+
+    with ray_session(config.ray), log, progress_board(log_entry, log_damage) as board:
         from ray.exceptions import RayError
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -148,12 +164,13 @@ def _export(
     config: TrainConfig,
     source: str,
     checkpoint: Path,
-    history: list[Entry],
+    log: RunLog,
     command: str,
 ) -> ProtectorCard:
     """Write the protector folder from the last checkpoint."""
     trainer = GeneratorTrainer(config)
     trainer.load(checkpoint)
+    history = log.history
     training = {
         "source": source,
         "steps": config.steps,
@@ -164,6 +181,8 @@ def _export(
         "objective": config.objective.model_dump(),
         "first_metrics": history[0] if history else {},
         "last_metrics": history[-1] if history else {},
+        "num_damaged_shards": len(log.damaged),
+        "damaged_shards": dict(islice(log.damaged.items(), _NAMED)),
         "commit": commit(),
         "command": command,
     }

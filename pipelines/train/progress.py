@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -17,9 +18,11 @@ from one4all.report import plot_loss_curves
 from one4all.storage import LocalStorage, open_storage
 
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = "damaged_shards.json"
 CURVES_FILE = "loss_curves.png"
 _REST = 20  # times as long as writing the log took, until it is written again
-_NOT_PLOTTED = ("epoch", "world_size", "images_per_second")  # of the run, not of what it learns
+# Of the run, not of what it learns.
+_NOT_PLOTTED = ("epoch", "world_size", "images_per_second", "damaged_shards")
 
 Entry: TypeAlias = dict[str, float]
 """Figures of one step by name: those of `RESERVED_SCALARS`, and the objective's own scalars."""
@@ -30,19 +33,30 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
+        self._damaged: dict[str, str] = {}
 
     def post(self, entry: Entry) -> None:
         """Add an entry."""
         self._entries.append(entry)
 
-    def since(self, start: int) -> list[Entry]:
-        """The entries from number ``start`` on, counted from 0."""
-        return self._entries[start:]
+    def post_damage(self, damaged: dict[str, str]) -> None:
+        """Add what a rank knows of damaged shards: the reason, by URI."""
+        self._damaged |= damaged
+
+    def since(self, start: int, num_damaged: int) -> tuple[list[Entry], dict[str, str]]:
+        """The entries from number ``start`` on, counted from 0; and damaged shards likewise."""
+        return self._entries[start:], dict(islice(self._damaged.items(), num_damaged, None))
 
 
 @contextmanager
-def progress_board(on_entry: Callable[[Entry], None]) -> Iterator[Any]:
-    """A board for workers; ``on_entry`` is called on the driver with each entry, in order."""
+def progress_board(
+    on_entry: Callable[[Entry], None], on_damage: Callable[[dict[str, str]], None]
+) -> Iterator[Any]:
+    """A board for workers.
+
+    ``on_entry`` is called on the driver with each entry, in order; ``on_damage`` before it with
+    damaged shards that are new.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -53,13 +67,15 @@ def progress_board(on_entry: Callable[[Entry], None]) -> Iterator[Any]:
     stop = threading.Event()
 
     def watch() -> None:
-        seen, last = 0, False
+        seen, num_damaged, last = 0, 0, False
         while not last:
             last = stop.wait(0.5)
-            entries = ray.get(board.since.remote(seen))
+            entries, damaged = ray.get(board.since.remote(seen, num_damaged))
+            if damaged:
+                on_damage(damaged)
             for entry in entries:
                 on_entry(entry)
-            seen += len(entries)
+            seen, num_damaged = seen + len(entries), num_damaged + len(damaged)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -75,21 +91,23 @@ class RunLog:
     """metrics.jsonl, TensorBoard files and curves of a training run: of whatever is logged.
 
     A resumed run continues the log it finds; steps that are trained again replace their entries.
+    Damaged shards have a file of their own, if there are any, and their number is in every entry.
 
     Args:
         run_folder: Folder or s3:// prefix. TensorBoard files go to a folder only, since their
             writer cannot write to S3.
+
+    Attributes:
+        damaged: Why a shard could not be read to its end, by its URI.
     """
 
     def __init__(self, run_folder: str) -> None:
         self._storage = open_storage(run_folder)
-        try:
-            lines = self._storage.read_bytes(METRICS_FILE).decode().splitlines()
-        except NotFoundError:
-            lines = []
+        lines = self._found(METRICS_FILE).splitlines()
         self._by_step: dict[float, Entry] = {
             entry["step"]: entry for entry in map(json.loads, lines)
         }
+        self.damaged: dict[str, str] = json.loads(self._found(DAMAGED_FILE) or "{}")
         self._board: Any = None
         self._next_write = 0.0
 
@@ -98,11 +116,30 @@ class RunLog:
         """Entries in step order."""
         return [self._by_step[step] for step in sorted(self._by_step)]
 
-    def add(self, entry: Entry) -> None:
+    def _found(self, name: str) -> str:
+        """What an earlier sitting has written; "" if there is none."""
+        try:
+            return self._storage.read_bytes(name).decode()
+        except NotFoundError:
+            return ""
+
+    def add_damage(self, damaged: dict[str, str]) -> dict[str, str]:
+        """Log damaged shards; those that are new."""
+        new = {uri: reason for uri, reason in damaged.items() if uri not in self.damaged}
+        if new:
+            self.damaged |= new
+            self._storage.write_bytes(DAMAGED_FILE, json.dumps(self.damaged, indent=1).encode())
+        return new
+
+    def add(self, entry: Entry) -> Entry:
         """Log the figures of one step; written at once, unless writing takes too much time.
 
         The file is written whole, since objects of S3 cannot grow.
+
+        Returns:
+            The entry as it is logged, with the number of damaged shards.
         """
+        entry = {**entry, "damaged_shards": len(self.damaged)}
         self._by_step[entry["step"]] = entry
         start = time.monotonic()
         if start >= self._next_write:
@@ -111,6 +148,7 @@ class RunLog:
         if self._board is not None:
             for name, value in entry.items():
                 self._board.add_scalar(name, value, int(entry["step"]))
+        return entry
 
     def _write(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)

@@ -46,7 +46,11 @@ def train_loop(settings: dict[str, Any]) -> None:
             trainer.load(Path(folder))
     stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
+    num_damaged = 0
     for step in trainer.steps():
+        if len(trainer.damaged) > num_damaged:
+            num_damaged = len(damaged := dict(trainer.damaged))
+            settings["board"].post_damage.remote(damaged)
         telemetry.count("one4all_trained_images", config.images_per_step)
         entry: Entry = {}
         if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):

@@ -16,7 +16,7 @@ from support.builders import (
 from one4all.errors import UsageError
 from one4all.protectors.codebook import CodebookConfig
 from one4all.protectors.protector import Protector
-from pipelines.fit import PICTURE, FitConfig, describe, fit
+from pipelines.fit import PICTURE, FitConfig, PartEmbedder, _choose_parts, describe, fit
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.verify import VerifyConfig, verify
@@ -93,6 +93,22 @@ def test_damaged_shard_is_left_out_and_named(tmp_path):
     assert result.num_images == 5
     assert [Path(name).name for name in result.bad_shards] == ["shard-001.tar"]
     assert "left out: " in describe(result, config)
+    (corpus / "shard-000.tar").write_bytes(whole[:700])
+    with pytest.raises(
+        UsageError, match=r"concepts cannot be found in 0 images.*\n.*shard-000.tar"
+    ):
+        fit(config)
+
+
+def test_shard_that_went_away_is_left_out_and_named(tmp_path):
+    corpus = write_corpus(tmp_path / "in", num_shards=3)
+    embedder = PartEmbedder(config_for(corpus, tmp_path / "book").model_dump_json())
+    part = _choose_parts(config_for(corpus, tmp_path / "book"))[1]
+    assert len(embedder.embed(part).embeddings) == 5
+    (corpus / "shard-001.tar").unlink()
+    found = embedder.embed(part)
+    assert len(found.embeddings) == 0
+    assert "no such file" in found.error
 
 
 def test_masks_and_depth_maps_are_not_learnt_as_photos(tmp_path):

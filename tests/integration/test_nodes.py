@@ -222,7 +222,7 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
 
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],
-        env=os.environ | {"RAY_ADDRESS": "", "RAY_AUTH_MODE": "disabled"},
+        env=os.environ | {"RAY_ADDRESS": ""},
         capture_output=True,
         text=True,
         timeout=280,

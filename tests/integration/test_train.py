@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +80,34 @@ def test_killed_worker_resumes_from_the_last_checkpoint(corpus, tmp_path):
     assert Protector.load(str(tmp_path / "protector")).card == card
     assert (tmp_path / "run/loss_curves.png").stat().st_size > 1000
     assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.fault("shard of a training damaged, another one gone")
+def test_damaged_shards_are_left_out_and_named(corpus, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(corpus, source)
+    shutil.copy(source / "shard-000.tar", source / "shard-002.tar")
+    cut = source / "shard-001.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    said: dict[str, str] = {}
+    entries: list[dict[str, float]] = []
+
+    def remove_one(entry: dict[str, float]) -> None:
+        entries.append(entry)
+        (source / "shard-002.tar").unlink(missing_ok=True)
+
+    config = config_for(str(source), tmp_path, max_failures=0, shuffle_buffer=1)
+    card = train(config, on_metrics=remove_one, on_damage=said.__setitem__)
+    cut_uri, gone_uri = (f"{source}/shard-00{number}.tar" for number in (1, 2))
+    assert said.keys() == {cut_uri, gone_uri}
+    assert "truncated" in said[cut_uri]
+    assert re.search("no such file|went away", said[gone_uri])
+    assert card.training["damaged_shards"] == said
+    assert card.training["num_damaged_shards"] == 2
+    assert json.loads((tmp_path / "run" / "damaged_shards.json").read_text()) == said
+    assert [entry["step"] for entry in entries] == list(range(1, 41)), "it was started again"
+    assert entries[-1]["damaged_shards"] == read_log(tmp_path / "run")[-1]["damaged_shards"] == 2
 
 
 def test_killed_driver_resumes_with_the_same_command(corpus, tmp_path):

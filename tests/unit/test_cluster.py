@@ -623,11 +623,12 @@ def test_the_cron_line_works_in_sh(tmp_path):
     shutil.copy(CLUSTER / "schedule" / "protect.env.example", tmp_path / "protect.env")
     command = command.replace("/etc/one4all", str(tmp_path))
     command = command.replace("/opt/one4all/bin/one4all", "printf '%s\\n' one4all")
-    command = command.replace("logger -t one4all", "cat; printenv RAY_AUTH_MODE")
+    command = command.replace("logger -t one4all", "cat; printenv AWS_PROFILE")
     ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=30)
     assert ran.returncode == 0
     words = ran.stdout.splitlines()
     settings = environment_file()
     assert words[:4] == ["one4all", "protect", settings["SOURCE"], settings["DESTINATION"]]
-    assert words[-1] == "disabled"
+    assert words[-1] == settings["AWS_PROFILE"]
+    assert not any(name.startswith("RAY_") for name in settings), "a local run needs none"
     check_command(words[:4])

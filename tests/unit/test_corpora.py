@@ -1,6 +1,8 @@
 """Corpora become shards that say what they hold."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 from support.builders import make_image, read_members
 
 from one4all.corpus.packing import embedded_corpora, open_corpus, pack
-from one4all.errors import ConfigError, UsageError
+from one4all.errors import AccessError, ConfigError, UsageError
 from one4all.images import decode
 from one4all.storage import open_storage
 
@@ -52,6 +54,30 @@ def test_packed_shards_hold_image_class_text_and_json(tmp_path):
     pack_to(tmp_path / "b", images, images_per_shard=3)
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_image_folder_that_cannot_be_read_whole_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    (folder / "cat" / "sub").mkdir(parents=True)
+    (folder / "cat" / "sub" / "a.jpg").write_bytes(make_image())
+    linked = folder / "cat" / "linked"
+    linked.symlink_to(folder / "cat")
+    with pytest.raises(AccessError, match="cat/linked leads back"):
+        list(open_corpus(str(folder)))
+    linked.unlink()
+    (folder / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(make_image())
+    with pytest.raises(UsageError, match=r"cat/caf\\xe9\.jpg has a name that is not UTF-8"):
+        list(open_corpus(str(folder)))
+    scandir = os.scandir
+
+    def refuse(place):
+        if Path(place).name == "sub":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(AccessError, match="cat/sub cannot be read by this user"):
+        list(open_corpus(str(folder)))
 
 
 def test_image_folder_is_packed_without_encoding_again(tmp_path):

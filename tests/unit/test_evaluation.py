@@ -330,6 +330,10 @@ def test_labelled_images_are_read_from_shards_and_embedded_corpora(tmp_path):
     (tmp_path / "s.tar").write_bytes(make_tar([("a.cls", b"1")]))
     with pytest.raises(ShardError, match="one image and one"):
         read_labelled(str(tmp_path))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "a.tar").write_bytes(bytes(700))
+    with pytest.raises(ShardError, match=r"a\.tar: truncated"):
+        read_labelled(str(tmp_path / "cut"))
 
 
 def test_masks_beside_the_photos_are_left_out(tmp_path):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage import LocalStorage, Storage, open_storage
+from one4all.storage import LocalStorage, Storage, local, open_storage
 from one4all.storage.s3 import PART_BYTES
 
 
@@ -95,6 +96,129 @@ def test_records_are_left_out_of_the_data(storage):
         storage.write_bytes(key, b"x")
     found = [info.key for info in storage.list_data()]
     assert found == ["A.tar", "_one4all.tar", "~.tar", "ü.tar"]
+
+
+def test_listing_a_prefix_looks_at_nothing_else(tmp_path, monkeypatch):
+    storage = open_storage(str(tmp_path))
+    for key in ("a/x1", "a/x2", "a/x2/y", "a/z", "b/x1", "c"):
+        if key != "a/x2":
+            storage.write_bytes(key, b"1")
+    looked_at = []
+    info = local._info
+    monkeypatch.setattr(local, "_info", lambda stat, key: looked_at.append(key) or info(stat, key))
+    expected = {
+        "a/x": ["a/x1", "a/x2/y"],
+        "a/x2/": ["a/x2/y"],
+        "a/x1": ["a/x1"],
+        "a/": ["a/x1", "a/x2/y", "a/z"],
+        "b": ["b/x1"],
+        "a/q": [],
+        "none/": [],
+        "c/": [],
+    }
+    for prefix, keys in expected.items():
+        looked_at.clear()
+        assert [found.key for found in storage.list(prefix)] == keys == looked_at
+
+
+@pytest.fixture
+def folder_with_a_shard(tmp_path) -> Path:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "a.tar").write_bytes(b"x")
+    return tmp_path / "in"
+
+
+@pytest.mark.fault("folder with a link that leads back, or nowhere")
+def test_link_that_leads_back_is_named(folder_with_a_shard):
+    (folder_with_a_shard / "sub" / "loop").symlink_to(folder_with_a_shard)
+    with pytest.raises(AccessError, match="in/sub/loop leads back to one above it"):
+        list(open_storage(str(folder_with_a_shard)).list())
+
+
+def test_root_that_is_no_path_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for uri in (f"{tmp_path}/loop", "~nobody-of-this-name/x", f"{tmp_path}/a\0b"):
+        with pytest.raises(UsageError, match="is no path of a folder"):
+            open_storage(uri)
+
+
+def test_folder_that_is_linked_twice_is_listed_twice(folder_with_a_shard):
+    (folder_with_a_shard / "other").symlink_to(folder_with_a_shard / "sub")
+    keys = [info.key for info in open_storage(str(folder_with_a_shard)).list()]
+    assert keys == ["other/a.tar", "sub/a.tar"]
+
+
+@pytest.mark.fault("folder with a link that leads back, or nowhere")
+@pytest.mark.parametrize("target", ["nowhere", "b.tar"], ids=["dangling", "to itself"])
+def test_link_to_nothing_is_listed_and_cannot_be_read(folder_with_a_shard, target):
+    (folder_with_a_shard / "b.tar").symlink_to(target)
+    storage = open_storage(str(folder_with_a_shard))
+    assert [info.key for info in storage.list()] == ["b.tar", "sub/a.tar"]
+    with pytest.raises(StorageError, match=r"(no such file|cannot read).*b\.tar"):
+        storage.open("b.tar")
+
+
+def test_name_that_is_no_utf8_is_listed_and_read(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.tar")).write_bytes(b"x")
+    storage = open_storage(str(tmp_path))
+    [info] = storage.list()
+    assert os.fsencode(info.key) == b"caf\xe9.tar"
+    assert read_all(storage, info.key) == b"x"
+
+
+@pytest.fixture
+def unreadable(monkeypatch) -> Callable[[Path], None]:
+    """Makes a path unreadable, for root too, whom the modes of files do not stop."""
+
+    def refuse(path: Path) -> None:
+        path.chmod(0)
+        if os.geteuid():
+            return
+        for module, name in ((os, "scandir"), (Path, "open")):
+            real = getattr(module, name)
+
+            def guarded(place, *arguments, real=real, **options):
+                if Path(place) == path:
+                    raise PermissionError(13, "Permission denied", str(place))
+                return real(place, *arguments, **options)
+
+            monkeypatch.setattr(module, name, guarded)
+
+    return refuse
+
+
+@pytest.mark.fault("folder or file that the user may not read")
+def test_folder_or_file_that_cannot_be_read_is_named_and_never_left_out(
+    folder_with_a_shard, unreadable
+):
+    storage = open_storage(str(folder_with_a_shard))
+    unreadable(folder_with_a_shard / "sub" / "a.tar")
+    [info] = storage.list()
+    with pytest.raises(StorageError, match=r"cannot read .*/in/sub/a.tar: Permission denied"):
+        storage.open(info.key)
+    unreadable(folder_with_a_shard / "sub")
+    with pytest.raises(AccessError, match="/in/sub cannot be read by this user"):
+        list(storage.list())
+    (folder_with_a_shard / "sub").chmod(0o700)
+
+
+@pytest.mark.fault("file that goes away while it is read")
+@pytest.mark.parametrize("moment", ["before it is opened", "while it is read"])
+def test_file_that_goes_away_is_noticed(tmp_path, monkeypatch, moment):
+    storage = open_storage(str(tmp_path))
+    storage.write_bytes("x", b"data")
+    if moment == "while it is read":
+        with closing(storage.open("x")) as reader:
+            reader.read(10)
+            (tmp_path / "x").unlink()
+            with pytest.raises(SourceChangedError, match="went away while it was read"):
+                reader.read(10)
+        return
+    info = storage.head("x")
+    (tmp_path / "x").unlink()
+    monkeypatch.setattr(LocalStorage, "head", lambda self, key: info)
+    with pytest.raises(NotFoundError, match="no such file"):
+        storage.open("x")
 
 
 def test_replaced_source_is_noticed(storage):
@@ -180,10 +304,49 @@ def test_key_cannot_leave_the_folder(tmp_path):
             storage.write_bytes(key, b"")
 
 
-@pytest.mark.parametrize("uri", ["http://x/y", "s3://", "gs://bucket/x"])
-def test_other_uris_are_refused(uri):
-    with pytest.raises(UsageError, match="s3://bucket/prefix"):
+@pytest.mark.parametrize(
+    ("uri", "hint"),
+    [
+        ("http://x/y", "use s3://bucket/prefix"),
+        ("gs://bucket/x", "use s3://bucket/prefix"),
+        ("gs:/bucket/x", "use s3://bucket/prefix"),
+        ("s3://", "names no bucket"),
+        ("s3:///prefix", "did you mean s3://prefix"),
+        ("s3:/bucket/prefix", "did you mean s3://bucket/prefix"),
+        ("s3:bucket", "did you mean s3://bucket"),
+        ("S3://bucket/prefix", "did you mean s3://bucket/prefix"),
+        (" s3://bucket", "did you mean s3://bucket"),
+        ("s3a://bucket/x", "did you mean s3://bucket/x"),
+        ("s3://my bucket/x", "'my bucket' cannot be the name of a bucket"),
+        ("file://photos/in", "did you mean file:///photos/in"),
+        ("file:photos", "did you mean file:///photos"),
+        ("file://", "use s3://bucket/prefix"),
+        ("old:photos", r"or \./old:photos for a folder"),
+        ("vocabluary:imagenet1k", "for a folder of that name"),
+        ("", "no place is given"),
+        ("  ", "no place is given"),
+    ],
+)
+def test_other_uris_are_refused_with_what_to_write(tmp_path, monkeypatch, uri, hint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=hint):
         open_storage(uri)
+
+
+def test_folder_with_a_colon_in_its_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in (
+        "./s3:/x",
+        f"{tmp_path}/s3:/x",
+        "2026-11-28T10:00",
+        "a/b:c",
+        f"file://{tmp_path}/y",
+    ):
+        storage = open_storage(uri)
+        assert isinstance(storage, LocalStorage)
+        assert open_storage(storage.uri).root == storage.root
+        assert storage.root.is_relative_to(tmp_path)
+    assert open_storage("file:///a%20b?c#d").root == Path("/a b?c#d")
 
 
 def test_missing_places_are_named(tmp_path, s3_endpoint):

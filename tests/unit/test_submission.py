@@ -3,6 +3,7 @@
 On a real cluster: tests/integration/test_jobs.py.
 """
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 from one4all.errors import UsageError
 from pipelines import submit as submitting
+from pipelines.cli.operating import VERBS_WITH_SETTINGS, default_settings
 from pipelines.submit import Job, cluster_address, plan_job, refuse_secrets
 
 PROTECT = ["protect", "s3://in", "s3://out"]
@@ -57,29 +59,120 @@ def test_entrypoint_is_quoted_and_nothing_else_is_sent(tmp_path):
     assert uploaded.keys() == {"working_dir", "excludes", "env_vars"}
 
 
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl"
+
+
 @pytest.mark.parametrize(
     "argument",
     [
         "AWS_SECRET_ACCESS_KEY=x",
         "ray.token=abcdef",
         "--set=hf_token: abcdef",
+        "DB_PASS=x",
+        "db.passwd=x",
+        "PGPASSWORD=x",
+        "dbPassword: x",
+        "GITHUB_PAT=x",
+        "SSH_PRIVATE_KEY=x",
+        "api-key=x",
+        "slack.credentials=x",
         "AKIA" + "A" * 16,
+        "x=ASIA" + "B2" * 8,
         "hf_" + "a" * 20,
+        "ghp_" + "a1" * 18,
+        "github_pat_" + "a1" * 20,
+        "glpat-" + "a1" * 10,
+        "xoxb-123456789012-abcdef",
+        "sk-" + "a1" * 24,
+        "sk-proj-" + "a1" * 24,
+        "sk-ant-api03-" + "a1" * 24,
+        "sk_live_" + "a1" * 12,
+        "AIza" + "a1" * 18,
+        JWT,
+        f"Authorization: Bearer {'a1' * 12}",
         "https://user:hunter2@host/x",
         "https://b.s3.amazonaws.com/k?X-Amz-Signature=00",
+        "https://a.blob.core.windows.net/c?sv=1&sig=00",
+        "AccountName=a;AccountKey=b",
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
         "prefix/hunter2-hunter2",
+        "of a database: correct horse",
     ],
 )
 def test_secrets_are_refused_and_not_repeated(argument):
+    environment = {"STORE_PASSWORD": "hunter2-hunter2", "DB_PASS": "correct horse"}
     with pytest.raises(UsageError, match="argument 2 of the job looks like a secret") as refused:
-        refuse_secrets(["protect", argument], {"STORE_PASSWORD": "hunter2-hunter2"})
+        refuse_secrets(["protect", argument], environment)
     assert argument not in str(refused.value)
+    assert not any(value in str(refused.value) for value in environment.values())
 
 
-def test_ordinary_arguments_are_no_secrets():
-    environment = {"RAY_AUTH_MODE": "disabled", "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token"}
-    arguments = ["s3://secrets-of-the-sea/in", "max_tokens=5", "tokenizer=x", "/var/run/token"]
-    refuse_secrets(["protect", *arguments, "--since=2026-11-01T00:00Z", "disabled"], environment)
+@pytest.mark.parametrize("option", ["--password", "--db-pass", "-token"])
+def test_value_of_an_option_is_refused_too(option):
+    with pytest.raises(UsageError, match=rf"argument 3 .*\(the value of {option}\)"):
+        refuse_secrets(["protect", option, "hunter2"], {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DB_PASS",
+        "GITHUB_PAT",
+        "SSH_PRIVATE_KEY",
+        "OPENAI_KEY",
+        "MYSQL_PWD",
+        "PGPASSWORD",
+        "npmToken",
+    ],
+)
+def test_values_of_variables_that_are_named_like_secrets_are_refused(name):
+    value = "hunter2/hunter2-hunter2"
+    with pytest.raises(UsageError, match=rf"the value of \${name} on this machine"):
+        refuse_secrets([f"s3://{value}/x"], {name: value})
+
+
+def test_ordinary_arguments_are_no_secrets(tmp_path):
+    (tmp_path / "key.json").touch()
+    environment = {
+        "RAY_AUTH_MODE": "disabled",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token",
+        "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json"),
+        "AWS_ACCESS_KEY_ID": "of-nobody",
+        "PWD": "/srv/photos",
+        "OLDPWD": "/srv/photos/in",
+        "DB_PASSWORD": "short",
+        "SORT_KEY": "modified-at",
+    }
+    arguments = [
+        "s3://secrets-of-the-sea/in",
+        "s3://sk-photos-2026-11-01-0123456789/task-force-1234567890",
+        "/srv/photos/in/disk-1234567890abcdef1234",
+        "max_tokens=5",
+        "tokenizer=x",
+        "/var/run/token",
+        str(tmp_path / "key.json"),
+        "compass=north",
+        "patch_size=16",
+        "sha256:" + "0a" * 32,
+        "--since=2026-11-01T00:00Z",
+        "disabled",
+        "of-nobody/modified-at/short",
+        "aws_secret_name=one4all",
+    ]
+    refuse_secrets(["protect", *arguments], environment)
+
+
+@pytest.mark.parametrize("verb", VERBS_WITH_SETTINGS)
+def test_no_setting_of_ours_is_taken_for_a_secret(verb):
+    def assignments(settings: dict, prefix: str = "") -> Iterator[str]:
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                yield from assignments(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}={value or 'x'}"
+
+    settings = default_settings(verb).model_dump(mode="json")
+    refuse_secrets([verb, *(f"--set={text}" for text in assignments(settings))], {})
 
 
 def test_option_beats_environment_and_a_cluster_address_is_no_jobs_api():

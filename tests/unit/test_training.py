@@ -1,6 +1,10 @@
 """The stream of training images, a training step, and the controls."""
 
+import re
+import shutil
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +127,70 @@ def test_too_few_images_are_named(corpus, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="one4all pack makes some"):
         ImageStream([str(tmp_path / "none")], size=16)
+
+
+def damage(corpus: str, tmp_path, kind: str) -> str:
+    """A copy of a corpus whose second shard is damaged; it holds eight images."""
+    copy = tmp_path / kind
+    shutil.copytree(corpus, copy)
+    shard = copy / "shard-001.tar"
+    data = shard.read_bytes()
+    if kind == "cut":
+        shard.write_bytes(data[: len(data) // 2])
+    elif kind == "garbled":
+        with tarfile.open(shard) as archive:
+            header = archive.getmembers()[12].offset
+        shard.write_bytes(data[:header] + b"x" * 512 + data[header + 512 :])
+    else:
+        shard.write_bytes(b"")
+    return str(copy)
+
+
+@pytest.mark.parametrize("kind", ["cut", "garbled", "empty", "gone"])
+def test_damaged_shard_is_left_out_from_its_damage_on_and_named(corpus, tmp_path, kind):
+    where = damage(corpus, tmp_path, kind)
+    stream = ImageStream([where], size=16)
+    if kind == "gone":
+        (Path(where) / "shard-001.tar").unlink()
+    parts = [list(stream._shuffled(Share(0, rank, 2))) for rank in range(2)]
+    payloads = [payload for part in parts for payload in part]
+    whole = list(ImageStream([corpus], size=16)._shuffled(Share(0, 0, 1)))
+    assert len(payloads) == len(set(payloads))
+    assert set(payloads) < set(whole)
+    assert 16 <= len(payloads) < 24
+    assert (len(payloads) > 16) == (kind in ("cut", "garbled"))
+    [(uri, reason)] = stream.damaged.items()
+    assert uri == f"{where}/shard-001.tar"
+    assert re.search({"garbled": "garb", "gone": "no such"}.get(kind, "truncated"), reason)
+
+
+def test_stream_with_a_damaged_shard_goes_on_where_it_stopped(corpus, tmp_path):
+    where = damage(corpus, tmp_path, "cut")
+    whole = take(where, 9)
+    assert whole[8][0][0].epoch == 1
+    resumed = take(where, 5, shares=whole[3][0])
+    for (shares1, image1), (shares2, image2) in zip(whole[4:], resumed, strict=True):
+        assert shares1 == shares2
+        np.testing.assert_array_equal(image1, image2)
+
+
+def test_rank_that_draws_nothing_but_damage_goes_on_with_the_next_epoch(corpus, tmp_path):
+    where = damage(corpus, tmp_path, "empty")
+    ranks = [take(where, 4, batch_size=8, shares=(Share(0, rank, 3),)) for rank in range(3)]
+    epochs = [[share.epoch for (share,), _ in batches] for batches in ranks]
+    assert any(numbers != [0, 1, 2, 3] for numbers in epochs), "no rank has met the damage"
+    assert all(numbers == sorted(set(numbers)) for numbers in epochs)
+
+
+def test_training_ends_where_damage_leaves_too_little(corpus, tmp_path):
+    where = tmp_path / "cut"
+    shutil.copytree(corpus, where)
+    for shard in where.glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(
+        UsageError, match=r"finds 0 images, .* damaged: .*tar \(trunc.*, and 2 more"
+    ):
+        take(str(where), 1)
 
 
 # --- training --------------------------------------------------------------------------------

@@ -19,7 +19,15 @@ Scalars: TypeAlias = dict[str, Tensor | float]
 """Figures of a batch by name, without gradient; a tensor holds one number."""
 
 RESERVED_SCALARS = frozenset(
-    {"step", "epoch", "loss", "learning_rate", "world_size", "images_per_second"}
+    {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "world_size",
+        "images_per_second",
+        "damaged_shards",
+    }
 )
 """Names of what is logged for every objective; none may call a scalar of its own so."""
 
