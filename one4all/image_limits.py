@@ -63,6 +63,14 @@ def within_limits(data: bytes, kind: str) -> bytes:
     return check(data) if check else data
 
 
+def exif_of_jpeg(data: bytes) -> bytes:
+    """The first EXIF block of a JPEG, also one that `within_limits` cuts out; b"" if none."""
+    for marker, start, end in _jpeg_segments(data):
+        if marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4):
+            return data[start + 4 : end]
+    return b""
+
+
 def is_plausible_exif(block: bytes) -> bool:
     """Whether an EXIF block, in TIFF structure, is small and can be parsed in linear time."""
     if len(block) > MAX_EXIF_BYTES:

@@ -32,6 +32,7 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from one4all.errors import BadImageError, UsageError
 from one4all.image_kinds import image_kind
 from one4all.image_limits import (
+    exif_of_jpeg,
     is_icc_chunk,
     is_icc_profile,
     png_chunks,
@@ -140,14 +141,14 @@ def pillow_format(data: bytes) -> str:
 
 
 def pillow_orientation(data: bytes) -> int:
-    """Orientation of a file as Pillow tells it, from EXIF, a raw profile or XMP; 1 if it cannot."""
+    """Orientation, 1 to 8, as Pillow tells it, from EXIF, a raw profile or XMP; 0 if it cannot."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Not what `_open` leaves of a PNG: it has no texts.
             stated = Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(exif.ORIENTATION)
     except Exception:
-        return 1
+        return 0
     return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
 
 
@@ -299,6 +300,8 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
         if data[2:4] in (b"+\0", b"\0+"):
             converted = "BigTIFF to TIFF, without descriptions"
     else:
+        if image.format in ("JPEG", "MPO") and "exif" not in image.info:
+            image.info["exif"] = exif_of_jpeg(data)  # Pillow must not read it, but we can
         description = _describe(image)
     return DecodedImage(
         pixels=pixels,
