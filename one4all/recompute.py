@@ -12,7 +12,14 @@ from itertools import zip_longest
 
 import numpy as np
 
-from one4all.corpus import Member, Unit, is_protectable, printable, read_samples
+from one4all.corpus import (
+    DEFAULT_MAX_SAMPLE_BYTES,
+    Member,
+    Unit,
+    is_protectable,
+    printable,
+    read_samples,
+)
 from one4all.errors import BadImageError, One4AllError
 from one4all.images import decode
 from one4all.ledger.records import Binding, Manifest
@@ -31,6 +38,8 @@ def recompute_unit(
     destination: Storage,
     protector: Protector,
     binding: Binding,
+    *,
+    max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES,
 ) -> list[str]:
     """Protect a unit again into a temporary folder, and compare each image with what stands.
 
@@ -40,6 +49,7 @@ def recompute_unit(
         source, destination: Its two sides.
         protector: What the destination is bound to.
         binding: Settings that determine the bytes.
+        max_sample_bytes: Larger samples make a bad unit.
 
     Returns:
         Images that are not what the protector writes, at most 20; a damaged unit is a finding too.
@@ -50,6 +60,7 @@ def recompute_unit(
         max_image_pixels=binding.max_image_pixels,
         sidecar_patterns=binding.sidecar_patterns,
         mark_no_ai_training=binding.mark_no_ai_training,
+        max_sample_bytes=max_sample_bytes,
     )
     with tempfile.TemporaryDirectory(prefix="one4all-recompute-") as folder:
         again = open_storage(folder)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from one4all.audit import UnitAudit, audit_unit
-from one4all.corpus import Unit
+from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit
 from one4all.errors import One4AllError, UsageError
 from one4all.ledger import Binding, Ledger, read_binding, take_census
 from one4all.protectors.card import DEFAULT_PROTECTOR, locate
@@ -28,6 +28,7 @@ class VerifyConfig(JobConfig):
     Attributes:
         num_workers: Tasks at once; 0 means as many as the CPUs allow.
         wave_shards: Shards handed to Ray at once.
+        max_sample_bytes: Larger samples make a bad shard; what protect was given, if that is more.
         recompute: Share of the shards, 0 to 1, that are protected again and compared: the only way
             to tell a protected image from one that was merely changed. At least one if above 0.
         protector: Name, folder or URI of the protector that the destination is bound to, for
@@ -36,6 +37,7 @@ class VerifyConfig(JobConfig):
 
     num_workers: Annotated[int, Field(ge=0)] = 0
     wave_shards: Annotated[int, Field(ge=1)] = 5000
+    max_sample_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MAX_SAMPLE_BYTES
     recompute: Annotated[float, Field(ge=0, le=1)] = 0.0
     protector: str = DEFAULT_PROTECTOR
     ray: RayConfig = RayConfig()
@@ -204,7 +206,15 @@ def _audit_all(
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
         unit, key = Unit.from_json(str(batch["unit"][0])), str(batch["manifest"][0])
         task = AuditTask(unit, key, recompute=bool(batch["recompute"][0]))
-        return {"audit": [audit_one(task, source_uri, destination_uri, binding, protector)]}
+        audit = audit_one(
+            task,
+            source_uri,
+            destination_uri,
+            binding,
+            protector,
+            max_sample_bytes=config.max_sample_bytes,
+        )
+        return {"audit": [audit]}
 
     with ray_session(config.ray):
         import ray
@@ -225,7 +235,13 @@ def _audit_all(
 
 
 def audit_one(
-    task: AuditTask, source_uri: str, destination_uri: str, binding: Binding, protector: str
+    task: AuditTask,
+    source_uri: str,
+    destination_uri: str,
+    binding: Binding,
+    protector: str,
+    *,
+    max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES,
 ) -> UnitAudit:
     """Audit one unit that was recorded; never raises for what the unit can cause."""
     unit = task.unit
@@ -236,10 +252,20 @@ def audit_one(
         lost = UnitAudit(unit.name)
         lost.report(str(error))
         return lost
-    audit = audit_unit(unit, manifest, source, destination, binding)
+    audit = audit_unit(
+        unit, manifest, source, destination, binding, max_sample_bytes=max_sample_bytes
+    )
     if task.recompute:
         loaded = _load(protector)
-        for problem in recompute_unit(unit, manifest, source, destination, loaded, binding):
+        for problem in recompute_unit(
+            unit,
+            manifest,
+            source,
+            destination,
+            loaded,
+            binding,
+            max_sample_bytes=max_sample_bytes,
+        ):
             audit.report(problem)
         audit.recomputed = True
     return audit
