@@ -364,6 +364,63 @@ def test_unreachable_server_is_named(monkeypatch):
         open_storage("s3://bucket/x").check(writable=False)
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AWS_PROFILE": "nobody"}, r"profile \(nobody\).*set AWS_PROFILE"),
+        ({"AWS_ENDPOINT_URL": "host:9000"}, r"host:9000; write .* with its scheme"),
+        ({"AWS_DEFAULT_REGION": "eu west"}, r"'eu west'.*such as eu-west-1"),
+        ({"AWS_CONFIG_FILE": "config"}, r"parse config file: .*config; mend that file"),
+        ({"AWS_STS_REGIONAL_ENDPOINTS": "x"}, r"option x is invalid.*check the AWS_"),
+        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "no"}, "s3://bucket/x: .*No such file"),
+        ({"AWS_REQUEST_PAYER": "me"}, "'me'; it must be requester"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_of_which_no_client_can_be_made_are_one_sentence(
+    tmp_path, monkeypatch, variables, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("config").write_text("[default\n")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in ({"AWS_ROLE_ARN": "x"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AccessError, match=message):
+        open_storage("s3://bucket/x").check(writable=False)
+
+
+@pytest.mark.fault("archived object (Glacier)")
+def test_archived_object_is_to_be_restored(s3_uri):
+    storage = open_storage(s3_uri)
+    storage._client.put_object(
+        Bucket=storage._bucket, Key=f"{storage._prefix}a.tar", Body=b"x", StorageClass="GLACIER"
+    )
+    with pytest.raises(StorageError, match=r"is archived .* restore it first"):
+        storage.read_bytes("a.tar")
+
+
+def test_requester_pays_for_every_request_if_told_to(s3_uri, monkeypatch):
+    def payers() -> set[str | None]:
+        sent = set()
+        storage = open_storage(s3_uri)
+        storage._client.meta.events.register(
+            "before-send.s3",
+            lambda request, **_: sent.add(request.headers.get("x-amz-request-payer")),
+        )
+        with storage.writer("a.tar") as writer:
+            writer.write(bytes(PART_BYTES + 5))
+            writer.commit()
+        storage.replace("a.tar", b"x", etag=storage.head("a.tar").etag)
+        assert [info.size for info in storage.list()] == [len(storage.read_bytes("a.tar"))]
+        storage.delete("a.tar")
+        return sent
+
+    assert payers() == {None}
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    assert payers() == {b"requester"}
+
+
 def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     storage = open_storage(str(tmp_path))
     real = os.fsync
