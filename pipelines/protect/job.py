@@ -25,7 +25,7 @@ from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker, UnitStatus
-from pipelines.ray_session import ray_session, worker_layout
+from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
 
 _log = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ def protect(
         transform_version=TRANSFORM_VERSION,
     )
     ledger.is_bound(binding)  # before the probe, which writes
+    check_cluster(config.ray)  # before the lease, which must not be held by a run that waits
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger.bind(binding)
     run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
