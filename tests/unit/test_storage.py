@@ -1,10 +1,13 @@
 """Folders and S3 keep the same promises."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -18,13 +21,32 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage import LocalStorage, Storage, local, open_storage
+from one4all.storage import (
+    LocalStorage,
+    Storage,
+    conditional_write_defects,
+    local,
+    open_storage,
+)
 from one4all.storage.s3 import PART_BYTES
 
 
 def read_all(storage: Storage, key: str, **options) -> bytes:
     with closing(storage.open(key, **options)) as reader:
         return b"".join(iter(lambda: reader.read(1 << 20), b""))
+
+
+def run_at_once(call: Callable[[int], str]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(call, range(8)))
+
+
+def try_to_create(storage: Storage, key: str, writer: int) -> str:
+    """The ETag; "" for a loser."""
+    try:
+        return storage.create(key, f"writer {writer}".encode())
+    except ConflictError:
+        return ""
 
 
 def files_below(storage: Storage) -> list[str]:
@@ -80,6 +102,44 @@ def test_only_one_creates(storage):
     with pytest.raises(ConflictError):
         storage.create("_one4all/x.json", b"second")
     assert storage.read_bytes("_one4all/x.json") == b"first"
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def without_hard_links(tmp_path, monkeypatch, request) -> LocalStorage:
+    """A folder as exFAT and FUSE have it: no hard links, and no fsync of folders."""
+    real = os.fsync
+
+    def link(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "fsync", fsync)
+    return LocalStorage(tmp_path / "out")
+
+
+@pytest.mark.fault("file system without hard links")
+def test_only_one_creates_where_there_are_no_hard_links(without_hard_links, caplog):
+    storage = without_hard_links
+    assert conditional_write_defects(storage) == []
+    assert storage.create("_one4all/x", b"first") == storage.head("_one4all/x").etag
+    with pytest.raises(ConflictError, match="exists already"):
+        storage.create("_one4all/x", b"second")
+    assert storage.read_bytes("_one4all/x") == b"first"
+    storage.write_bytes("a.tar", b"data")
+    assert files_below(storage) == ["a.tar", "x"]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "without hard links" in warning
+
+
+def test_of_many_writers_one_creates_where_there_are_no_hard_links(without_hard_links):
+    for round_ in range(20):
+        tags = run_at_once(lambda n, key=f"{round_}": try_to_create(without_hard_links, key, n))
+        assert len([tag for tag in tags if tag]) == 1
 
 
 def test_listing_is_complete_and_in_key_order(storage):
@@ -200,6 +260,15 @@ def test_folder_or_file_that_cannot_be_read_is_named_and_never_left_out(
     with pytest.raises(AccessError, match="/in/sub cannot be read by this user"):
         list(storage.list())
     (folder_with_a_shard / "sub").chmod(0o700)
+
+
+def test_lost_and_found_that_cannot_be_read_is_left_out(folder_with_a_shard, unreadable):
+    """Every mount of ext4 has one, of root's alone."""
+    (folder_with_a_shard / "lost+found").mkdir()
+    unreadable(folder_with_a_shard / "lost+found")
+    keys = [info.key for info in open_storage(str(folder_with_a_shard)).list()]
+    assert keys == ["sub/a.tar"]
+    (folder_with_a_shard / "lost+found").chmod(0o700)
 
 
 @pytest.mark.fault("file that goes away while it is read")
