@@ -53,7 +53,7 @@ class ProtectResult:
         num_shards: Shards of the source; only those written since ``config.since``.
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
-        num_images: Of this run.
+        num_images: Images protected in this run; none that was dropped or passed through.
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         failed: Shards without a manifest, with the reason.
         quarantined: Shards given up after three failures, with the reason.
@@ -201,6 +201,8 @@ class _Run:
         errors: dict[str, str] = {}
         refused: set[str] = set()
         self._ledger.forget_starts()
+        if self._config.retry_quarantined:
+            self._ledger.forget_quarantined()
         census = take_census(self._source, self._ledger, since=self._since)
         todo, barren_passes = census.pending, 0
         result.num_damaged = len(census.damaged)
@@ -218,7 +220,7 @@ class _Run:
                         _shards_log.info(_log_line(status, self._run_id))
                     on_progress(status)
                     result.num_protected_now += done
-                    result.num_images += status.num_images
+                    result.num_images += status.num_protected
                     errors[status.name] = status.error
                     if status.outcome == "refused":
                         refused.add(status.name)
