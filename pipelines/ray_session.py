@@ -55,7 +55,11 @@ def prepare_environment() -> None:
     local session of another program leaves behind: a token is used if the environment gives one.
     """
     token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    variables = _ENVIRONMENT | {"RAY_AUTH_MODE": "token" if token else "disabled"}
+    variables = _ENVIRONMENT | {
+        "RAY_AUTH_MODE": "token" if token else "disabled",
+        # Each takes 40 s. Ray's 20 would wait for 14 minutes where another token is asked for.
+        "RAY_NUM_REDIS_GET_RETRIES": "1",
+    }
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
@@ -84,6 +88,7 @@ def check_cluster(config: RayConfig) -> None:
     """
     address = _address(config)
     if address and not _is_running():
+        require("ray", "jobs")
         _await_answer(address)
 
 
@@ -94,7 +99,9 @@ def _address(config: RayConfig) -> str:
 
 
 def _await_answer(address: str) -> None:
-    """Wait until a server answers; of other forms of an address (auto) Ray itself finds out."""
+    """Wait until a server answers; an address of another form is Ray's to refuse."""
+    if address == "auto":
+        address = _running_here()
     if (found := _HOST_AND_PORT.fullmatch(address)) is None:
         return
     end = time.monotonic() + _ANSWER_SECONDS
@@ -110,6 +117,17 @@ def _await_answer(address: str) -> None:
                     "to start Ray here"
                 ) from error
         time.sleep(1)
+
+
+def _running_here() -> str:
+    """The address that Ray takes "auto" for: of the cluster last started on this machine."""
+    prepare_environment()
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto") or ""
+    except ConnectionError as error:
+        raise AccessError("no Ray cluster runs here, and the address auto asks for one") from error
 
 
 def _greet(host: str, port: int, *, seconds: float) -> None:

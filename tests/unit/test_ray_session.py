@@ -45,6 +45,20 @@ def test_cluster_that_does_not_answer_is_named(server, monkeypatch, kind):
         pass
 
 
+@pytest.mark.fault("stale RAY_ADDRESS")
+def test_cluster_of_this_machine_that_is_gone_is_named(server, monkeypatch):
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: address_of(server))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    port = server.getsockname()[1]  # of the machine's address, for which Ray takes 127.0.0.1
+    with pytest.raises(AccessError, match=rf"no Ray cluster answers at [\d.]+:{port} within"):
+        check_cluster(RayConfig(address="auto"))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    with pytest.raises(AccessError, match="no Ray cluster runs here"):
+        check_cluster(RayConfig(address="auto"))
+
+
 def test_server_of_grpc_answers(server):
     grpc = pytest.importorskip("grpc")
     from concurrent.futures import ThreadPoolExecutor
