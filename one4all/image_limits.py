@@ -145,7 +145,10 @@ def _jpeg(data: bytes) -> bytes:
     cut: list[tuple[int, int]] = []
     num_frames = 0
     for marker, start, end in _jpeg_segments(data):
-        num_frames += marker in _JPEG_FRAMES
+        if marker in _JPEG_FRAMES:
+            num_frames += 1
+            if (bits := data[start + 4]) > 8:
+                raise BadImageError(f"a JPEG of {bits} bits a channel; convert it to 8 bits")
         if marker == _START_OF_SCAN and data.count(b"\xff\xda") > MAX_SCANS:
             _refuse_scans(data, start)
         elif marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4):

@@ -320,7 +320,12 @@ def _open(data: bytes) -> Image.Image:
     if not kind:
         raise BadImageError("not an image file that can be read")
     if kind not in FORMATS:
-        raise BadImageError(f"format {kind} is not supported, only {', '.join(FORMATS)}")
+        if kind == "HEIF or AVIF":  # the brands of the file say which
+            kind = "AVIF" if b"avi" in data[8:64] else "HEIC (HEIF)"
+        raise BadImageError(
+            f"format {kind} is not supported, only {', '.join(FORMATS)}; convert it to one of "
+            "these first"
+        )
     return Image.open(io.BytesIO(within_limits(data, kind)), formats=(kind,))
 
 

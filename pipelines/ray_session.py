@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from one4all.errors import One4AllError
+from one4all.errors import AccessError, One4AllError
 from one4all.extras import require
 
 if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
@@ -35,6 +38,13 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_TRAIN_V2_ENABLED": "1",
 }
+_ANSWER_SECONDS = 30.0  # for a cluster, which may be starting its head again; Ray waits 14 minutes
+_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)")
+# What both sides of HTTP/2 begin with, and so of gRPC: the preface of a client, and settings.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # length, type 4, flags, stream
+_MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes
+_LONGEST_SOCKET = "ray/session_2026-11-01_12-00-00_123456_1234567/sockets/plasma_store"
 _NOISY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
@@ -45,7 +55,11 @@ def prepare_environment() -> None:
     local session of another program leaves behind: a token is used if the environment gives one.
     """
     token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    variables = _ENVIRONMENT | {"RAY_AUTH_MODE": "token" if token else "disabled"}
+    variables = _ENVIRONMENT | {
+        "RAY_AUTH_MODE": "token" if token else "disabled",
+        # Each takes 40 s. Ray's 20 would wait for 14 minutes where another token is asked for.
+        "RAY_NUM_REDIS_GET_RETRIES": "1",
+    }
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
@@ -60,10 +74,70 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if _is_running():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
-    with _local_ray(config) if address in ("", "local") else _joined_ray(address):
+    address = _address(config)
+    with _joined_ray(address) if address else _local_ray(config):
         _quieten_ray_data()
         yield
+
+
+def check_cluster(config: RayConfig) -> None:
+    """Find out whether there is a cluster to join, if `ray_session` is going to join one.
+
+    Raises:
+        AccessError: Nothing like Ray answers there within 30 s.
+    """
+    address = _address(config)
+    if address and not _is_running():
+        require("ray", "jobs")
+        _await_answer(address)
+
+
+def _address(config: RayConfig) -> str:
+    """Of the cluster to join; "" for a Ray of our own."""
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def _await_answer(address: str) -> None:
+    """Wait until a server answers; an address of another form is Ray's to refuse."""
+    if address == "auto":
+        address = _running_here()
+    if (found := _HOST_AND_PORT.fullmatch(address)) is None:
+        return
+    end = time.monotonic() + _ANSWER_SECONDS
+    while True:
+        try:
+            _greet(found[1], int(found[2]), seconds=max(end - time.monotonic(), 0.1))
+            return
+        except OSError as error:
+            if time.monotonic() + 1 > end:
+                raise AccessError(
+                    f"no Ray cluster answers at {address} within {_ANSWER_SECONDS:.0f} s: "
+                    f"{error.strerror or error}; correct RAY_ADDRESS or ray.address, or unset it "
+                    "to start Ray here"
+                ) from error
+        time.sleep(1)
+
+
+def _running_here() -> str:
+    """The address that Ray takes "auto" for: of the cluster last started on this machine."""
+    prepare_environment()
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto") or ""
+    except ConnectionError as error:
+        raise AccessError("no Ray cluster runs here, and the address auto asks for one") from error
+
+
+def _greet(host: str, port: int, *, seconds: float) -> None:
+    """Exchange the first bytes of gRPC with a server. Raises: OSError."""
+    with socket.create_connection((host, port), timeout=seconds) as connection:
+        if os.environ.get("RAY_USE_TLS") == "1":
+            return
+        connection.sendall(_HTTP2_PREFACE + _HTTP2_SETTINGS)
+        if connection.recv(len(_HTTP2_SETTINGS))[3:4] != _HTTP2_SETTINGS[3:4]:
+            raise OSError("what answers is not Ray")
 
 
 def _is_running() -> bool:
@@ -73,6 +147,7 @@ def _is_running() -> bool:
 
 @contextmanager
 def _joined_ray(address: str) -> Iterator[None]:
+    _await_answer(address)
     prepare_environment()
     with _ray(f"join the Ray cluster at {address}", address=address):
         yield
@@ -98,16 +173,35 @@ def _ray(what: str, **options: Any) -> Iterator[None]:
     """Ray with these options of `ray.init`; ``what`` says for an error what they ask for."""
     import ray
 
-    with our_signal_handlers():
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except Exception as error:  # Ray raises plain Exception when a node does not start in time
-            reason = str(error).strip().partition("\n")[0]
-            raise One4AllError(f"cannot {what}: {reason}") from error
     try:
+        with _signals_held():
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            except Exception as error:  # Ray raises plain Exception when a node does not start
+                reason = str(error).strip().partition("\n")[0]
+                raise One4AllError(f"cannot {what}: {reason}") from error
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM until the block ends, and put back what Ray replaces in it.
+
+    An exception out of the middle of `ray.init` leaves threads behind that crash the process at its
+    end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    with our_signal_handlers():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: held.append(number))
+        yield
+    if held:
+        signal.raise_signal(held[0])
 
 
 def _quieten_ray_data() -> None:
@@ -174,6 +268,13 @@ def _private_folder() -> Iterator[str]:
             f"cannot start Ray here: it needs a folder in {parent} ({error.strerror}); set "
             "RAY_TMPDIR to one that this user can write to"
         ) from error
+    excess = len(os.fsencode(os.path.join(folder, _LONGEST_SOCKET))) - _MAX_SOCKET_PATH
+    if excess > 0:
+        os.rmdir(folder)
+        raise One4AllError(
+            f"cannot start Ray here: paths of its sockets below {parent} would be {excess} bytes "
+            "too long; set RAY_TMPDIR to a folder with a shorter path, or unset it for /tmp"
+        )
     yield os.path.join(folder, "ray")
     shutil.rmtree(folder, ignore_errors=True)
 

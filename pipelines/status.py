@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+from one4all.corpus import Unit
 from one4all.errors import NotFoundError, One4AllError, SourceChangedError
-from one4all.ledger import Ledger, Manifest, read_binding, take_census
+from one4all.ledger import BadImage, Entry, Ledger, Manifest, read_binding, take_census
 from one4all.storage import Storage, open_storage
 
 MAX_TOTALS = 20_000  # manifests that are read without being asked to
@@ -96,6 +97,30 @@ def read_status(destination_uri: str, *, totals: bool | None = None) -> Status:
             status.output_bytes += manifest.output_size
             status.num_protected += manifest.num_protected
     return status
+
+
+def read_bad_images(destination_uri: str) -> Iterator[tuple[str, BadImage]]:
+    """(Shard, image) of each image of done shards that could not be protected, in order.
+
+    Only manifests are read that have some, by their names.
+
+    Raises:
+        UsageError: As `read_status`.
+    """
+    destination = open_storage(destination_uri)
+    destination.check(writable=False)
+    source, ledger = _open_source(read_binding(destination).source_uri), Ledger(destination)
+    with_some: dict[str, Entry] = {}
+
+    def note(unit: Unit, entry: Entry) -> None:
+        if entry.num_bad:
+            with_some[unit.name] = entry
+
+    census = take_census(source, ledger, on_recorded=note)
+    keys = (entry.key for name, entry in with_some.items() if name not in census.damaged)
+    for manifest in _read_manifests(ledger, keys):
+        for image in manifest.bad_images:
+            yield manifest.name, image
 
 
 def watch(

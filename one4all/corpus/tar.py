@@ -43,6 +43,17 @@ MAX_NAME = 4096  # characters; no file system holds a longer path
 _MAX_HEADER_PAYLOAD = 1 << 20  # bytes; a PAX or long-name payload beyond this is an attack
 _MAX_PAX_RECORDS = 1000  # tar writes about ten
 
+_NO_TARS = {  # what files that are called .tar begin with, if they are something else
+    b"\x1f\x8b": "gzip-compressed",
+    b"\xfd7zXZ\0": "xz-compressed",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"BZh": "bzip2-compressed",
+    b"\x04\x22\x4d\x18": "lz4-compressed",
+    b"PK\3\4": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+}
+
 # Where the number fields of a header stand, and how they are written: octal, or base 256.
 _NUMBERS = {"mode": (100, 108), "uid": (108, 116), "gid": (116, 124), "size": (124, 136)}
 _NUMBERS |= {"mtime": (136, 148), "checksum": (148, 156)}
@@ -178,7 +189,8 @@ def read_tar(
             ).digest()
             if digest in seen:
                 raise ShardError(
-                    f"key {key!r} appears twice; members of a sample must be consecutive"
+                    f"key {key!r} appears twice; members of a sample must be consecutive: make "
+                    "the shard again in the order of names, such as by tar --sort=name"
                 )
             seen.add(digest)
         return Sample(key, members)
@@ -374,13 +386,14 @@ def _read_headers(blocks: _Blocks) -> tuple[tarfile.TarInfo | None, bytes]:
 
 
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    if block[:2] == b"\x1f\x8b" and position == 0:
-        raise ShardError(
-            "gzip-compressed; only plain tar shards are supported, decompress it first"
-        )
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
+        for signature, what in _NO_TARS.items():
+            if position == 0 and block.startswith(signature):
+                raise ShardError(
+                    f"{what}, not a tar; only plain tar shards are supported: unpack it first"
+                ) from error
         raise ShardError(f"garbled header at byte {position:,}: {error}") from error
     if _USUAL_NUMBERS.match(block, 100):
         return info

@@ -310,6 +310,12 @@ class Ledger:
             found[info.key[len(_ATTEMPTS) :].rpartition("/")[0]].add(info.key)
         return found
 
+    def forget_quarantined(self) -> None:
+        """Forget the attempts at units that were given up, so that they are tried again."""
+        for unit_id, tried in self.attempts().items():
+            if tried.given_up:
+                self._delete_all(f"{_ATTEMPTS}{unit_id}/")
+
     def reasons(self, tried: Mapping[str, Attempts], *, limit: int | None = None) -> dict[str, str]:
         """Why the last attempt at each unit did not succeed; reads a record for each.
 

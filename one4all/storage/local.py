@@ -1,14 +1,22 @@
-"""Local folders: objects are published by rename (replace) or by hard link (create)."""
+"""Local folders: objects are published by rename (replace) or by hard link (create).
+
+A hard link fails if its name is taken, on every machine that shares the folder. Where there are
+none (exFAT, some FUSE file systems such as gcsfuse), `LocalStorage.create` renames under the lock
+of the folder, which only processes of one machine see. The object is whole or absent all the same.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from one4all.errors import (
@@ -23,6 +31,10 @@ from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
 
 ABANDONED_SECONDS = 24 * 3600  # on another host: of this age, a write has nobody behind it
 TEMPORARY_SUFFIX = ".one4all-tmp"
+_LOST_AND_FOUND = "lost+found"  # what fsck found; root's alone, at the root of a file system
+_NO_HARD_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+_NO_SYNC_OF_FOLDERS = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+_log = logging.getLogger(__name__)
 
 
 class LocalStorage(Storage):
@@ -66,7 +78,12 @@ class LocalStorage(Storage):
                 os.link(temporary, path)
             except FileExistsError as error:
                 raise ConflictError(f"{path} exists already") from error
-            _sync(path.parent)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                _warn_of_no_hard_links(self.root)
+                return _rename_if_absent(temporary, path)
+            _sync_folder(path.parent)
             return _file_info(temporary, key).etag
 
     def replace(self, key: str, data: bytes, *, etag: str) -> str:
@@ -78,7 +95,7 @@ class LocalStorage(Storage):
                 if _current_etag(path) != etag:
                     raise ConflictError(f"{path} is not the version that was expected")
                 temporary.replace(path)
-                _sync(path.parent)
+                _sync_folder(path.parent)
                 return _file_info(path, key).etag
 
     def age_seconds(self, key: str) -> float:
@@ -185,7 +202,7 @@ class _LocalWriter(Writer):
 
     def _publish(self) -> str:
         self._temporary.replace(self._path)
-        _sync(self._path.parent)
+        _sync_folder(self._path.parent)
         return _file_info(self._path, "").etag
 
     def _abort(self) -> None:
@@ -202,6 +219,8 @@ def _walk(
     folder: Path, prefix: str, stem: str = "", above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[ObjectInfo]:
     """Files below ``folder`` in key order, without those that are being written.
+
+    A folder ``lost+found`` that cannot be read is left out: no corpus is in it.
 
     Args:
         folder: Folder to list.
@@ -225,6 +244,8 @@ def _walk(
     except (FileNotFoundError, NotADirectoryError):
         return
     except PermissionError as error:
+        if folder.name == _LOST_AND_FOUND:
+            return
         raise AccessError(
             f"{error.filename or folder} cannot be read by this user, so what is there would be "
             "missed; change that, or move it elsewhere"
@@ -312,6 +333,26 @@ def _lock(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _rename_if_absent(temporary: Path, path: Path) -> str:
+    """Publish a file under a name that is free, and return its ETag."""
+    with _lock(path.parent):
+        if os.path.lexists(path):
+            raise ConflictError(f"{path} exists already")
+        temporary.rename(path)
+        _sync_folder(path.parent)
+        return _file_info(path, "").etag
+
+
+@cache
+def _warn_of_no_hard_links(root: Path) -> None:
+    """Say once what is weaker."""
+    _log.warning(
+        "%s is on a file system without hard links, so that records are created under a lock, "
+        "which other machines do not see: do not protect into it from two machines at once",
+        root,
+    )
+
+
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[Path]:
     temporary = _temporary_path(path)
@@ -327,6 +368,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename or link durable, where a file system knows how to."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
 
 
 @contextmanager

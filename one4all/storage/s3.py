@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 PART_BYTES = 8 << 20  # S3 allows 10,000 parts, so shards up to 78 GiB
 PARTS_IN_FLIGHT = 2
 READ_ATTEMPTS = 8
+REQUEST_PAYER = "AWS_REQUEST_PAYER"  # the variable; GDAL has the same
 _WRITER = "one4all-writer"  # object metadata: which upload made it
 _READ_BYTES = 1 << 20  # a broken body loses at most this much of what had arrived
 
@@ -179,10 +180,16 @@ class S3Storage(Storage):
                 raise NotFoundError(f"no such object: {what}") from error
             if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
                 raise ConflictError(f"{what} exists already or has changed") from error
+            if code == "InvalidObjectState":
+                raise StorageError(
+                    f"{what} is archived (Glacier or Deep Archive) and cannot be read; restore it "
+                    "first, such as by aws s3api restore-object, and run again"
+                ) from error
             if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
                 raise AccessError(
                     f"access to {what} was denied ({code}); check the AWS credentials and the "
-                    "bucket policy"
+                    "bucket policy; if the requester has to pay, set "
+                    f"{REQUEST_PAYER}=requester"
                 ) from error
             raise StorageError(f"{what}: {error}") from error
         except (sdk.NoCredentialsError, sdk.PartialCredentialsError) as error:
@@ -192,7 +199,8 @@ class S3Storage(Storage):
             ) from error
         except (sdk.EndpointConnectionError, sdk.ConnectTimeoutError) as error:
             raise AccessError(f"cannot reach the S3 server of {what}: {error}") from error
-        except (sdk.BotoCoreError, sdk.HTTPClientError, ValueError) as error:
+        # OSError: a file with credentials, such as a web identity token, is missing.
+        except (sdk.BotoCoreError, sdk.HTTPClientError, ValueError, OSError) as error:
             raise StorageError(f"{what}: {error}") from error
 
 
@@ -204,10 +212,15 @@ def _client_for_environment(*, patient: bool = True) -> S3Client:
 
 @lru_cache(maxsize=4)
 def _client(process_id: int, variables: tuple[tuple[str, str], ...], patient: bool) -> S3Client:
-    """One client a process, since a client does not survive a fork."""
+    """One client a process, since a client does not survive a fork.
+
+    Raises:
+        AccessError: No client can be made of the settings.
+    """
     try:
         import boto3
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise UsageError("s3:// needs boto3: pip install boto3") from error
     config = Config(
@@ -217,8 +230,38 @@ def _client(process_id: int, variables: tuple[tuple[str, str], ...], patient: bo
         read_timeout=60,
         tcp_keepalive=True,
     )
-    # Not boto3's default session, which keeps the credentials that it saw first.
-    return boto3.Session().client("s3", config=config)
+    try:
+        # Not boto3's default session, which keeps the credentials that it saw first.
+        client = boto3.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError, OSError) as error:
+        raise AccessError(
+            f"the AWS settings cannot be used: {str(error).rstrip('.')}; {_advice(error)}"
+        ) from error
+    if payer := os.environ.get(REQUEST_PAYER):
+        if payer != "requester":
+            raise AccessError(f"{REQUEST_PAYER} is {payer!r}; it must be requester, or not be set")
+        client.meta.events.register("before-call.s3", _let_the_requester_pay)
+    return client
+
+
+def _advice(error: Exception) -> str:
+    """What to do about settings of which no client can be made."""
+    import botocore.exceptions as sdk
+
+    if isinstance(error, sdk.ProfileNotFound):
+        return "set AWS_PROFILE to a profile of ~/.aws/config, or unset it"
+    if isinstance(error, sdk.InvalidRegionError):
+        return "set AWS_DEFAULT_REGION, or region in ~/.aws/config, to a name such as eu-west-1"
+    if isinstance(error, sdk.ConfigParseError):
+        return "mend that file; AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE name others"
+    if str(error).startswith("Invalid endpoint"):
+        return "write AWS_ENDPOINT_URL with its scheme, such as https://host:9000"
+    return "check the AWS_* variables and ~/.aws/config"
+
+
+def _let_the_requester_pay(params: dict[str, Any], **_: Any) -> None:
+    """Agree to pay for a request; a bucket whose owner pays does not look at it."""
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 class _S3Reader:

@@ -63,6 +63,10 @@ def protect(
         bool | None,
         typer.Option("--prune", help="Remove protected shards whose source is gone."),
     ] = None,
+    retry_quarantined: Annotated[
+        bool | None,
+        typer.Option("--retry-quarantined", help="Try shards again that were given up."),
+    ] = None,
     log_json: Annotated[
         bool | None,
         typer.Option("--log-json", help="Also write one JSON line for each shard to stderr."),
@@ -85,6 +89,7 @@ def protect(
         since=since,
         mark_no_ai_training=mark_no_ai_training,
         prune=prune,
+        retry_quarantined=retry_quarantined,
         log_json=log_json,
     )
     progress = Progress("shard")
@@ -117,10 +122,17 @@ def protect(
     show(
         f"{result.num_done} of {result.num_shards} shards protected "
         f"({result.num_protected_now} now, {result.num_images} images); "
-        f"{result.num_bad_images} bad images"
+        f"{result.num_bad_images} bad images{_fate(result.num_bad_images, settings.on_bad_image)}"
     )
+    if result.num_bad_images:
+        show(f"  one4all status {destination} --bad lists them with their reasons")
     for name, reason in (result.failed | result.quarantined).items():
         show(f"  not protected: {name}: {reason}")
+    if result.quarantined:
+        show(
+            f"  {len(result.quarantined)} of these shards are given up; --retry-quarantined tries "
+            "them again"
+        )
     if result.num_older:
         show(
             f"  {result.num_older} shards are older than {settings.since} and were left out; "
@@ -139,6 +151,13 @@ def protect(
             f"{result.other}"
         )
     raise typer.Exit(result.exit_code)
+
+
+def _fate(num_bad: int, policy: str) -> str:
+    """What became of bad images that are not refused."""
+    if not num_bad:
+        return ""
+    return ", dropped" if policy == "drop" else ", passed through WITHOUT protection"
 
 
 def verify(
@@ -235,11 +254,20 @@ def status(
         bool | None,
         typer.Option(help="Read every manifest for totals; by default up to 20,000, once."),
     ] = None,
+    bad: Annotated[
+        bool,
+        typer.Option("--bad", help="List the images that could not be protected, with reasons."),
+    ] = False,
 ) -> None:
     """Show what is done, pending, bad and quarantined at a destination."""
-    from pipelines.status import read_status
+    from pipelines.status import read_bad_images, read_status
     from pipelines.status import watch as look
 
+    if bad:
+        if watch is not None:
+            raise typer.BadParameter("--bad is one list; it goes without --watch")
+        _show_bad(read_bad_images(destination), as_json=as_json)
+        return
     if watch is not None:
         interrupt.advice = ""
         _watch(look(destination, every_seconds=watch, totals=bool(totals)))
@@ -249,6 +277,17 @@ def status(
         show_json(asdict(found))
     else:
         show(*_status_lines(found))
+
+
+def _show_bad(found: Any, *, as_json: bool) -> None:
+    if as_json:
+        show_json([{"shard": shard} | image.model_dump() for shard, image in found])
+        return
+    count = 0
+    for shard, image in found:
+        show(f"{shard}: {image.member}: {image.reason} ({image.action})")
+        count += 1
+    show(f"{count:,} bad images")
 
 
 def _watch(looks: Any) -> None:

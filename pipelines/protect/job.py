@@ -14,9 +14,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 from one4all.corpus import Unit, find_container, list_units
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
+from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.ledger import MAX_ATTEMPTS, Binding, Census, Lease, Ledger, take_census
 from one4all.protectors.card import locate
 from one4all.protectors.protector import check_protector
@@ -25,7 +27,7 @@ from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker, UnitStatus
-from pipelines.ray_session import ray_session, worker_layout
+from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
 
 _log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _shards_log = logging.getLogger("one4all.shards")
 TRANSFORM_VERSION = 3  # more files count as images, and what cannot be protected is a bad image
 
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
+MAX_LOOKED_AT = 1000  # objects of a source without shards, to say what is there
+_PACKED = tuple(".tgz .tbz .tbz2 .txz .tzst .gz .bz2 .xz .zst .lz4 .zip .7z .rar".split())
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 
 OnProgress = Callable[[UnitStatus], None]
@@ -49,7 +53,7 @@ class ProtectResult:
         num_shards: Shards of the source; only those written since ``config.since``.
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
-        num_images: Of this run.
+        num_images: Images protected in this run; none that was dropped or passed through.
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         failed: Shards without a manifest, with the reason.
         quarantined: Shards given up after three failures, with the reason.
@@ -125,7 +129,10 @@ def protect(
     source.check(writable=False)
     destination.check(writable=True)
     if next(list_units(source), None) is None:
-        raise UsageError(f"source {source.uri} holds no {find_container(source).unit_name}")
+        raise UsageError(
+            f"source {source.uri} holds no {find_container(source).unit_name}"
+            + _what_is_there(source)
+        )
     ledger = Ledger(destination)
     binding = Binding(
         source_uri=source.uri,
@@ -140,6 +147,7 @@ def protect(
         transform_version=TRANSFORM_VERSION,
     )
     ledger.is_bound(binding)  # before the probe, which writes
+    check_cluster(config.ray)  # before the lease, which must not be held by a run that waits
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger.bind(binding)
     run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
@@ -193,6 +201,8 @@ class _Run:
         errors: dict[str, str] = {}
         refused: set[str] = set()
         self._ledger.forget_starts()
+        if self._config.retry_quarantined:
+            self._ledger.forget_quarantined()
         census = take_census(self._source, self._ledger, since=self._since)
         todo, barren_passes = census.pending, 0
         result.num_damaged = len(census.damaged)
@@ -210,7 +220,7 @@ class _Run:
                         _shards_log.info(_log_line(status, self._run_id))
                     on_progress(status)
                     result.num_protected_now += done
-                    result.num_images += status.num_images
+                    result.num_images += status.num_protected
                     errors[status.name] = status.error
                     if status.outcome == "refused":
                         refused.add(status.name)
@@ -300,6 +310,18 @@ def start_of(config: ProtectConfig) -> float | None:
     if since > now:
         raise UsageError(f"since {config.since} is in the future: nothing could be protected")
     return since
+
+
+def _what_is_there(source: Storage) -> str:
+    """What a source without units holds instead, and what to do about it."""
+    for info in islice(source.list_data(), MAX_LOOKED_AT):
+        name = info.key.lower()
+        if name.endswith(_PACKED):
+            return f", but {info.key}; only plain .tar files are read: unpack such files to .tar"
+        if name.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            return f", but images, such as {info.key}; one4all pack makes shards of a folder"
+    other = next(source.list_data(), None)
+    return "" if other is None else f", but files such as {other.key}"
 
 
 def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:

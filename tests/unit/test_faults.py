@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from support.builders import (
     make_bomb_png,
     make_image,
@@ -42,6 +43,7 @@ from one4all.ledger import Ledger, take_census
 from one4all.storage import INTERNAL, LocalStorage, open_storage
 from one4all.storage.s3 import PART_BYTES
 from pipelines import verify as verifying
+from pipelines.cli import protecting as verbs
 from pipelines.protect import job as protecting
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker
@@ -221,6 +223,35 @@ def _garbled(tar: bytes) -> bytes:
 def _cut_on_a_boundary(tar: bytes) -> bytes:
     first = make_samples(3)[:4]
     return make_tar(first)[: sum(512 + (len(payload) + 511) // 512 * 512 for _, payload in first)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "fate"), [("drop", "dropped"), ("passthrough", "passed through WITHOUT protection")]
+)
+def test_summary_counts_as_protected_only_what_is(
+    tmp_path, protect, monkeypatch, capsys, policy, fate
+):
+    (tmp_path / "in").mkdir()
+    files = [("a.jpg", make_image()), ("b.jpg", b"junk")]
+    (tmp_path / "in" / "a.tar").write_bytes(make_tar(files))
+    result = protect(tmp_path / "in", tmp_path / "out", on_bad_image=policy)
+    monkeypatch.setattr(protecting, "protect", lambda *_, **__: result)
+    with pytest.raises(typer.Exit):
+        verbs.protect(f"{tmp_path}/in", f"{tmp_path}/out", on_bad_image=policy)
+    summary, advice = capsys.readouterr().out.splitlines()
+    assert summary == f"1 of 1 shards protected (1 now, 1 images); 1 bad images, {fate}"
+    assert advice == f"  one4all status {tmp_path}/out --bad lists them with their reasons"
+
+
+def test_quarantined_shard_is_tried_again_if_asked_to(tmp_path, protect, monkeypatch):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=2, num_samples=3), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(TarUnitWriter, "commit", lambda _: 1 / 0)
+        assert len(protect(corpus, out).quarantined) == 2
+    again = protect(corpus, out)
+    assert (again.exit_code, again.num_done, len(again.quarantined)) == (3, 0, 2)
+    retried = protect(corpus, out, retry_quarantined=True)
+    assert (retried.exit_code, retried.num_done, retried.num_images) == (0, 2, 6)
 
 
 @pytest.mark.parametrize(

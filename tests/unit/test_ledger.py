@@ -120,6 +120,16 @@ def test_shard_that_stalls_run_after_run_until_they_are_killed_is_quarantined(st
     assert "killed while at work on it, 10 times" in reasons(ledger, given_up=True)[SHARD.id]
 
 
+def test_what_was_given_up_can_be_tried_again_and_nothing_else_is_forgotten(storage):
+    ledger = Ledger(storage)
+    for number in (1, 2, 3):
+        ledger.fail_attempt(SHARD, number, "run", "memory")
+    ledger.fail_attempt(CHANGED, 1, "run", "memory")
+    ledger.forget_quarantined()
+    assert list(ledger.attempts()) == [CHANGED.id]
+    assert ledger.begin_attempt(SHARD, "another run") == 1
+
+
 def test_success_forgets_the_failures(storage):
     ledger = Ledger(storage)
     ledger.fail_attempt(SHARD, 1, "run", "network")

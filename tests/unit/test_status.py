@@ -1,6 +1,9 @@
 """How far a destination is, cheaply, and how fast it grows."""
 
+import json
+
 import pytest
+import typer
 from test_ledger import BINDING, manifest_of, write_output
 
 from one4all.corpus import ObjectVersion, Unit, list_units
@@ -64,3 +67,23 @@ def test_watch_ends_when_nothing_is_pending_and_knows_the_rate(half_done, monkey
     assert lines[0] == "2 of 4 shards done, 2 pending; no shard was done since this watch began"
     assert lines[1].startswith("3 of 4 shards done, 1 pending; ")
     assert "\x1b" not in "".join(lines)
+
+
+def test_bad_images_are_listed_with_shard_and_reason(half_done, monkeypatch, capsys):
+    out, ledger, shards = half_done
+    destination = open_storage(out)
+    ledger.record(write_output(destination, shards[2], num_bad=2))
+    ledger.record(write_output(destination, shards[3], num_bad=1))
+    destination.delete(shards[3].name)  # no longer done
+    read = []
+    manifest = Ledger.manifest
+    monkeypatch.setattr(Ledger, "manifest", lambda *of: read.append(of) or manifest(*of))
+    protecting.status(out, bad=True)
+    line = "c.tar: a.jpg: garbage (dropped)"
+    assert capsys.readouterr().out.splitlines() == [line, line, "2 bad images"]
+    assert len(read) == 1
+    protecting.status(out, bad=True, as_json=True)
+    image = {"key": "a", "member": "a.jpg", "reason": "garbage", "action": "dropped"}
+    assert json.loads(capsys.readouterr().out) == [{"shard": "c.tar"} | image] * 2
+    with pytest.raises(typer.BadParameter, match="without --watch"):
+        protecting.status(out, bad=True, watch=1.0)

@@ -1,10 +1,13 @@
 """Folders and S3 keep the same promises."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -18,13 +21,32 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage import LocalStorage, Storage, local, open_storage
+from one4all.storage import (
+    LocalStorage,
+    Storage,
+    conditional_write_defects,
+    local,
+    open_storage,
+)
 from one4all.storage.s3 import PART_BYTES
 
 
 def read_all(storage: Storage, key: str, **options) -> bytes:
     with closing(storage.open(key, **options)) as reader:
         return b"".join(iter(lambda: reader.read(1 << 20), b""))
+
+
+def run_at_once(call: Callable[[int], str]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(call, range(8)))
+
+
+def try_to_create(storage: Storage, key: str, writer: int) -> str:
+    """The ETag; "" for a loser."""
+    try:
+        return storage.create(key, f"writer {writer}".encode())
+    except ConflictError:
+        return ""
 
 
 def files_below(storage: Storage) -> list[str]:
@@ -80,6 +102,44 @@ def test_only_one_creates(storage):
     with pytest.raises(ConflictError):
         storage.create("_one4all/x.json", b"second")
     assert storage.read_bytes("_one4all/x.json") == b"first"
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def without_hard_links(tmp_path, monkeypatch, request) -> LocalStorage:
+    """A folder as exFAT and FUSE have it: no hard links, and no fsync of folders."""
+    real = os.fsync
+
+    def link(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "fsync", fsync)
+    return LocalStorage(tmp_path / "out")
+
+
+@pytest.mark.fault("file system without hard links")
+def test_only_one_creates_where_there_are_no_hard_links(without_hard_links, caplog):
+    storage = without_hard_links
+    assert conditional_write_defects(storage) == []
+    assert storage.create("_one4all/x", b"first") == storage.head("_one4all/x").etag
+    with pytest.raises(ConflictError, match="exists already"):
+        storage.create("_one4all/x", b"second")
+    assert storage.read_bytes("_one4all/x") == b"first"
+    storage.write_bytes("a.tar", b"data")
+    assert files_below(storage) == ["a.tar", "x"]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "without hard links" in warning
+
+
+def test_of_many_writers_one_creates_where_there_are_no_hard_links(without_hard_links):
+    for round_ in range(20):
+        tags = run_at_once(lambda n, key=f"{round_}": try_to_create(without_hard_links, key, n))
+        assert len([tag for tag in tags if tag]) == 1
 
 
 def test_listing_is_complete_and_in_key_order(storage):
@@ -200,6 +260,15 @@ def test_folder_or_file_that_cannot_be_read_is_named_and_never_left_out(
     with pytest.raises(AccessError, match="/in/sub cannot be read by this user"):
         list(storage.list())
     (folder_with_a_shard / "sub").chmod(0o700)
+
+
+def test_lost_and_found_that_cannot_be_read_is_left_out(folder_with_a_shard, unreadable):
+    """Every mount of ext4 has one, of root's alone."""
+    (folder_with_a_shard / "lost+found").mkdir()
+    unreadable(folder_with_a_shard / "lost+found")
+    keys = [info.key for info in open_storage(str(folder_with_a_shard)).list()]
+    assert keys == ["sub/a.tar"]
+    (folder_with_a_shard / "lost+found").chmod(0o700)
 
 
 @pytest.mark.fault("file that goes away while it is read")
@@ -362,6 +431,63 @@ def test_unreachable_server_is_named(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with pytest.raises(AccessError, match="cannot reach the S3 server"):
         open_storage("s3://bucket/x").check(writable=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AWS_PROFILE": "nobody"}, r"profile \(nobody\).*set AWS_PROFILE"),
+        ({"AWS_ENDPOINT_URL": "host:9000"}, r"host:9000; write .* with its scheme"),
+        ({"AWS_DEFAULT_REGION": "eu west"}, r"'eu west'.*such as eu-west-1"),
+        ({"AWS_CONFIG_FILE": "config"}, r"parse config file: .*config; mend that file"),
+        ({"AWS_STS_REGIONAL_ENDPOINTS": "x"}, r"option x is invalid.*check the AWS_"),
+        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "no"}, "s3://bucket/x: .*No such file"),
+        ({"AWS_REQUEST_PAYER": "me"}, "'me'; it must be requester"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_of_which_no_client_can_be_made_are_one_sentence(
+    tmp_path, monkeypatch, variables, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("config").write_text("[default\n")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in ({"AWS_ROLE_ARN": "x"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AccessError, match=message):
+        open_storage("s3://bucket/x").check(writable=False)
+
+
+@pytest.mark.fault("archived object (Glacier)")
+def test_archived_object_is_to_be_restored(s3_uri):
+    storage = open_storage(s3_uri)
+    storage._client.put_object(
+        Bucket=storage._bucket, Key=f"{storage._prefix}a.tar", Body=b"x", StorageClass="GLACIER"
+    )
+    with pytest.raises(StorageError, match=r"is archived .* restore it first"):
+        storage.read_bytes("a.tar")
+
+
+def test_requester_pays_for_every_request_if_told_to(s3_uri, monkeypatch):
+    def payers() -> set[str | None]:
+        sent = set()
+        storage = open_storage(s3_uri)
+        storage._client.meta.events.register(
+            "before-send.s3",
+            lambda request, **_: sent.add(request.headers.get("x-amz-request-payer")),
+        )
+        with storage.writer("a.tar") as writer:
+            writer.write(bytes(PART_BYTES + 5))
+            writer.commit()
+        storage.replace("a.tar", b"x", etag=storage.head("a.tar").etag)
+        assert [info.size for info in storage.list()] == [len(storage.read_bytes("a.tar"))]
+        storage.delete("a.tar")
+        return sent
+
+    assert payers() == {None}
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    assert payers() == {b"requester"}
 
 
 def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
