@@ -98,6 +98,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 _BRANDS = frozenset(  # of ISO base media files that hold pictures; the others are films
     b"avif avis heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 miaf jxs jpm crx".split()
 )
+_APPLE_DOUBLE = (b"\0\x05\x16\x07\0\1\0\0", b"\0\x05\x16\x07\0\2\0\0")
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])"
 _PNM = re.compile(rb"P([1-6])%s+(\d{1,9})%s+(\d{1,9})" % (_SPACE, _SPACE))
 _PNM_MAXIMUM = re.compile(rb"%s+(\d{1,9})\s" % _SPACE)
@@ -118,8 +119,20 @@ def is_image(name: str, data: bytes) -> bool:
         data: All of it. Little is read; but a short signature counts only if sizes that follow it
             fit the file.
     """
+    if is_apple_double(name, data):
+        return False
     extension = name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].lower()
     return extension in IMAGE_EXTENSIONS or bool(image_kind(data))
+
+
+def is_apple_double(name: str, data: bytes) -> bool:
+    """Whether a file is what macOS puts beside another: attributes, under its name behind ``._``.
+
+    Args:
+        name: Its name; of ``._a.jpg`` the content decides.
+        data: Its beginning, of 8 bytes at least.
+    """
+    return name.rsplit("/", 1)[-1].startswith("._") and data.startswith(_APPLE_DOUBLE)
 
 
 def image_kind(data: bytes) -> str:

@@ -38,6 +38,16 @@ class Member:
         return len(self.envelope) + len(self.payload)
 
     @property
+    def is_dot_file(self) -> bool:
+        """Whether it is a file whose name starts with a dot."""
+        return self.is_file and self.name.rpartition("/")[2].startswith(".")
+
+    @property
+    def has_key(self) -> bool:
+        """Whether WebDataset reads it: a file whose name has a dot, and not as its first letter."""
+        return self.is_file and "." in self.name.rpartition("/")[2] and not self.is_dot_file
+
+    @property
     def key(self) -> str:
         """WebDataset key: the name up to the first dot of its last component.
 
@@ -49,7 +59,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Sample:
-    """Consecutive members that share a key. A member that is no file stands alone."""
+    """Consecutive members that share a key, and files without one that stand between them.
+
+    A member that is no file stands alone.
+    """
 
     key: str
     members: tuple[Member, ...]
