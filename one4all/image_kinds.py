@@ -9,7 +9,8 @@ caption would become a bad image. Here a signature is four bytes at least that n
 or the header behind it has to make sense. Names that common sidecars share (``.pcd`` point clouds,
 ``.raw``, ``.fit``, ``.ps``) count by content alone.
 
-Pixels inside documents, videos, archives and arrays are not looked for: PDF, MP4, ZIP, HDF5, NumPy.
+Pixels inside documents, videos and arrays are not looked for: PDF, MP4, HDF5, NumPy. Those inside
+compressed files and archives are: `one4all.wrapped_images`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ IMAGE_EXTENSIONS = frozenset(
     "pbm pgm ppm pnm pam xbm xpm xwd wbmp pcx dcx tga targa icb vda vst sgi rgb rgba bw ras sun "
     "pct pict pic pxr msp fli flc im lbm ilbm djv djvu jb2 jbig2 ntf nitf fpx".split()
 )
+
+_COMPRESSED_EXTENSIONS = frozenset("gz bz2 xz lzma zst lz4 br z".split())
 
 # Each begins the content of a file. DOTALL: a dot is any byte.
 _SIGNATURES = (
@@ -112,7 +115,7 @@ def is_image(name: str, data: bytes) -> bool:
     """Whether a file must be treated as an image.
 
     Decided by extension, or else by content, so that a JPEG called ``photo.bin`` does not leave
-    unprotected.
+    unprotected. ``a.jpg.gz`` counts as ``a.jpg`` does: WebDataset decompresses it on reading.
 
     Args:
         name: Its name.
@@ -121,8 +124,15 @@ def is_image(name: str, data: bytes) -> bool:
     """
     if is_apple_double(name, data):
         return False
-    extension = name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].lower()
-    return extension in IMAGE_EXTENSIONS or bool(image_kind(data))
+    return has_image_name(name) or bool(image_kind(data))
+
+
+def has_image_name(name: str) -> bool:
+    """Whether the extension of a name is that of an image, compressed or not."""
+    stem, _, extension = name.rsplit("/", 1)[-1].lower().rpartition(".")
+    if extension in _COMPRESSED_EXTENSIONS and "." in stem:
+        extension = stem.rpartition(".")[2]
+    return extension in IMAGE_EXTENSIONS
 
 
 def is_apple_double(name: str, data: bytes) -> bool:

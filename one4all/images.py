@@ -39,6 +39,7 @@ from one4all.image_limits import (
     within_limits,
 )
 from one4all.metadata import MAX_TEXT, MAX_TEXTS, Description, exif, iptc, png_texts, tiff, xmp
+from one4all.wrapped_images import compression, why_wrapped
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
@@ -318,7 +319,9 @@ def _open(data: bytes) -> Image.Image:
     """Open a file whose decoding is known to be bounded by its pixels and bytes."""
     kind = image_kind(data)
     if not kind:
-        raise BadImageError("not an image file that can be read")
+        compressed = compression(data)
+        reason = f"compressed by {compressed}; decompress it first" if compressed else ""
+        raise BadImageError(why_wrapped(data) or reason or "not an image file that can be read")
     if kind not in FORMATS:
         raise BadImageError(f"format {kind} is not supported, only {', '.join(FORMATS)}")
     return Image.open(io.BytesIO(within_limits(data, kind)), formats=(kind,))
@@ -370,7 +373,10 @@ def _refuse_bands(image: Image.Image) -> None:
 
 def _refuse_depth(image: Image.Image, bits: int) -> None:
     if bits > 8 or image.mode in ("I", "F", "LAB", "HSV", "La", "RGBa") or ";" in image.mode:
-        raise BadImageError(f"mode {image.mode} with {bits} bits a channel; convert to 8-bit RGB")
+        raise BadImageError(
+            f"mode {image.mode} with {bits} bits a channel; convert to 8-bit RGB, or, if it is a "
+            "depth map or another measurement, name it in sidecar_patterns"
+        )
 
 
 def _bits_per_channel(image: Image.Image, data: bytes) -> int:

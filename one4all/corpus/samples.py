@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from one4all.image_kinds import is_image
+from one4all.wrapped_images import why_wrapped
 
 DEFAULT_MAX_SAMPLE_BYTES = 1 << 30
 
@@ -99,7 +100,7 @@ def is_protectable(member: Member, sidecar_patterns: Sequence[str] = ()) -> bool
     """
     if not member.is_file or is_exempt(member, sidecar_patterns):
         return False
-    return is_image(member.name, member.payload)
+    return is_image(member.name, member.payload) or bool(why_wrapped(member.payload))
 
 
 def images_of(sample: Sample, sidecar_patterns: Sequence[str] = ()) -> list[Member]:

@@ -119,6 +119,15 @@ def protect(
         f"({result.num_protected_now} now, {result.num_images} images); "
         f"{result.num_bad_images} bad images"
     )
+    if result.converted:
+        changes = ", ".join(f"{count} {change}" for change, count in result.converted.most_common())
+        show(f"  converted now: {changes}")
+    if result.converted or result.num_bad_images:
+        show(
+            "  label maps and masks do not survive a conversion, and depth maps cannot be "
+            "protected; sidecar_patterns copies them, such as "
+            "--set 'sidecar_patterns=[\"*.seg.png\"]'"
+        )
     for name, reason in (result.failed | result.quarantined).items():
         show(f"  not protected: {name}: {reason}")
     if result.num_older:

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class ProtectResult:
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
         num_images: Of this run.
+        converted: Of this run: number of images by what had to be changed to protect them.
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         failed: Shards without a manifest, with the reason.
         quarantined: Shards given up after three failures, with the reason.
@@ -68,6 +70,7 @@ class ProtectResult:
     num_done: int = 0
     num_protected_now: int = 0
     num_images: int = 0
+    converted: Counter[str] = field(default_factory=Counter)
     num_bad_images: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -211,6 +214,7 @@ class _Run:
                     on_progress(status)
                     result.num_protected_now += done
                     result.num_images += status.num_images
+                    result.converted.update(status.converted)
                     errors[status.name] = status.error
                     if status.outcome == "refused":
                         refused.add(status.name)

@@ -46,6 +46,7 @@ class UnitStatus:
         outcome: "done"; "restated": what stands is right, and was recorded anew; "failed";
             "refused" by the bad-image policy; "quarantined" before.
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
+        converted: Number of images by what had to be changed to protect them.
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
         peak_bytes: Peak memory of the worker until now.
@@ -56,6 +57,7 @@ class UnitStatus:
     outcome: Outcome = "done"
     num_images: int = 0
     num_bad: int = 0
+    converted: Mapping[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_bytes_written: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -160,6 +162,7 @@ class ProtectWorker:
                 status,
                 num_images=manifest.num_images,
                 num_bad=len(manifest.bad_images),
+                converted=manifest.converted,
                 num_bytes_written=manifest.output_size,
                 seconds=manifest.seconds,
             )

@@ -1,5 +1,6 @@
 """Protect and verify through Ray, onto S3 and folders; killed, repeated, misused."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.builders import make_image, make_samples, make_tar, write_corpus
+from support.builders import make_16_bit_png, make_image, make_samples, make_tar, write_corpus
 
 from one4all.errors import ProtectorError, UsageError
+from one4all.ledger import Ledger
 from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
 from pipelines.cli import app as cli
@@ -114,6 +116,32 @@ def test_bad_images_show_in_exit_code_and_policy_fail_stops_the_shard(tmp_path, 
     result = protect(str(corpus), str(tmp_path / "fail"), failing)
     assert result.exit_code == 1
     assert "b.jpg: not an image file" in result.failed["s.tar"]
+
+
+def test_what_was_converted_is_told_and_a_link_to_nothing_fails(tmp_path, config, capsys):
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    mask, depth = make_image("PNG", "P"), make_16_bit_png(1)
+    files = [("a.jpg", make_image()), ("a.seg.png", mask), ("b.png", mask), ("c.png", depth)]
+    files += [("d.jpg", make_image()), ("d.txt.gz", gzip.compress(make_image()))]
+    (corpus / "s.tar").write_bytes(make_tar(files))
+    (corpus / "gone.tar").symlink_to(tmp_path / "unmounted" / "gone.tar")
+    result = protect(str(corpus), str(tmp_path / "out"), config)
+    assert (result.exit_code, result.num_done, result.num_bad_images) == (1, 1, 2)
+    assert "no such file" in result.failed["gone.tar"]
+    assert result.converted == {"P to RGB": 2}
+    (corpus / "gone.tar").unlink()
+    settings = ["--protector", config.protector, "--set", "cpus_per_worker=1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.app(["protect", str(corpus), str(tmp_path / "again"), *settings])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 3
+    assert "converted now: 2 P to RGB" in printed
+    assert "sidecar_patterns copies them" in printed
+    manifest = next(Ledger(open_storage(str(tmp_path / "again"))).manifests())
+    bad = {entry.member: entry.reason for entry in manifest.bad_images}
+    assert "name it in sidecar_patterns" in bad["c.png"]
+    assert "compressed by gzip" in bad["d.txt.gz"]
 
 
 @pytest.mark.parametrize(
