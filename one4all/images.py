@@ -185,12 +185,15 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
 
 
 def extension_for(name: str, image: DecodedImage, output_format: OutputFormat) -> str:
-    """Member name after `encode`: unchanged, except that a JPEG written as PNG ends in ``.png``."""
+    """Member name after `encode`: unchanged, except that a JPEG written as PNG ends in ``.png``.
+
+    A name like ``.jpg`` has no extension, and gets one.
+    """
     if output_format == "match" or image.format != "JPEG":
         return name
     folder, slash, base = name.rpartition("/")
-    stem, dot, _ = base.rpartition(".")
-    return f"{folder}{slash}{stem if dot else base}.png"
+    stem = base.rpartition(".")[0]
+    return f"{folder}{slash}{stem or base}.png"
 
 
 def from_pillow(image: Image.Image, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage:
