@@ -37,7 +37,12 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def protect(
-    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of .tar shards.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or s3:// prefix of .tar shards, one shard, or 'train-{0000..0099}.tar'."
+        ),
+    ],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
     protector: Annotated[
         str | None,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from one4all.corpus import Unit, find_container, list_units
+from one4all.corpus import Unit, find_container, list_units, open_source
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
 from one4all.ledger import MAX_ATTEMPTS, Binding, Census, Lease, Ledger, take_census
 from one4all.protectors.card import locate
@@ -106,7 +106,7 @@ def protect(
     and done only when its manifest stands.
 
     Args:
-        source_uri: Folder or s3:// prefix of ``.tar`` shards.
+        source_uri: Folder or s3:// prefix of ``.tar`` shards, or a pattern; see `open_source`.
         destination_uri: Folder or prefix; bound to this configuration by its first run.
         config: See there.
         on_plan: Called once with what there is, what is done, and what is to do.
@@ -119,7 +119,7 @@ def protect(
         StalledRunError: Another run holds the destination, and has done nothing for long.
         StorageError: A store failed in mid-run; what is done is done.
     """
-    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    source, destination = open_source(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
     since = start_of(config)
     card = check_protector(config.protector)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from one4all.corpus import Unit, printable
+from one4all.corpus import Unit, open_source, printable
 from one4all.errors import (
     One4AllError,
     PerturbationError,
@@ -97,7 +97,7 @@ class ProtectWorker:
         torch.set_num_threads(num_threads)
         self._config = config
         self._run_id = run_id
-        self._source = open_storage(source_uri)
+        self._source = open_source(source_uri)
         self._destination = open_storage(destination_uri)
         self._ledger = Ledger(self._destination)
         self._pool = ThreadPoolExecutor(num_threads, "codec")

@@ -118,6 +118,15 @@ def test_bad_images_show_in_exit_code_and_policy_fail_stops_the_shard(tmp_path, 
     assert "b.jpg: not an image file" in result.failed["s.tar"]
 
 
+def test_some_shards_of_a_folder_are_a_source(tmp_path, config):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=3), str(tmp_path / "out")
+    source = f"{corpus}/shard-{{000..001}}.tar"
+    result = protect(source, out, config)
+    assert (result.exit_code, result.num_done, result.num_others) == (0, 2, 0)
+    assert verify(source, out, VerifyConfig()).ok
+    assert read_status(out).num_shards == 2
+
+
 def test_what_was_converted_is_told_and_a_link_to_nothing_fails(tmp_path, config, capsys):
     corpus = tmp_path / "in"
     corpus.mkdir()
