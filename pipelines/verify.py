@@ -121,7 +121,8 @@ def verify(
     binding = read_binding(destination)
     if binding.source_uri != source.uri:
         raise UsageError(
-            f"{destination.uri} was made from {binding.source_uri}, not from {source.uri}"
+            f"{destination.uri} was made from {binding.source_uri}, not from {source.uri}; if "
+            "that is the same corpus, moved: protect --moved-from OLD says so"
         )
     result = Verification(
         source.uri, destination.uri, binding.output_format, binding.epsilon_levels

@@ -68,6 +68,10 @@ def protect(
         bool | None,
         typer.Option("--prune", help="Remove protected shards whose source is gone."),
     ] = None,
+    moved_from: Annotated[
+        str | None,
+        typer.Option(help="Where the source was before, if the same corpus lies elsewhere now."),
+    ] = None,
     log_json: Annotated[
         bool | None,
         typer.Option("--log-json", help="Also write one JSON line for each shard to stderr."),
@@ -90,6 +94,7 @@ def protect(
         since=since,
         mark_no_ai_training=mark_no_ai_training,
         prune=prune,
+        moved_from=moved_from,
         log_json=log_json,
     )
     progress = Progress("shard")

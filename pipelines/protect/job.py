@@ -17,8 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from one4all.corpus import Unit, find_container, list_units, open_source
-from one4all.errors import AccessError, One4AllError, StorageError, UsageError
-from one4all.ledger import MAX_ATTEMPTS, Binding, Census, Lease, Ledger, take_census
+from one4all.errors import AccessError, NotFoundError, One4AllError, StorageError, UsageError
+from one4all.ledger import (
+    MAX_ATTEMPTS,
+    Binding,
+    Census,
+    Lease,
+    Ledger,
+    compare_places,
+    take_census,
+)
 from one4all.protectors.card import locate
 from one4all.protectors.protector import check_protector
 from one4all.rewrite import STAGES
@@ -142,6 +150,8 @@ def protect(
         mark_no_ai_training=config.mark_no_ai_training,
         transform_version=TRANSFORM_VERSION,
     )
+    if config.moved_from:
+        _follow_move(source, ledger, binding, config.moved_from)
     ledger.is_bound(binding)  # before the probe, which writes
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
     ledger.bind(binding)
@@ -277,6 +287,33 @@ class _Run:
                 if self._lease is not None:
                     self._lease.check()
                     self._lease.progressed()
+
+
+def _follow_move(source: Storage, ledger: Ledger, binding: Binding, moved_from: str) -> None:
+    """Bind the destination to the place of the source, if that holds what was protected.
+
+    Raises:
+        UsageError: It holds another corpus; or the destination was never bound, or not to that.
+    """
+    try:
+        bound_to = ledger.binding().source_uri
+    except NotFoundError as error:
+        raise UsageError(f"--moved-from {moved_from}: nothing was protected there yet") from error
+    if bound_to == source.uri:
+        return
+    if moved_from != bound_to:  # perhaps it is given relative to this folder
+        moved_from = open_source(moved_from).uri
+    move = compare_places(source, ledger)
+    if move.other or (move.num_missing and not move.num_same + move.num_touched):
+        found = f"{move.other} has another size" if move.other else "no shard of it is there"
+        raise UsageError(f"{source.uri} is not the corpus that was at {bound_to}: {found}")
+    ledger.rebind(binding, moved_from=moved_from)
+    if move.num_touched or move.num_missing:
+        _log.warning(
+            "of the shards that were protected from %s, %d are the same at %s, %d have another "
+            "modification time or ETag and are protected again, %d are not there",
+            *(moved_from, move.num_same, source.uri, move.num_touched, move.num_missing),
+        )
 
 
 def _log_line(status: UnitStatus, run_id: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from support.builders import make_16_bit_png, make_image, make_samples, make_tar, write_corpus
 
 from one4all.errors import ProtectorError, UsageError
-from one4all.ledger import Ledger
+from one4all.ledger import Ledger, read_binding
 from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
 from pipelines.cli import app as cli
@@ -125,6 +125,35 @@ def test_some_shards_of_a_folder_are_a_source(tmp_path, config):
     assert (result.exit_code, result.num_done, result.num_others) == (0, 2, 0)
     assert verify(source, out, VerifyConfig()).ok
     assert read_status(out).num_shards == 2
+
+
+def test_source_that_was_moved_is_the_same_if_it_is_said_and_true(tmp_path, config, caplog):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=2), str(tmp_path / "out")
+    moved = config.model_copy(update={"moved_from": str(corpus)})
+    with pytest.raises(UsageError, match="nothing was protected"):
+        protect(str(corpus), out, moved)
+    protect(str(corpus), out, config)
+    another = write_corpus(tmp_path / "another", num_shards=2, num_samples=1)
+    elsewhere = corpus.rename(tmp_path / "elsewhere")
+    for verb in (protect, verify):
+        settings = config if verb is protect else VerifyConfig()
+        with pytest.raises(UsageError, match="--moved-from"):
+            verb(str(elsewhere), out, settings)
+    wrong = config.model_copy(update={"moved_from": str(another)})
+    with pytest.raises(UsageError, match="bound to another configuration"):
+        protect(str(elsewhere), out, wrong)
+    with pytest.raises(UsageError, match=r"shard-000\.tar has another size"):
+        protect(str(another), out, moved)
+    assert read_binding(open_storage(out)).source_uri == str(corpus)
+
+    os.utime(elsewhere / "shard-001.tar", (0, 0))
+    (elsewhere / "shard-002.tar").write_bytes(make_tar([]))
+    result = protect(str(elsewhere), out, moved)
+    assert (result.exit_code, result.num_done, result.num_protected_now) == (0, 3, 2)
+    assert "1 are the same" in caplog.text
+    assert "1 have another modification time" in caplog.text
+    assert verify(str(elsewhere), out, VerifyConfig()).ok
+    assert protect(str(elsewhere), out, moved).num_protected_now == 0
 
 
 def test_what_was_converted_is_told_and_a_link_to_nothing_fails(tmp_path, config, capsys):
