@@ -9,7 +9,8 @@ caption would become a bad image. Here a signature is four bytes at least that n
 or the header behind it has to make sense. Names that common sidecars share (``.pcd`` point clouds,
 ``.raw``, ``.fit``, ``.ps``) count by content alone.
 
-Pixels inside documents, videos, archives and arrays are not looked for: PDF, MP4, ZIP, HDF5, NumPy.
+Pixels inside documents, videos and arrays are not looked for: PDF, MP4, HDF5, NumPy. Those inside
+compressed files and archives are: `one4all.wrapped_images`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ IMAGE_EXTENSIONS = frozenset(
     "pbm pgm ppm pnm pam xbm xpm xwd wbmp pcx dcx tga targa icb vda vst sgi rgb rgba bw ras sun "
     "pct pict pic pxr msp fli flc im lbm ilbm djv djvu jb2 jbig2 ntf nitf fpx".split()
 )
+
+_COMPRESSED_EXTENSIONS = frozenset("gz bz2 xz lzma zst lz4 br z".split())
 
 # Each begins the content of a file. DOTALL: a dot is any byte.
 _SIGNATURES = (
@@ -98,6 +101,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 _BRANDS = frozenset(  # of ISO base media files that hold pictures; the others are films
     b"avif avis heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 miaf jxs jpm crx".split()
 )
+_APPLE_DOUBLE = (b"\0\x05\x16\x07\0\1\0\0", b"\0\x05\x16\x07\0\2\0\0")
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])"
 _PNM = re.compile(rb"P([1-6])%s+(\d{1,9})%s+(\d{1,9})" % (_SPACE, _SPACE))
 _PNM_MAXIMUM = re.compile(rb"%s+(\d{1,9})\s" % _SPACE)
@@ -111,15 +115,34 @@ def is_image(name: str, data: bytes) -> bool:
     """Whether a file must be treated as an image.
 
     Decided by extension, or else by content, so that a JPEG called ``photo.bin`` does not leave
-    unprotected.
+    unprotected. ``a.jpg.gz`` counts as ``a.jpg`` does: WebDataset decompresses it on reading.
 
     Args:
         name: Its name.
         data: All of it. Little is read; but a short signature counts only if sizes that follow it
             fit the file.
     """
-    extension = name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].lower()
-    return extension in IMAGE_EXTENSIONS or bool(image_kind(data))
+    if is_apple_double(name, data):
+        return False
+    return has_image_name(name) or bool(image_kind(data))
+
+
+def has_image_name(name: str) -> bool:
+    """Whether the extension of a name is that of an image, compressed or not."""
+    stem, _, extension = name.rsplit("/", 1)[-1].lower().rpartition(".")
+    if extension in _COMPRESSED_EXTENSIONS and "." in stem:
+        extension = stem.rpartition(".")[2]
+    return extension in IMAGE_EXTENSIONS
+
+
+def is_apple_double(name: str, data: bytes) -> bool:
+    """Whether a file is what macOS puts beside another: attributes, under its name behind ``._``.
+
+    Args:
+        name: Its name; of ``._a.jpg`` the content decides.
+        data: Its beginning, of 8 bytes at least.
+    """
+    return name.rsplit("/", 1)[-1].startswith("._") and data.startswith(_APPLE_DOUBLE)
 
 
 def image_kind(data: bytes) -> str:

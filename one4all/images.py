@@ -39,6 +39,7 @@ from one4all.image_limits import (
     within_limits,
 )
 from one4all.metadata import MAX_TEXT, MAX_TEXTS, Description, exif, iptc, png_texts, tiff, xmp
+from one4all.wrapped_images import compression, why_wrapped
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
@@ -184,12 +185,15 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
 
 
 def extension_for(name: str, image: DecodedImage, output_format: OutputFormat) -> str:
-    """Member name after `encode`: unchanged, except that a JPEG written as PNG ends in ``.png``."""
+    """Member name after `encode`: unchanged, except that a JPEG written as PNG ends in ``.png``.
+
+    A name like ``.jpg`` has no extension, and gets one.
+    """
     if output_format == "match" or image.format != "JPEG":
         return name
     folder, slash, base = name.rpartition("/")
-    stem, dot, _ = base.rpartition(".")
-    return f"{folder}{slash}{stem if dot else base}.png"
+    stem = base.rpartition(".")[0]
+    return f"{folder}{slash}{stem or base}.png"
 
 
 def from_pillow(image: Image.Image, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage:
@@ -318,7 +322,9 @@ def _open(data: bytes) -> Image.Image:
     """Open a file whose decoding is known to be bounded by its pixels and bytes."""
     kind = image_kind(data)
     if not kind:
-        raise BadImageError("not an image file that can be read")
+        compressed = compression(data)
+        reason = f"compressed by {compressed}; decompress it first" if compressed else ""
+        raise BadImageError(why_wrapped(data) or reason or "not an image file that can be read")
     if kind not in FORMATS:
         if kind == "HEIF or AVIF":  # the brands of the file say which
             kind = "AVIF" if b"avi" in data[8:64] else "HEIC (HEIF)"
@@ -375,7 +381,10 @@ def _refuse_bands(image: Image.Image) -> None:
 
 def _refuse_depth(image: Image.Image, bits: int) -> None:
     if bits > 8 or image.mode in ("I", "F", "LAB", "HSV", "La", "RGBa") or ";" in image.mode:
-        raise BadImageError(f"mode {image.mode} with {bits} bits a channel; convert to 8-bit RGB")
+        raise BadImageError(
+            f"mode {image.mode} with {bits} bits a channel; convert to 8-bit RGB, or, if it is a "
+            "depth map or another measurement, name it in sidecar_patterns"
+        )
 
 
 def _bits_per_channel(image: Image.Image, data: bytes) -> int:

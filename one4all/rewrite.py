@@ -204,6 +204,8 @@ class _UnitRewrite:
         # Of samples that are not written yet, by member name; more than a batch holds of one only.
         self._finished: dict[str, _Protected] = {}
         self._reasons: dict[str, str] = {}
+        # Written so far. Of other names a key tells that they are in one sample, or differ.
+        self._dot_files: set[str] = set()
         self._max_before_encoding = 0
         self._max_decoded = 0
         self._psnr_sum = 0.0
@@ -392,11 +394,12 @@ class _UnitRewrite:
         if not self._accept(sample.key, [name for name in files if name in bad], bad):
             return
         written = [protected[name].name if name in protected else name for name in files]
-        if len(set(written)) < len(written):
+        if len(set(written)) < len(written) or not self._dot_files.isdisjoint(written):
             raise ShardError(
-                f"sample {sample.key!r} would hold two members of one name once JPEG becomes PNG; "
-                "use output_format match"
+                f"sample {sample.key!r} would hold a second member of one name once JPEG becomes "
+                "PNG; use output_format match"
             )
+        self._dot_files.update(name for name in written if name.rpartition("/")[2][:1] == ".")
         for member in sample.members:
             if member.link_target and self._config.output_format == "lossless":
                 raise ShardError(

@@ -29,8 +29,12 @@ def preview(source: str, output: Path, *, protector: str, num_images: int) -> in
         Number of images drawn; unreadable ones are left out.
 
     Raises:
-        UsageError: No readable image.
+        UsageError: No readable image; or the output is a folder.
     """
+    if output.is_dir():
+        raise UsageError(
+            f"{output} is a folder; name the PNG file to write, such as {output / 'preview.png'}"
+        )
     names, images = [], []
     try:
         for name, data in _images(source):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from one4all.corpus import Unit
+from one4all.corpus import Unit, open_source
 from one4all.errors import NotFoundError, One4AllError, SourceChangedError
 from one4all.ledger import BadImage, Entry, Ledger, Manifest, read_binding, take_census
 from one4all.storage import Storage, open_storage
@@ -189,7 +189,7 @@ def _read_manifests(ledger: Ledger, keys: Iterable[str]) -> Iterator[Manifest]:
 
 
 def _open_source(source_uri: str) -> Storage:
-    source = open_storage(source_uri)
+    source = open_source(source_uri)
     try:
         source.check(writable=False)
     except One4AllError as error:

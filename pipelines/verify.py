@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from one4all.audit import UnitAudit, audit_unit
-from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit
+from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit, open_source
 from one4all.errors import One4AllError, UsageError
 from one4all.ledger import Binding, Ledger, read_binding, take_census
 from one4all.protectors.card import DEFAULT_PROTECTOR, locate
@@ -117,13 +117,14 @@ def verify(
     Raises:
         UsageError: The destination was never written by protect, or a side cannot be read.
     """
-    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    source, destination = open_source(source_uri), open_storage(destination_uri)
     source.check(writable=False)
     destination.check(writable=False)
     binding = read_binding(destination)
     if binding.source_uri != source.uri:
         raise UsageError(
-            f"{destination.uri} was made from {binding.source_uri}, not from {source.uri}"
+            f"{destination.uri} was made from {binding.source_uri}, not from {source.uri}; if "
+            "that is the same corpus, moved: protect --moved-from OLD says so"
         )
     result = Verification(
         source.uri, destination.uri, binding.output_format, binding.epsilon_levels
@@ -245,7 +246,7 @@ def audit_one(
 ) -> UnitAudit:
     """Audit one unit that was recorded; never raises for what the unit can cause."""
     unit = task.unit
-    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    source, destination = open_source(source_uri), open_storage(destination_uri)
     try:
         manifest = Ledger(destination).manifest(task.manifest)
     except One4AllError as error:

@@ -1,6 +1,7 @@
 """What a corpus is made of: units of work, each a stream of samples.
 
 * `container`, `containers`: the seam, and what stands behind it.
+* `sources`: what a corpus may be given as: a folder, a shard, a pattern.
 * `tar`: WebDataset shards, read strictly and copied byte for byte.
 * `packing`: labelled images from many places, made into shards.
 """
@@ -22,6 +23,7 @@ from one4all.corpus.samples import (
     is_protectable,
     printable,
 )
+from one4all.corpus.sources import Selection, open_source
 from one4all.corpus.units import ObjectVersion, Unit, filed_name
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ObjectVersion",
     "OutputObject",
     "Sample",
+    "Selection",
     "Unit",
     "UnitWriter",
     "filed_name",
@@ -40,6 +43,7 @@ __all__ = [
     "is_protectable",
     "list_units",
     "open_corpora",
+    "open_source",
     "printable",
     "read_samples",
     "write_unit",

@@ -6,10 +6,11 @@ from collections.abc import Generator, Iterator, Sequence
 
 from one4all.corpus.container import Container, Opener, UnitWriter
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Sample
+from one4all.corpus.sources import Selection, open_source
 from one4all.corpus.tar import TarContainer
 from one4all.corpus.units import Unit
 from one4all.errors import UsageError
-from one4all.storage import Storage, open_storage
+from one4all.storage import Storage
 
 # In the order in which `find_container` asks them.
 CONTAINERS: dict[str, Container] = {container.name: container for container in (TarContainer(),)}
@@ -33,10 +34,10 @@ def list_units(source: Storage) -> Iterator[Unit]:
 
 
 def open_corpora(uris: Sequence[str]) -> list[tuple[str, Unit]]:
-    """(URI, unit) of each unit of some corpora, in name order within each.
+    """(URI, unit) of each unit of some corpora, in name order within each; the URI of its folder.
 
     Args:
-        uris: Folders or s3:// prefixes.
+        uris: Folders, s3:// prefixes or shards; see `open_source`.
 
     Raises:
         UsageError: None of them holds a unit.
@@ -44,9 +45,10 @@ def open_corpora(uris: Sequence[str]) -> list[tuple[str, Unit]]:
     """
     found = []
     for uri in uris:
-        storage = open_storage(uri.strip())
+        storage = open_source(uri.strip())
         storage.check(writable=False)
-        found += [(storage.uri, unit) for unit in list_units(storage)]
+        place = storage.root if isinstance(storage, Selection) else storage
+        found += [(place.uri, unit) for unit in list_units(storage)]
     if not found:
         known = " or ".join(container.unit_name for container in CONTAINERS.values())
         raise UsageError(f"no {known} in {', '.join(uris)}; one4all pack makes some")

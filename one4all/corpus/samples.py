@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from one4all.image_kinds import is_image
+from one4all.wrapped_images import why_wrapped
 
 DEFAULT_MAX_SAMPLE_BYTES = 1 << 30
 
@@ -38,6 +39,16 @@ class Member:
         return len(self.envelope) + len(self.payload)
 
     @property
+    def is_dot_file(self) -> bool:
+        """Whether it is a file whose name starts with a dot."""
+        return self.is_file and self.name.rpartition("/")[2].startswith(".")
+
+    @property
+    def has_key(self) -> bool:
+        """Whether WebDataset reads it: a file whose name has a dot, and not as its first letter."""
+        return self.is_file and "." in self.name.rpartition("/")[2] and not self.is_dot_file
+
+    @property
     def key(self) -> str:
         """WebDataset key: the name up to the first dot of its last component.
 
@@ -49,7 +60,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Sample:
-    """Consecutive members that share a key. A member that is no file stands alone."""
+    """Consecutive members that share a key, and files without one that stand between them.
+
+    A member that is no file stands alone.
+    """
 
     key: str
     members: tuple[Member, ...]
@@ -86,7 +100,7 @@ def is_protectable(member: Member, sidecar_patterns: Sequence[str] = ()) -> bool
     """
     if not member.is_file or is_exempt(member, sidecar_patterns):
         return False
-    return is_image(member.name, member.payload)
+    return is_image(member.name, member.payload) or bool(why_wrapped(member.payload))
 
 
 def images_of(sample: Sample, sidecar_patterns: Sequence[str] = ()) -> list[Member]:

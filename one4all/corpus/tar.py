@@ -1,8 +1,8 @@
 """WebDataset shards: a strict tar reader and a byte-faithful tar writer.
 
 ``tarfile`` reads a shard that was cut between two members, or that has one garbled header, as a
-shorter shard, without an error. Here both are a `ShardError`: a shard is whole only when its
-end-of-archive blocks have been read and nothing but zeros follows.
+shorter shard, without an error. Here both are a `ShardError`: a shard is whole only when the end of
+the archive has been read, a block of zeros, and nothing but zeros follows.
 
 Members that are copied keep their header blocks and their payload byte for byte, whatever dialect
 of tar wrote them. Names are data: nothing is extracted, nothing is unpickled.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
@@ -26,17 +26,25 @@ from typing import Any, Literal, Protocol, Self
 from one4all.corpus.container import Container, Opener, OutputObject, UnitWriter
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
-from one4all.errors import ShardError
+from one4all.errors import NotFoundError, ShardError
+from one4all.image_kinds import is_apple_double
 from one4all.storage import ObjectInfo, Storage, Writer
 
 SUFFIX = ".tar"
 BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)
 _PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"  # headers that describe the member after them
+_VOLUME_LABEL = b"V"  # of GNU tar; no file, and no content
 _MEMBER_TYPES = frozenset(tarfile.SUPPORTED_TYPES) - {
     tarfile.GNUTYPE_SPARSE,
     _LONG_NAME,
     _LONG_LINK,
+} | {_VOLUME_LABEL}
+_SPARSE = "a sparse file, of which readers find other content; write the shard without --sparse"
+_REFUSED_TYPES = {  # what GNU tar writes under options that make no shard
+    tarfile.GNUTYPE_SPARSE: _SPARSE,
+    b"M": "a part of a file of another volume; write the shard without --multi-volume",
+    b"D": "a list of a folder; write the shard without --incremental",
 }
 MAX_SAMPLE_MEMBERS = 256  # a sample is held in memory
 MAX_NAME = 4096  # characters; no file system holds a longer path
@@ -116,7 +124,8 @@ class TarContainer(Container):
     def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
         """See the base class."""
         for info in source.list_data():
-            yield Unit.of_object(info, self.name) if info.key.endswith(SUFFIX) else info
+            is_shard = info.key.endswith(SUFFIX) and not _is_companion(source, info.key)
+            yield Unit.of_object(info, self.name) if is_shard else info
 
     def read(
         self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
@@ -172,53 +181,81 @@ def read_tar(
 ) -> Iterator[Sample]:
     """Samples of a shard, in order; the end is reached only if the shard is whole.
 
+    WebDataset passes over a file whose name starts with a dot, such as the companions that macOS
+    puts beside files. It stands alone; but between two members of one sample it belongs to it.
+
     Raises:
         ShardError: As `read_members`; or a key comes back after another sample, so that readers
             would disagree about which members belong together.
     """
     seen: set[bytes] = set()  # digests: a key may be long, and a shard may hold millions
-    group: dict[str, TarMember] = {}
-    num_bytes = 0
+    group: list[TarMember] = []
+    waiting: list[TarMember] = []  # names with a dot behind the group, which may go on after them
 
-    def close() -> Sample:
-        members = tuple(group.values())
-        key = members[0].key
-        if members[0].is_file:
-            digest = hashlib.blake2b(
-                key.encode("utf-8", "surrogateescape"), digest_size=16
-            ).digest()
-            if digest in seen:
-                raise ShardError(
-                    f"key {key!r} appears twice; members of a sample must be consecutive: make "
-                    "the shard again in the order of names, such as by tar --sort=name"
-                )
-            seen.add(digest)
-        return Sample(key, members)
+    def close() -> Iterator[Sample]:
+        alone = [(member,) for member in waiting]
+        for members in [tuple(group), *alone] if group else alone:
+            key = members[0].key
+            if members[0].is_file:
+                digest = hashlib.blake2b(
+                    key.encode("utf-8", "surrogateescape"), digest_size=16
+                ).digest()
+                if digest in seen:
+                    raise ShardError(
+                        f"key {key!r} appears twice; members of a sample must be consecutive: "
+                        "make the shard again in the order of names, such as by tar --sort=name"
+                    )
+                seen.add(digest)
+            yield Sample(key, members)
 
-    key = None
     for member in read_members(stream, max_sample_bytes=max_sample_bytes):
-        if group and not (member.is_file and member.key == key):
-            yield close()
-            group, num_bytes = {}, 0
-        if member.name in group:
-            raise ShardError(f"member {member.name!r} appears twice")
-        group[member.name] = member
-        key = member.key if member.is_file else None
-        num_bytes += len(member.payload) + len(member.envelope) - BLOCK
-        if len(group) > MAX_SAMPLE_MEMBERS or num_bytes > max_sample_bytes:
-            raise ShardError(
-                f"sample {member.key!r} has over {MAX_SAMPLE_MEMBERS} members or "
-                f"{max_sample_bytes:,} bytes; a key ends at the first dot of a name, so names like "
-                "frame.0001.jpg all belong to one sample"
-            )
-    if group:
-        yield close()
+        if group and member.is_file and member.key == group[0].key:
+            group += [*waiting, member]
+            waiting = []
+            _check_sample(group, max_sample_bytes)
+        elif (
+            group
+            and member.is_file
+            and not member.has_key
+            and _fit([*group, *waiting, member], max_sample_bytes)
+        ):
+            waiting.append(member)
+        else:
+            yield from close()
+            group, waiting = [member], []
+            _check_sample(group, max_sample_bytes)
+            if not member.is_file or member.is_dot_file:
+                yield from close()
+                group = []
+    yield from close()
+
+
+def _check_sample(members: Sequence[TarMember], max_sample_bytes: int) -> None:
+    """Raises: ShardError if members are no sample."""
+    name = members[-1].name
+    if any(member.name == name for member in members[:-1]):
+        raise ShardError(f"member {name!r} appears twice")
+    if not _fit(members, max_sample_bytes):
+        raise ShardError(
+            f"sample {members[-1].key!r} has over {MAX_SAMPLE_MEMBERS} members or "
+            f"{max_sample_bytes:,} bytes; a key ends at the first dot of a name, so names like "
+            "frame.0001.jpg all belong to one sample"
+        )
+
+
+def _fit(members: Sequence[TarMember], max_sample_bytes: int) -> bool:
+    """Whether members are not too many for one sample, which is held in memory."""
+    num_bytes = sum(len(member.payload) + len(member.envelope) - BLOCK for member in members)
+    return len(members) <= MAX_SAMPLE_MEMBERS and num_bytes <= max_sample_bytes
 
 
 def read_members(
     stream: Readable, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
 ) -> Iterator[TarMember]:
     """Members of a shard, in order.
+
+    Blocks of zeros end it. Two are written; one is enough if the file ends with it, since all
+    members stand before it.
 
     Args:
         stream: The shard, from its first byte.
@@ -241,7 +278,8 @@ def read_members(
             yield TarMember.of(info, header, b"")
             continue
         if info.type not in _MEMBER_TYPES:
-            raise ShardError(f"member {name!r} has the unsupported type {info.type!r}")
+            reason = _REFUSED_TYPES.get(info.type, f"of the unsupported type {info.type!r}")
+            raise ShardError(f"member {name!r} is {reason}")
         if info.size and not info.isreg():
             raise ShardError(
                 f"member {name!r} is no file and declares {info.size:,} bytes; readers disagree "
@@ -336,13 +374,27 @@ class _Blocks:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def expect_end(self) -> None:
-        """Called after the first zero block: one more, then only zeros."""
-        if self.take(BLOCK, "the end-of-archive blocks") != _ZEROS:
+        """Called after the first zero block: the end, or one more and then only zeros."""
+        first = self._stream.read(1)
+        if not first:
+            return
+        if first + self.take(BLOCK - 1, "the end-of-archive blocks") != _ZEROS:
             raise ShardError(f"data after a single zero block at byte {self.position - BLOCK:,}")
         while part := self._stream.read(1 << 20):
             if part.count(0) != len(part):
                 raise ShardError(f"garbage after the end of the archive at byte {self.position:,}")
             self.position += len(part)
+
+
+def _is_companion(source: Storage, key: str) -> bool:
+    """Whether an object is no shard, but what macOS puts beside one (``._00000.tar``)."""
+    if not key.rpartition("/")[2].startswith("._"):
+        return False
+    try:
+        with closing(source.open(key)) as reader:
+            return is_apple_double(key, reader.read(BLOCK))
+    except NotFoundError:  # a link to nothing: whoever reads it says so
+        return False
 
 
 def _read_headers(blocks: _Blocks) -> tuple[tarfile.TarInfo | None, bytes]:
@@ -425,10 +477,6 @@ def _pax_records(payload: bytes, position: int) -> dict[str, str]:
             keyword = payload[found.end() : equals].decode("utf-8")
         except UnicodeDecodeError as error:
             raise ShardError(f"garbled extension header at byte {position:,}: {error}") from error
-        if keyword.startswith(_PAX_OTHER_CONTENT):
-            raise ShardError(
-                f"{keyword} at byte {position:,}: a sparse file or a part of one; not supported"
-            )
         records[keyword] = payload[equals + 1 : end - 1].decode("utf-8", "surrogateescape")
         start = end
     if charset := records.get("hdrcharset"):
@@ -437,12 +485,20 @@ def _pax_records(payload: bytes, position: int) -> dict[str, str]:
 
 
 def _check_global(records: dict[str, str], position: int) -> None:
+    _refuse_other_content(records, "global header", position)
     if set(records) & {"size", "path", "linkpath"}:
         raise ShardError(f"global header at byte {position:,} overrides names or sizes")
 
 
+def _refuse_other_content(records: dict[str, str], whose: str, position: int) -> None:
+    if found := [keyword for keyword in records if keyword.startswith(_PAX_OTHER_CONTENT)]:
+        raise ShardError(f"{whose} at byte {position:,} is {_SPARSE} ({found[0]})")
+
+
 def _apply_pax(info: tarfile.TarInfo, records: dict[str, str], position: int) -> None:
     """Let the records of a PAX header override the fields of a header."""
+    name = records.get("GNU.sparse.name") or records.get("path") or info.name
+    _refuse_other_content(records, f"member {name[:MAX_NAME]!r}", position)
     for keyword, value in records.items():
         if attribute := _PAX_TEXTS.get(keyword):
             text = value.rstrip("/") if keyword == "path" else value

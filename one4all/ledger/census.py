@@ -14,6 +14,7 @@ from one4all.storage import INTERNAL, ObjectInfo, Storage
 OnRecorded = Callable[[Unit, Entry], None]
 """Receives a unit that was recorded in its present version, and the entry that says so."""
 
+_MAX_SIZES = 1000  # manifests that a comparison of two places reads
 _Value = TypeVar("_Value", Entry, ObjectInfo)
 
 
@@ -112,6 +113,48 @@ def take_census(
     census.pending.sort(key=lambda unit: (-unit.size, unit.name))
     _account_for_the_rest(census, entries.rest(), outputs.rest())
     return census
+
+
+@dataclass
+class Move:
+    """What was recorded, held against a place that the source may have been moved to.
+
+    Attributes:
+        num_same: Units recorded in the version that stands there.
+        num_touched: Units recorded with another modification time or ETag; they are done again.
+        num_missing: Units recorded that are not there.
+        other: The first unit that has another size there; "" if there is none.
+    """
+
+    num_same: int = 0
+    num_touched: int = 0
+    num_missing: int = 0
+    other: str = ""
+
+
+def compare_places(source: Storage, ledger: Ledger) -> Move:
+    """Tell whether a source holds the units that a destination was made from.
+
+    Names and versions are told from listings. The manifests of the first thousand units that
+    differ are read, for their sizes.
+    """
+    move = Move()
+    entries = _Walk((entry.key, entry.name, entry) for entry in ledger.entries())
+    for found in find_container(source).scan(source):
+        if not isinstance(found, Unit):
+            continue
+        recorded = entries.take(found.filed_name, Entry.key_behind(found.filed_name))
+        if not recorded:
+            continue
+        if any(entry.version == found.version for entry in recorded):
+            move.num_same += 1
+            continue
+        move.num_touched += 1
+        if move.num_touched <= _MAX_SIZES and not move.other:
+            sizes = {ledger.manifest(entry).unit.size for entry in recorded}
+            move.other = "" if found.size in sizes else found.name
+    move.num_missing = len(entries.rest())
+    return move
 
 
 def _find(unit: Unit, recorded: list[Entry], standing: list[ObjectInfo]) -> Entry | None:

@@ -147,10 +147,14 @@ class Ledger:
             return False
         if bound != binding:
             old, new = bound.model_dump(), binding.model_dump()
-            changes = [f"{key} {old[key]!r} -> {new[key]!r}" for key in new if old[key] != new[key]]
+            changed = [key for key in new if old[key] != new[key]]
+            changes = [f"{key} {old[key]!r} -> {new[key]!r}" for key in changed]
+            advice = "use the same configuration and version, or another prefix"
+            if changed == ["source_uri"]:
+                advice = f"if it is the same corpus, moved: protect --moved-from {bound.source_uri}"
             raise BindingError(
                 f"destination {self._storage.uri} is bound to another configuration "
-                f"({'; '.join(changes)}); use the same configuration and version, or another prefix"
+                f"({'; '.join(changes)}); {advice}"
             )
         return True
 
@@ -165,6 +169,26 @@ class Ledger:
                 self._storage.create(_BINDING, _to_json(binding))
             except ConflictError:  # another run was faster, or our answer was lost
                 self.is_bound(binding)
+
+    def rebind(self, binding: Binding, *, moved_from: str) -> None:
+        """Bind the destination to the place that its source was moved to.
+
+        Args:
+            binding: What it is bound to, but for ``source_uri``.
+            moved_from: The ``source_uri`` that it is bound to.
+
+        Raises:
+            NotFoundError: It was never bound.
+            BindingError: Bound to another source, or to another configuration.
+        """
+        etag = self._storage.head(_BINDING).etag  # first, so that a change is noticed
+        if self.binding() == binding:
+            return
+        self.is_bound(binding.model_copy(update={"source_uri": moved_from}))
+        try:
+            self._storage.replace(_BINDING, _to_json(binding), etag=etag)
+        except ConflictError:  # another run was faster, or our answer was lost
+            self.is_bound(binding)
 
     def binding(self) -> Binding:
         """Raises: NotFoundError if the destination was never bound; BindingError if unreadable."""

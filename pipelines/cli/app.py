@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from one4all.errors import One4AllError
+from one4all.errors import One4AllError, UsageError
 from pipelines.cli import evaluating, learning, operating, planning, protecting
 from pipelines.cli.terminal import INTERRUPTED, EscapedFormatter, interrupt, show, show_text
 
@@ -35,6 +35,12 @@ def one4all(
     ] = False,
 ) -> None:
     """Protect images against training without consent: fit, protect, verify."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError(
+            "the folder that this command runs in was deleted; change to one that is there"
+        ) from None
 
 
 for family in (protecting, learning, planning, evaluating, operating):

@@ -37,7 +37,12 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def protect(
-    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of .tar shards.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or s3:// prefix of .tar shards, one shard, or 'train-{0000..0099}.tar'."
+        ),
+    ],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
     protector: Annotated[
         str | None,
@@ -67,6 +72,10 @@ def protect(
         bool | None,
         typer.Option("--retry-quarantined", help="Try shards again that were given up."),
     ] = None,
+    moved_from: Annotated[
+        str | None,
+        typer.Option(help="Where the source was before, if the same corpus lies elsewhere now."),
+    ] = None,
     log_json: Annotated[
         bool | None,
         typer.Option("--log-json", help="Also write one JSON line for each shard to stderr."),
@@ -90,6 +99,7 @@ def protect(
         mark_no_ai_training=mark_no_ai_training,
         prune=prune,
         retry_quarantined=retry_quarantined,
+        moved_from=moved_from,
         log_json=log_json,
     )
     progress = Progress("shard")
@@ -126,6 +136,15 @@ def protect(
     )
     if result.num_bad_images:
         show(f"  one4all status {destination} --bad lists them with their reasons")
+    if result.converted:
+        changes = ", ".join(f"{count} {change}" for change, count in result.converted.most_common())
+        show(f"  converted now: {changes}")
+    if result.converted or result.num_bad_images:
+        show(
+            "  label maps and masks do not survive a conversion, and depth maps cannot be "
+            "protected; sidecar_patterns copies them, such as "
+            "--set 'sidecar_patterns=[\"*.seg.png\"]'"
+        )
     for name, reason in (result.failed | result.quarantined).items():
         show(f"  not protected: {name}: {reason}")
     if result.quarantined:

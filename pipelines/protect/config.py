@@ -40,6 +40,8 @@ class ProtectConfig(RewriteConfig, JobConfig):
         prune: Remove outputs of this program whose source is gone. The listing of the source must
             be complete: a folder that is not mounted looks like one whose shards were deleted.
         retry_quarantined: Try shards again that were given up: their failed attempts are forgotten.
+        moved_from: The source that the destination is bound to, if the same corpus lies elsewhere
+            now: it is bound to the new place, after a comparison of names and sizes.
         lease_seconds: Life of the lease that keeps a second run off the destination; renewed four
             times in it. 0 takes none: two runs at once are wasteful, but harmless.
         stalled_seconds: Time without a shard done after which a run that holds the lease is said to
@@ -58,6 +60,7 @@ class ProtectConfig(RewriteConfig, JobConfig):
     max_step_cpu_seconds: Annotated[int, Field(ge=0)] = 900
     prune: bool = False
     retry_quarantined: bool = False
+    moved_from: str = ""
     lease_seconds: Annotated[float, Field(ge=0, le=3600)] = 60.0
     stalled_seconds: Annotated[float, Field(gt=0)] = 4 * 3600.0
     allow_unsafe_store: bool = False

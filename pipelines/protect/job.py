@@ -11,15 +11,24 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from one4all.corpus import Unit, find_container, list_units
-from one4all.errors import AccessError, One4AllError, StorageError, UsageError
+from one4all.corpus import Unit, find_container, list_units, open_source
+from one4all.errors import AccessError, NotFoundError, One4AllError, StorageError, UsageError
 from one4all.image_kinds import IMAGE_EXTENSIONS
-from one4all.ledger import MAX_ATTEMPTS, Binding, Census, Lease, Ledger, take_census
+from one4all.ledger import (
+    MAX_ATTEMPTS,
+    Binding,
+    Census,
+    Lease,
+    Ledger,
+    compare_places,
+    take_census,
+)
 from one4all.protectors.card import locate
 from one4all.protectors.protector import check_protector
 from one4all.rewrite import STAGES
@@ -54,6 +63,7 @@ class ProtectResult:
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
         num_images: Images protected in this run; none that was dropped or passed through.
+        converted: Of this run: number of images by what had to be changed to protect them.
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         failed: Shards without a manifest, with the reason.
         quarantined: Shards given up after three failures, with the reason.
@@ -72,6 +82,7 @@ class ProtectResult:
     num_done: int = 0
     num_protected_now: int = 0
     num_images: int = 0
+    converted: Counter[str] = field(default_factory=Counter)
     num_bad_images: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -107,7 +118,7 @@ def protect(
     and done only when its manifest stands.
 
     Args:
-        source_uri: Folder or s3:// prefix of ``.tar`` shards.
+        source_uri: Folder or s3:// prefix of ``.tar`` shards, or a pattern; see `open_source`.
         destination_uri: Folder or prefix; bound to this configuration by its first run.
         config: See there.
         on_plan: Called once with what there is, what is done, and what is to do.
@@ -120,7 +131,7 @@ def protect(
         StalledRunError: Another run holds the destination, and has done nothing for long.
         StorageError: A store failed in mid-run; what is done is done.
     """
-    source, destination = open_storage(source_uri), open_storage(destination_uri)
+    source, destination = open_source(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
     since = start_of(config)
     card = check_protector(config.protector)
@@ -146,6 +157,8 @@ def protect(
         mark_no_ai_training=config.mark_no_ai_training,
         transform_version=TRANSFORM_VERSION,
     )
+    if config.moved_from:
+        _follow_move(source, ledger, binding, config.moved_from)
     ledger.is_bound(binding)  # before the probe, which writes
     check_cluster(config.ray)  # before the lease, which must not be held by a run that waits
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
@@ -221,6 +234,7 @@ class _Run:
                     on_progress(status)
                     result.num_protected_now += done
                     result.num_images += status.num_protected
+                    result.converted.update(status.converted)
                     errors[status.name] = status.error
                     if status.outcome == "refused":
                         refused.add(status.name)
@@ -283,6 +297,33 @@ class _Run:
                 if self._lease is not None:
                     self._lease.check()
                     self._lease.progressed()
+
+
+def _follow_move(source: Storage, ledger: Ledger, binding: Binding, moved_from: str) -> None:
+    """Bind the destination to the place of the source, if that holds what was protected.
+
+    Raises:
+        UsageError: It holds another corpus; or the destination was never bound, or not to that.
+    """
+    try:
+        bound_to = ledger.binding().source_uri
+    except NotFoundError as error:
+        raise UsageError(f"--moved-from {moved_from}: nothing was protected there yet") from error
+    if bound_to == source.uri:
+        return
+    if moved_from != bound_to:  # perhaps it is given relative to this folder
+        moved_from = open_source(moved_from).uri
+    move = compare_places(source, ledger)
+    if move.other or (move.num_missing and not move.num_same + move.num_touched):
+        found = f"{move.other} has another size" if move.other else "no shard of it is there"
+        raise UsageError(f"{source.uri} is not the corpus that was at {bound_to}: {found}")
+    ledger.rebind(binding, moved_from=moved_from)
+    if move.num_touched or move.num_missing:
+        _log.warning(
+            "of the shards that were protected from %s, %d are the same at %s, %d have another "
+            "modification time or ETag and are protected again, %d are not there",
+            *(moved_from, move.num_same, source.uri, move.num_touched, move.num_missing),
+        )
 
 
 def _log_line(status: UnitStatus, run_id: str) -> str:

@@ -23,6 +23,7 @@ from one4all.corpus import (
     find_container,
     images_of,
     list_units,
+    open_source,
     read_samples,
     write_unit,
 )
@@ -133,7 +134,7 @@ def plan(
     Raises:
         UsageError: Nothing to read, or no image in the sample.
     """
-    source = open_storage(source_uri)
+    source = open_source(source_uri)
     source.check(writable=False)
     config = config.model_copy(update={"protector": locate(config.protector)})
     load_card(config.protector)
@@ -225,7 +226,7 @@ def measure(
     Raises:
         UsageError: No shard of the sample holds an image.
     """
-    source = open_storage(source_uri)
+    source = open_source(source_uri)
     with tempfile.TemporaryDirectory(prefix="one4all-plan-") as scratch:
         heads = [_copy_sample(source, shard, Path(scratch) / "in", config) for shard in shards]
         heads = [head for head in heads if head.num_measured]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from one4all.corpus import Unit, printable
+from one4all.corpus import Unit, open_source, printable
 from one4all.errors import (
     One4AllError,
     PerturbationError,
@@ -47,6 +47,7 @@ class UnitStatus:
             "refused" by the bad-image policy; "quarantined" before.
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
         num_protected: Those that were; also less than the rest if a sample was dropped.
+        converted: Number of images by what had to be changed to protect them.
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
         peak_bytes: Peak memory of the worker until now.
@@ -58,6 +59,7 @@ class UnitStatus:
     num_images: int = 0
     num_bad: int = 0
     num_protected: int = 0
+    converted: Mapping[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_bytes_written: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class ProtectWorker:
         torch.set_num_threads(num_threads)
         self._config = config
         self._run_id = run_id
-        self._source = open_storage(source_uri)
+        self._source = open_source(source_uri)
         self._destination = open_storage(destination_uri)
         self._ledger = Ledger(self._destination)
         self._pool = ThreadPoolExecutor(num_threads, "codec")
@@ -163,6 +165,7 @@ class ProtectWorker:
                 num_images=manifest.num_images,
                 num_bad=len(manifest.bad_images),
                 num_protected=manifest.num_protected,
+                converted=manifest.converted,
                 num_bytes_written=manifest.output_size,
                 seconds=manifest.seconds,
             )

@@ -78,6 +78,7 @@ def test_pack_protect_verify_status_preview(tmp_path: Path, protector_folder: Pa
     [
         (["pack", "no-such-corpus", "x"], "no corpus 'no-such-corpus'"),
         (["preview", "no-such.jpg"], "no such file"),
+        (["preview", "no-such.jpg", "."], "is a folder; name the PNG file"),
         (["status", "nowhere"], "no such folder"),
         (["train"], "train needs a source"),
         (["fit", "vocabulary:broad", "x", "--concepts", "9"], "--concepts is for a corpus"),
@@ -91,6 +92,16 @@ def test_mistakes_are_one_sentence_and_exit_code_two(tmp_path, monkeypatch, argu
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_was_deleted_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for arguments in (["protect", "/in", "/out"], ["status", "x"]):
+        done = one4all(*arguments)
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+        assert "runs in was deleted" in done.stderr
 
 
 @pytest.mark.timeout(600)

@@ -1,5 +1,6 @@
 """Protect and verify through Ray, onto S3 and folders; killed, repeated, misused."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.builders import make_image, make_samples, make_tar, write_corpus
+from support.builders import make_16_bit_png, make_image, make_samples, make_tar, write_corpus
 
 from one4all.errors import ProtectorError, UsageError
+from one4all.ledger import Ledger, read_binding
 from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
 from pipelines.cli import app as cli
@@ -114,6 +116,70 @@ def test_bad_images_show_in_exit_code_and_policy_fail_stops_the_shard(tmp_path, 
     result = protect(str(corpus), str(tmp_path / "fail"), failing)
     assert result.exit_code == 1
     assert "b.jpg: not an image file" in result.failed["s.tar"]
+
+
+def test_some_shards_of_a_folder_are_a_source(tmp_path, config):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=3), str(tmp_path / "out")
+    source = f"{corpus}/shard-{{000..001}}.tar"
+    result = protect(source, out, config)
+    assert (result.exit_code, result.num_done, result.num_others) == (0, 2, 0)
+    assert verify(source, out, VerifyConfig()).ok
+    assert read_status(out).num_shards == 2
+
+
+def test_source_that_was_moved_is_the_same_if_it_is_said_and_true(tmp_path, config, caplog):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=2), str(tmp_path / "out")
+    moved = config.model_copy(update={"moved_from": str(corpus)})
+    with pytest.raises(UsageError, match="nothing was protected"):
+        protect(str(corpus), out, moved)
+    protect(str(corpus), out, config)
+    another = write_corpus(tmp_path / "another", num_shards=2, num_samples=1)
+    elsewhere = corpus.rename(tmp_path / "elsewhere")
+    for verb in (protect, verify):
+        settings = config if verb is protect else VerifyConfig()
+        with pytest.raises(UsageError, match="--moved-from"):
+            verb(str(elsewhere), out, settings)
+    wrong = config.model_copy(update={"moved_from": str(another)})
+    with pytest.raises(UsageError, match="bound to another configuration"):
+        protect(str(elsewhere), out, wrong)
+    with pytest.raises(UsageError, match=r"shard-000\.tar has another size"):
+        protect(str(another), out, moved)
+    assert read_binding(open_storage(out)).source_uri == str(corpus)
+
+    os.utime(elsewhere / "shard-001.tar", (0, 0))
+    (elsewhere / "shard-002.tar").write_bytes(make_tar([]))
+    result = protect(str(elsewhere), out, moved)
+    assert (result.exit_code, result.num_done, result.num_protected_now) == (0, 3, 2)
+    assert "1 are the same" in caplog.text
+    assert "1 have another modification time" in caplog.text
+    assert verify(str(elsewhere), out, VerifyConfig()).ok
+    assert protect(str(elsewhere), out, moved).num_protected_now == 0
+
+
+def test_what_was_converted_is_told_and_a_link_to_nothing_fails(tmp_path, config, capsys):
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    mask, depth = make_image("PNG", "P"), make_16_bit_png(1)
+    files = [("a.jpg", make_image()), ("a.seg.png", mask), ("b.png", mask), ("c.png", depth)]
+    files += [("d.jpg", make_image()), ("d.txt.gz", gzip.compress(make_image()))]
+    (corpus / "s.tar").write_bytes(make_tar(files))
+    (corpus / "gone.tar").symlink_to(tmp_path / "unmounted" / "gone.tar")
+    result = protect(str(corpus), str(tmp_path / "out"), config)
+    assert (result.exit_code, result.num_done, result.num_bad_images) == (1, 1, 2)
+    assert "no such file" in result.failed["gone.tar"]
+    assert result.converted == {"P to RGB": 2}
+    (corpus / "gone.tar").unlink()
+    settings = ["--protector", config.protector, "--set", "cpus_per_worker=1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.app(["protect", str(corpus), str(tmp_path / "again"), *settings])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 3
+    assert "converted now: 2 P to RGB" in printed
+    assert "sidecar_patterns copies them" in printed
+    manifest = next(Ledger(open_storage(str(tmp_path / "again"))).manifests())
+    bad = {entry.member: entry.reason for entry in manifest.bad_images}
+    assert "name it in sidecar_patterns" in bad["c.png"]
+    assert "compressed by gzip" in bad["d.txt.gz"]
 
 
 @pytest.mark.parametrize(

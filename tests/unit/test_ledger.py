@@ -8,7 +8,7 @@ import pytest
 
 from one4all.corpus import ObjectVersion, OutputObject, Unit, list_units
 from one4all.errors import BindingError, NotFoundError
-from one4all.ledger.census import take_census
+from one4all.ledger.census import Move, compare_places, take_census
 from one4all.ledger.ledger import MAX_ATTEMPTS, MAX_KILLED, Entry, Ledger
 from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
 from one4all.storage import ObjectInfo, Storage, open_storage
@@ -59,6 +59,24 @@ def test_destination_is_bound_once(storage):
     other = BINDING.model_copy(update={"output_format": "lossless", "epsilon_levels": 4})
     with pytest.raises(BindingError, match=r"epsilon_levels 8 -> 4.*output_format"):
         ledger.bind(other)
+
+
+def test_destination_is_bound_to_another_place_of_the_same_source(storage):
+    ledger, here = Ledger(storage), BINDING.source_uri
+    moved = BINDING.model_copy(update={"source_uri": "s3://elsewhere"})
+    with pytest.raises(NotFoundError):
+        ledger.rebind(moved, moved_from=here)
+    ledger.bind(BINDING)
+    with pytest.raises(BindingError, match=f"--moved-from {here}"):
+        ledger.bind(moved)
+    with pytest.raises(BindingError, match="source_uri"):
+        ledger.rebind(moved, moved_from="s3://another")
+    with pytest.raises(BindingError, match="epsilon_levels 8 -> 4"):
+        ledger.rebind(moved.model_copy(update={"epsilon_levels": 4}), moved_from=here)
+    assert ledger.binding() == BINDING
+    ledger.rebind(moved, moved_from=here)
+    ledger.rebind(moved, moved_from=here)
+    assert ledger.binding() == moved
 
 
 def test_data_of_somebody_else_is_not_written_over(storage):
@@ -209,6 +227,20 @@ def test_census_holds_the_ledger_against_the_listings(sides):
     census = take_census(source, ledger)
     assert (census.pending[0].name, census.damaged) == ("a.tar", {})
     assert (census.orphans, census.strangers) == ([], [])
+
+
+def test_places_are_compared_by_names_versions_and_sizes(sides):
+    source, destination, ledger = sides
+    for key in ("same.tar", "touched.tar", "gone.tar", "larger.tar"):
+        source.write_bytes(key, b"x")
+    for unit in list(list_units(source)):
+        ledger.record(write_output(destination, unit))
+    os.utime(f"{source.uri}/touched.tar", (0, 0))
+    source.delete("gone.tar")
+    source.write_bytes("new.tar", b"x")
+    assert compare_places(source, ledger) == Move(2, 1, 1)
+    source.write_bytes("larger.tar", b"xy")
+    assert compare_places(source, ledger) == Move(1, 2, 1, "larger.tar")
 
 
 def test_output_that_is_missing_or_replaced_is_pending_again(sides):

@@ -23,6 +23,7 @@ from support.builders import (
     read_members,
     write_corpus,
 )
+from support.hostile import tar_header, tar_of
 
 from one4all.audit import audit_unit
 from one4all.corpus import list_units
@@ -195,8 +196,33 @@ def test_sidecar_patterns_keep_masks_untouched(run):
 def test_two_members_that_would_get_one_name_are_refused(run):
     files = [("a.jpg", make_image()), ("a.png", make_image("PNG"))]
     assert run(files)[2].problems == []
-    with pytest.raises(ShardError, match="two members of one name"):
+    with pytest.raises(ShardError, match="second member of one name"):
         run(files, output_format="lossless")
+
+
+def test_image_in_a_dot_file_gets_a_name_that_verify_expects(run):
+    names = [".jpg", "a.jpg", "._a.jpg", "._b.jpeg", "x/.b.c.jpg"]
+    files = [(name, make_image(seed=seed)) for seed, name in enumerate(names)]
+    _, written, audit = run(files, output_format="lossless")
+    assert list(written) == [".jpg.png", "a.png", "._a.png", "._b.png", "x/.b.c.png"]
+    assert audit.problems == []
+    _, written, audit = run(files)
+    assert (list(written), audit.problems) == (names, [])
+    for order in (1, -1):
+        twice = [("._a.png", make_image("PNG")), ("b.txt", b""), ("._a.jpg", make_image())]
+        with pytest.raises(ShardError, match="second member of one name"):
+            run(twice[::order], output_format="lossless")
+
+
+def test_links_to_images_are_refused_where_these_get_other_names(run):
+    tar = tar_of(
+        tar_header("a.jpg", size=len(make_image())),
+        make_image(),
+        tar_header("b.jpg", kind=b"1", link="a.jpg"),
+    )
+    assert run(tar)[2].problems == []
+    with pytest.raises(ShardError, match=r"'b\.jpg' is a link to 'a\.jpg'.*output_format match"):
+        run(tar, output_format="lossless")
 
 
 def test_damaged_shard_publishes_nothing(run, tmp_path):

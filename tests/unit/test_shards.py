@@ -12,12 +12,15 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.builders import make_samples, make_tar, read_members
+from support.builders import make_image, make_samples, make_tar, read_members
 from support.hostile import pax_record, tar_header, tar_of, with_pax
 
+from one4all.corpus import images_of, list_units
 from one4all.corpus import tar as shards
 from one4all.corpus.tar import TarWriter, read_tar, write_shard
 from one4all.errors import ShardError
+from one4all.image_kinds import is_image
+from one4all.storage import open_storage
 
 LONG = "folder/" + "x" * 300 + ".jpg"
 
@@ -59,11 +62,19 @@ def test_directories_links_and_global_headers_are_copied():
 def test_shard_cut_anywhere_is_refused():
     """At every block boundary, where tarfile reads a shorter shard without an error, and inside."""
     tar = make_tar(make_samples(2))
-    end = tar.rindex(b"ustar") - 257 + 512 + 512 + 1024  # last header, payload, end of archive
-    for cut in [*range(0, end, 512), 100, 700, end - 1]:
+    end = tar.rindex(b"ustar") - 257 + 512 + 512 + 512  # last header, payload, end of archive
+    for cut in [*range(0, end, 512), 100, 700, end - 1, end + 1, end + 511]:
         with pytest.raises(ShardError, match="truncated"):
             list(shards.read_members(io.BytesIO(tar[:cut])))
-    assert list(shards.read_members(io.BytesIO(tar[:end])))
+    for end_of_file in (end, end + 512):  # one block of zeros, and two
+        assert copy_of(tar[:end_of_file]) == tar
+
+
+def test_data_behind_one_block_of_zeros_is_refused():
+    one = make_tar(make_samples(1))
+    end = one.rindex(b"ustar") - 257 + 512 + 512 + 512
+    with pytest.raises(ShardError, match="after a single zero block"):
+        list(shards.read_members(io.BytesIO(one[:end] + make_tar(make_samples(1)))))
 
 
 def test_garbled_header_is_refused():
@@ -122,6 +133,52 @@ def test_members_that_start_with_a_dot_stand_alone():
     assert [sample.key for sample in samples] == ["._a.jpg", "a", "._b.jpg", "b"]
 
 
+APPLE_DOUBLE = b"\0\x05\x16\x07\0\2\0\0Mac OS X        " + bytes(100)
+
+
+def test_files_without_a_key_between_members_of_a_sample_belong_to_it():
+    """As macOS writes a tar; WebDataset passes over them."""
+    files = [
+        (f"./{prefix}{key}.{extension}", APPLE_DOUBLE if prefix else content)
+        for key in ("0", "1")
+        for extension, content in (("jpg", make_image()), ("txt", b"hi"))
+        for prefix in ("._", "")
+    ]
+    files += [("./Makefile", b""), ("./1.cls", b"1"), ("./.DS_Store", b"")]
+    tar = make_tar(files)
+    samples = list(read_tar(io.BytesIO(tar)))
+    keys = [sample.key for sample in samples]
+    assert keys == ["./._0.jpg", "./0", "./._1.jpg", "./1", "./.DS_Store"]
+    assert [m.name for sample in samples for m in sample.members] == [name for name, _ in files]
+    images = [member.name for sample in samples for member in images_of(sample)]
+    assert images == ["./0.jpg", "./1.jpg"]
+    assert copy_of(tar) == tar
+
+
+def test_too_many_files_without_a_key_stand_alone(monkeypatch):
+    monkeypatch.setattr(shards, "MAX_SAMPLE_MEMBERS", 3)
+    names = ["a.jpg", ".1", ".2", ".3", ".4", "b.jpg"]
+    samples = read_tar(io.BytesIO(make_tar([(name, b"") for name in names])))
+    assert [sample.key for sample in samples] == ["a", ".1", ".2", ".3", ".4", "b"]
+
+
+def test_companion_of_macos_is_no_image_and_no_shard(tmp_path):
+    assert not is_image("a/._a.jpg", APPLE_DOUBLE)
+    assert is_image("a/a.jpg", APPLE_DOUBLE)  # of that name it is a photo that is broken
+    assert is_image("a/._a.jpg", make_image())
+    for name, content in (("._0.tar", APPLE_DOUBLE), ("._1.tar", make_tar([])), ("1.tar", b"")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "._2.tar").symlink_to(tmp_path / "nothing")
+    units = list_units(open_storage(str(tmp_path)))
+    assert [unit.name for unit in units] == ["._1.tar", "._2.tar", "1.tar"]
+
+
+def test_volume_label_is_copied():
+    tar = tar_of(tar_header("my shards", kind=b"V"), tar_header("a.txt", size=2), b"hi")
+    assert copy_of(tar)[: len(tar)] == tar
+    assert [s.key for s in read_tar(io.BytesIO(tar))] == ["my shards", "a"]
+
+
 BASE_256 = b"\xff" * 12
 
 
@@ -157,9 +214,11 @@ BASE_256 = b"\xff" * 12
         ),
         pytest.param(with_pax(pax_record("size", "9" * 18)), "over the limit", id="pax-size"),
         *(
-            pytest.param(with_pax(pax_record(k, "1")), "sparse file", id=k)
+            pytest.param(with_pax(pax_record(k, "a.txt")), "member 'a.txt'.* is a sparse", id=k)
             for k in ("GNU.sparse.major", "GNU.sparse.name", "SCHILY.realsize", "SUN.holesdata")
         ),
+        pytest.param(tar_of(tar_header("a", kind=b"S")), "'a' is a sparse file", id="sparse"),
+        pytest.param(tar_of(tar_header("a", kind=b"M")), "of another volume", id="volume"),
         pytest.param(tar_of(tar_header("a", size=BASE_256)), "its size is -1", id="size-below-0"),
         pytest.param(
             tar_of(tar_header("a", size=b"\xff" + bytes(11))),
