@@ -159,6 +159,11 @@ def verify(
         on_audit(audit)
     result.problems.sort()
     result.notes = _notes(result)
+    if census.beside:
+        result.notes.append(
+            f"{len(census.beside)} objects lie beside the outputs that protect did not write, such "
+            f"as {census.beside[0]}"
+        )
     return result
 
 

@@ -76,6 +76,10 @@ class Container(ABC):
         Our own records (``_one4all/``) are left out. Memory does not grow with the listing.
         """
 
+    def may_belong(self, key: str) -> bool:
+        """Whether an object of this key may be part of a unit, as far as its name says."""
+        return True
+
     @abstractmethod
     def read(
         self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES

@@ -127,6 +127,10 @@ class TarContainer(Container):
             is_shard = info.key.endswith(SUFFIX) and not _is_companion(source, info.key)
             yield Unit.of_object(info, self.name) if is_shard else info
 
+    def may_belong(self, key: str) -> bool:
+        """See the base class."""
+        return key.endswith(SUFFIX)
+
     def read(
         self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
     ) -> Generator[Sample]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from one4all.corpus import Unit, filed_name, find_container
+from one4all.corpus import Container, Unit, filed_name, find_container
 from one4all.ledger.ledger import Attempts, Entry, Ledger, digest_of
 from one4all.storage import INTERNAL, ObjectInfo, Storage
 
@@ -37,7 +37,9 @@ class Census:
         num_older_undone: Of these, not done.
         orphans: Keys of outputs whose source is gone.
         orphan_records: Keys of manifests whose source is gone.
-        strangers: Keys of objects at the destination that no record is about.
+        strangers: Keys of objects at the destination that no record is about, and that look like a
+            part of a unit.
+        beside: Keys of other objects there, which somebody has put beside the outputs.
         superseded: Keys of manifests of what was written over since.
     """
 
@@ -55,6 +57,7 @@ class Census:
     orphans: list[str] = field(default_factory=list)
     orphan_records: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
 
 
@@ -80,7 +83,8 @@ def take_census(
     attempts = ledger.attempts()
     entries = _Walk((entry.key, entry.name, entry) for entry in ledger.entries())
     outputs = _Walk((info.key, info.key, info) for info in ledger.outputs())
-    for found in find_container(source).scan(source):
+    container = find_container(source)
+    for found in container.scan(source):
         if not isinstance(found, Unit):
             census.num_others += 1
             census.other = census.other or found.key
@@ -111,7 +115,7 @@ def take_census(
             if tried.failed:
                 census.failing[found.name] = tried
     census.pending.sort(key=lambda unit: (-unit.size, unit.name))
-    _account_for_the_rest(census, entries.rest(), outputs.rest())
+    _account_for_the_rest(census, container, entries.rest(), outputs.rest())
     return census
 
 
@@ -172,7 +176,10 @@ def _describes(entry: Entry, unit: Unit, standing: list[ObjectInfo]) -> bool:
 
 
 def _account_for_the_rest(
-    census: Census, entries: dict[str, list[Entry]], outputs: dict[str, list[ObjectInfo]]
+    census: Census,
+    container: Container,
+    entries: dict[str, list[Entry]],
+    outputs: dict[str, list[ObjectInfo]],
 ) -> None:
     """What lies at the destination, and no unit of the source is behind it."""
     marker = f"/{INTERNAL}"
@@ -180,8 +187,10 @@ def _account_for_the_rest(
     for key in outputs:
         if any(key.startswith(other_destination) for other_destination in nested):
             continue
-        known = filed_name(key) in entries
-        (census.orphans if known else census.strangers).append(key)
+        if filed_name(key) in entries:
+            census.orphans.append(key)
+        else:
+            (census.strangers if container.may_belong(key) else census.beside).append(key)
     census.orphan_records = [entry.key for records in entries.values() for entry in records]
 
 

@@ -275,14 +275,16 @@ def test_what_has_no_source_any_more_is_told_apart(sides):
     assert (census.num_done, census.superseded) == (5, [])
     for name in ("gone.tar", names[-1]):
         source.delete(name)
-    destination.write_bytes("precious", b"p")
+    destination.write_bytes("precious.tar", b"p")
+    destination.write_bytes("00000_stats.json", b"an importer's")
     destination.write_bytes("v2/z.tar", b"another destination's")
     destination.write_bytes("v2/_one4all/binding.json", b"{}")
     census = take_census(source, ledger)
     assert census.num_done == 3
     assert census.orphans == ["gone.tar", names[-1]]
     assert len(census.orphan_records) == 2
-    assert census.strangers == ["precious"]
+    assert census.strangers == ["precious.tar"]
+    assert census.beside == ["00000_stats.json"]
 
 
 def test_census_reads_no_record_of_what_is_done(sides, monkeypatch):
