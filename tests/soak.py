@@ -126,30 +126,28 @@ def run(soak: Soak, endpoint: str, *, minutes: float, seed: int) -> None:
             return _one4all("protect", f"s3://{BUCKET}/in", destination, endpoint, "--set", lease)
 
         while True:
-            driver = start_run()
-            while driver.poll() is None:
+            driver, ended = start_run(), []
+            while (current := _at_work(driver, sleepers)) is not None:
                 now = time.monotonic()
-                soak.memory += [(now - start, *row) for row in _workers(driver.pid)]
+                soak.memory += [(now - start, *row) for row in _workers(current.pid)]
                 for sleeper in sleepers:
-                    if now > sleeper.wakes:
+                    if now > sleeper.wakes or driver.poll() is not None:
                         sleeper.wake()
                 if deadline > now > next_kill:
                     what = chance.choice(KILLS)
                     soak.kills.append((now - start, what))
                     if what == "pause":
-                        sleepers.append(Sleeper.of(driver, chance.uniform(*PAUSE_SECONDS)))
+                        ended.append(driver)
+                        sleepers.append(Sleeper.of(current, chance.uniform(*PAUSE_SECONDS)))
                         restless |= {*done, _replace_a_shard(chance)}
                         driver = start_run()
                     elif what == "replace":
                         restless.add(_replace_a_shard(chance))
                     else:
-                        _kill(driver, what)
+                        _kill(current, what)
                     next_kill = now + chance.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
                 time.sleep(SAMPLE_SECONDS)
-            ended = [driver, *(sleeper.driver for sleeper in sleepers)]
-            for sleeper in sleepers:
-                sleeper.wake()
-            for run in ended:
+            for run in (*ended, driver):
                 _, errors = run.communicate()
                 soak.exits.append((time.monotonic() - start, run.returncode))
                 if "Traceback" in errors:
@@ -173,6 +171,14 @@ def _one4all(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _at_work(
+    driver: subprocess.Popen[str], sleepers: list[Sleeper]
+) -> subprocess.Popen[str] | None:
+    """The run to look at: the latest that has not ended, awake or not; None if all have."""
+    runs = (*(sleeper.driver for sleeper in sleepers), driver)
+    return next((run for run in reversed(runs) if run.poll() is None), None)
 
 
 def _workers(driver_pid: int) -> list[tuple[int, float]]:
