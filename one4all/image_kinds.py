@@ -160,12 +160,25 @@ def image_kind(data: bytes) -> str:
     return ""
 
 
-def _is_iso_picture(data: bytes) -> bool:
+def _brands(data: bytes) -> tuple[bytes, ...]:
+    """What an ISO media file says that it is, the main thing first."""
     if data[4:8] != b"ftyp":
-        return False
+        return ()
     end = min(int.from_bytes(data[:4], "big"), 512, len(data))
     brands = (data[8:12], *(data[at : at + 4] for at in range(16, end - 3, 4)))
-    return any(brand.rstrip() in _BRANDS for brand in brands)
+    return tuple(brand.rstrip() for brand in brands)
+
+
+def _is_avif(data: bytes) -> bool:
+    return not {b"avif", b"avis"}.isdisjoint(_brands(data))
+
+
+def _is_canon_raw(data: bytes) -> bool:
+    return b"crx" in _brands(data)
+
+
+def _is_iso_picture(data: bytes) -> bool:
+    return not _BRANDS.isdisjoint(_brands(data))
 
 
 def _is_svg(data: bytes) -> bool:
@@ -309,7 +322,9 @@ def _is_jpeg_xl_codestream(data: bytes) -> bool:
 
 
 _CHECKS = (
-    ("HEIF or AVIF", _is_iso_picture),
+    ("AVIF", _is_avif),
+    ("camera raw", _is_canon_raw),
+    ("HEIC (HEIF)", _is_iso_picture),
     ("SVG", _is_svg),
     ("XBM", _is_x_bitmap),
     ("ICO", _is_icon),

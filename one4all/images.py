@@ -326,8 +326,6 @@ def _open(data: bytes) -> Image.Image:
         reason = f"compressed by {compressed}; decompress it first" if compressed else ""
         raise BadImageError(why_wrapped(data) or reason or "not an image file that can be read")
     if kind not in FORMATS:
-        if kind == "HEIF or AVIF":  # the brands of the file say which
-            kind = "AVIF" if b"avi" in data[8:64] else "HEIC (HEIF)"
         raise BadImageError(
             f"format {kind} is not supported, only {', '.join(FORMATS)}; convert it to one of "
             "these first"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 
 import numpy as np
@@ -57,8 +58,9 @@ def test_name_of_an_image_format_is_enough(extension):
         pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", id="jpeg-xl"),
         # What cjxl writes for 512x512: eight times 64, ratio 1:1.
         pytest.param(b"\xff\x0a\x7f\x00" + bytes(99), "JPEG XL", id="jpeg-xl-codestream"),
-        pytest.param(b"\0\0\0\x18ftypheix\0\0\0\0mif1heix", "HEIF or AVIF", id="heif"),
-        pytest.param(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "HEIF or AVIF", id="canon-cr3"),
+        pytest.param(b"\0\0\0\x18ftypheix\0\0\0\0mif1heix", "HEIC (HEIF)", id="heif"),
+        pytest.param(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "AVIF", id="avif"),
+        pytest.param(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera raw", id="canon-cr3"),
         pytest.param(b"FUJIFILMCCD-RAW 0201", "camera raw", id="fuji-raf"),
         pytest.param(b"IIRO\x08\0\0\0", "camera raw", id="olympus-orf"),
         pytest.param(b"IIU\0\x18\0\0\0", "camera raw", id="panasonic-rw2"),
@@ -78,7 +80,7 @@ def test_content_of_an_image_is_enough(data, kind):
     assert is_image("member.bin", data)
     assert image_kind(data) == kind
     if kind not in FORMATS:
-        with pytest.raises(BadImageError, match=f"format {kind} is not supported"):
+        with pytest.raises(BadImageError, match=re.escape(f"format {kind} is not supported")):
             decode(data)
 
 
