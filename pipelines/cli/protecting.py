@@ -139,10 +139,8 @@ def protect(
     if result.converted:
         changes = ", ".join(f"{count} {change}" for change, count in result.converted.most_common())
         show(f"  converted now: {changes}")
-    if result.converted or result.num_bad_images:
         show(
-            "  label maps and masks do not survive a conversion, and depth maps cannot be "
-            "protected; sidecar_patterns copies them, such as "
+            "  label maps and masks do not survive that; sidecar_patterns copies them, such as "
             "--set 'sidecar_patterns=[\"*.seg.png\"]'"
         )
     for name, reason in (result.failed | result.quarantined).items():
