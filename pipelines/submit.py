@@ -323,6 +323,7 @@ class _Follower:
 
     async def _read_log(self) -> Exception | None:
         """Say what is new in the log, until the job ends; or what broke the connection."""
+        asyncio.get_running_loop().set_exception_handler(_tell_unless_interrupted)
         position = 0
         chunks: AsyncIterator[str] = self._client.tail_job_logs(self._id)
         while True:
@@ -356,6 +357,12 @@ class _Follower:
             return 1
         self._say(f"{self._id} ended with exit status {code}")
         return int(code) if code > 0 else 128 - int(code)
+
+
+def _tell_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A second Ctrl-C ends a task in the middle; nobody waits for it, and nobody has to be told."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _last_line(error: Exception) -> str:

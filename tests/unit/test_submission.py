@@ -3,6 +3,7 @@
 On a real cluster: tests/integration/test_jobs.py.
 """
 
+import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from types import SimpleNamespace
@@ -255,3 +256,14 @@ def test_exit_status_is_the_drivers(follow, status, code, exit_status):
 def test_id_of_another_job_is_refused(follow):
     with pytest.raises(UsageError, match="belongs to another job"):
         follow(FakeClient(0), Job(("verify",), "slot"))
+
+
+@pytest.mark.parametrize(("error", "told"), [(KeyboardInterrupt(), False), (OSError("x"), True)])
+def test_second_interrupt_leaves_no_stack_trace(caplog, error, told):
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(submitting._tell_unless_interrupted)
+    loop.call_exception_handler(
+        {"message": "Task exception was never retrieved", "exception": error}
+    )
+    loop.close()
+    assert ("never retrieved" in caplog.text) == told
