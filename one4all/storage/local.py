@@ -12,11 +12,11 @@ import fcntl
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 from one4all.errors import (
@@ -35,6 +35,8 @@ _LOST_AND_FOUND = "lost+found"  # what fsck found; root's alone, at the root of 
 _NO_HARD_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 _NO_SYNC_OF_FOLDERS = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 _log = logging.getLogger(__name__)
+_warned: set[Path] = set()  # folders without hard links
+_warning = threading.Lock()
 
 
 class LocalStorage(Storage):
@@ -343,9 +345,12 @@ def _rename_if_absent(temporary: Path, path: Path) -> str:
         return _file_info(path, "").etag
 
 
-@cache
 def _warn_of_no_hard_links(root: Path) -> None:
-    """Say once what is weaker."""
+    """Say what is weaker, once for each folder."""
+    with _warning:
+        if root in _warned:
+            return
+        _warned.add(root)
     _log.warning(
         "%s is on a file system without hard links, so that records are created under a lock, "
         "which other machines do not see: do not protect into it from two machines at once",
