@@ -54,14 +54,7 @@ def recompute_unit(
     Returns:
         Images that are not what the protector writes, at most 20; a damaged unit is a finding too.
     """
-    config = RewriteConfig(
-        output_format=binding.output_format,
-        on_bad_image=binding.on_bad_image,
-        max_image_pixels=binding.max_image_pixels,
-        sidecar_patterns=binding.sidecar_patterns,
-        mark_no_ai_training=binding.mark_no_ai_training,
-        max_sample_bytes=max_sample_bytes,
-    )
+    config = RewriteConfig.of_binding(binding, max_sample_bytes=max_sample_bytes)
     with tempfile.TemporaryDirectory(prefix="one4all-recompute-") as folder:
         again = open_storage(folder)
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,7 +44,7 @@ from one4all.images import (
     peek_num_pixels,
     working_copy,
 )
-from one4all.ledger.records import BadImage, Manifest, UnitDistances
+from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
 from one4all.perturbation import Levels
 from one4all.protectors.protector import Protector, fill_batch
 from one4all.recode import RecodedImage, recode
@@ -92,7 +92,18 @@ class RewriteConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
 
+    @property
+    def bound(self) -> dict[str, Any]:
+        """Settings of these that a destination is bound to, by their names in `Binding`."""
+        return {name: getattr(self, name) for name in _BOUND}
 
+    @classmethod
+    def of_binding(cls, binding: Binding, **others: Any) -> RewriteConfig:
+        """The settings that a destination is bound to, and others."""
+        return cls(**{name: getattr(binding, name) for name in _BOUND}, **others)
+
+
+_BOUND = sorted(RewriteConfig.model_fields.keys() & Binding.model_fields.keys())
 DEFAULT_REWRITE = RewriteConfig()
 
 

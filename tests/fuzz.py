@@ -30,13 +30,19 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from support import hostile
-from support.builders import first_unit, make_16_bit_png, make_image, make_protector, make_tar
+from support.builders import (
+    first_unit,
+    make_16_bit_png,
+    make_binding,
+    make_image,
+    make_protector,
+    make_tar,
+)
 
 from one4all.audit import audit_unit
 from one4all.corpus.tar import read_members
 from one4all.errors import BadImageError, ShardError
 from one4all.images import decode, encode, peek_num_pixels, pillow_format
-from one4all.ledger.records import Binding
 from one4all.protectors.protector import Protector
 from one4all.rewrite import RewriteConfig, rewrite_unit
 from one4all.storage import open_storage
@@ -222,17 +228,7 @@ def check_shard(tar: bytes) -> None:
             else:
                 num_protected += 1
         assert num_protected == manifest.num_protected
-        binding = Binding(
-            source_uri=source.uri,
-            protector="tiny",
-            protector_sha256="",
-            epsilon_levels=8,
-            output_format=config.output_format,
-            on_bad_image=config.on_bad_image,
-            max_image_pixels=MAX_PIXELS,
-            sidecar_patterns=(),
-            transform_version=1,
-        )
+        binding = make_binding(source.uri, **config.bound)
         assert audit_unit(unit, manifest, source, out, binding).problems == []
 
 

@@ -8,7 +8,6 @@ unit, and the run goes on.
 from __future__ import annotations
 
 import resource
-from types import TracebackType
 from typing import Self
 
 
@@ -29,12 +28,7 @@ class CpuLimit:
         self.next_step()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for limit, values in self._before.items():
             resource.setrlimit(limit, values)
 

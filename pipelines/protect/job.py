@@ -150,11 +150,7 @@ def protect(
         protector=card.name,
         protector_sha256=card.content_hash,
         epsilon_levels=card.epsilon_levels,
-        output_format=config.output_format,
-        on_bad_image=config.on_bad_image,
-        max_image_pixels=config.max_image_pixels,
-        sidecar_patterns=config.sidecar_patterns,
-        mark_no_ai_training=config.mark_no_ai_training,
+        **config.bound,
         transform_version=TRANSFORM_VERSION,
     )
     if config.moved_from:

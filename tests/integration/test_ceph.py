@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from support.builders import first_unit, make_samples, make_tar
+from support.builders import first_unit, make_binding, make_samples, make_tar
 
 from one4all.audit import audit_unit
 from one4all.errors import AccessError, ConflictError, NotFoundError
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
-from one4all.ledger.records import Binding
 from one4all.protectors.card import load_card
 from one4all.storage import open_storage
 from one4all.storage.s3 import PART_BYTES
@@ -100,16 +99,12 @@ def test_corpus_is_protected_and_verified(ceph_uri, protector_folder):
     shard = first_unit(source)
     config = ProtectConfig(protector=str(protector_folder), batch_size=4)
     card = load_card(config.protector)
-    binding = Binding(
-        source_uri=source.uri,
+    binding = make_binding(
+        source.uri,
         protector=card.name,
         protector_sha256=card.content_hash,
         epsilon_levels=card.epsilon_levels,
-        output_format=config.output_format,
-        on_bad_image=config.on_bad_image,
-        max_image_pixels=config.max_image_pixels,
-        sidecar_patterns=config.sidecar_patterns,
-        transform_version=1,
+        **config.bound,
     )
     ledger = Ledger(out)
     ledger.bind(binding)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.builders import make_image, make_tar, write_corpus
+from support.builders import make_binding, make_image, make_tar, write_corpus
 from support.jobs import finish, read_until, start
 
 from one4all.ledger.lease import Lease
@@ -102,20 +102,8 @@ def test_interrupt_ends_following_and_only_a_second_one_the_job(cluster, corpus,
 
 
 def binding(source: str) -> bytes:
-    from one4all.ledger.records import Binding
-
     return (
-        Binding(
-            source_uri=source,
-            protector="tiny",
-            protector_sha256="00",
-            epsilon_levels=8,
-            output_format="match",
-            on_bad_image="drop",
-            max_image_pixels=1000,
-            sidecar_patterns=(),
-            transform_version=1,
-        )
+        make_binding(source, protector_sha256="00", max_image_pixels=1000)
         .model_dump_json()
         .encode()
     )

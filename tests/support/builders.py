@@ -18,9 +18,11 @@ from one4all.concepts import ConceptBank
 from one4all.corpus import Unit, list_units
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.images import Pixels
+from one4all.ledger.records import Binding
 from one4all.protectors.card import ProtectorCard
 from one4all.protectors.generator import Generator, GeneratorConfig
 from one4all.protectors.protector import Protector, golden_embedding
+from one4all.rewrite import RewriteConfig
 from one4all.storage import Storage
 
 TINY_ENCODER = EncoderConfig(input_size=32)
@@ -144,3 +146,12 @@ def make_protector(*, seed: int = 0, epsilon_levels: int = 8) -> Protector:
 
 def first_unit(storage: Storage) -> Unit:
     return next(list_units(storage))
+
+
+def make_binding(source_uri: str = "in", **changes: Any) -> Binding:
+    """What a destination of tests is bound to: the protector of `make_protector`, and changes."""
+    settings = RewriteConfig(max_image_pixels=10**6).bound
+    common = {"protector": "tiny", "protector_sha256": "", "epsilon_levels": 8}
+    return Binding(
+        **({"source_uri": source_uri, "transform_version": 1} | common | settings | changes)
+    )

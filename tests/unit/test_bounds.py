@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from support.builders import (
     first_unit,
+    make_binding,
     make_image,
     make_pixels,
     make_samples,
@@ -23,7 +24,6 @@ from one4all.audit import audit_unit
 from one4all.corpus import Member, Sample
 from one4all.errors import ShardError
 from one4all.images import pillow_format
-from one4all.ledger.records import Binding
 from one4all.rewrite import RewriteConfig, rewrite_unit
 from one4all.storage import open_storage
 
@@ -41,17 +41,7 @@ def protect(tmp_path, protector, pool):
         source, out = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
         unit = first_unit(source)
         manifest = rewrite_unit(unit, source, out, protector, config, pool=pool)
-        binding = Binding(
-            source_uri=source.uri,
-            protector="tiny",
-            protector_sha256="",
-            epsilon_levels=8,
-            output_format=config.output_format,
-            on_bad_image=config.on_bad_image,
-            max_image_pixels=config.max_image_pixels,
-            sidecar_patterns=config.sidecar_patterns,
-            transform_version=1,
-        )
+        binding = make_binding(source.uri, **config.bound)
 
         def audit(**bounds):
             return audit_unit(unit, manifest, source, out, binding, **bounds).problems

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from support.builders import TINY_ENCODER, make_image
+from support.builders import TINY_ENCODER, make_binding, make_image
 
 import one4all
 from one4all.audit import audit_unit
@@ -24,7 +24,7 @@ from one4all.corpus import (
 )
 from one4all.corpus.containers import CONTAINERS
 from one4all.evaluation.labelled import read_labelled
-from one4all.ledger import Binding, Ledger, take_census
+from one4all.ledger import Ledger, take_census
 from one4all.rewrite import RewriteConfig, rewrite_unit
 from one4all.storage import INTERNAL, open_storage
 from one4all.training.loader import ImageStream, Share
@@ -98,17 +98,7 @@ def test_who_protects_and_who_accounts_know_units_and_not_tar(corpus, protector,
     assert find_container(corpus).name == "pairs"
     destination = open_storage(str(tmp_path / "out"))
     ledger, config = Ledger(destination), RewriteConfig(output_format="match")
-    binding = Binding(
-        source_uri=corpus.uri,
-        protector="tiny",
-        protector_sha256=protector.card.content_hash,
-        epsilon_levels=8,
-        output_format="match",
-        on_bad_image="drop",
-        max_image_pixels=config.max_image_pixels,
-        sidecar_patterns=(),
-        transform_version=1,
-    )
+    binding = make_binding(corpus.uri, protector_sha256=protector.card.content_hash, **config.bound)
     ledger.bind(binding)
     census = take_census(corpus, ledger)
     assert (census.num_units, census.num_others, census.other) == (4, 1, "README")

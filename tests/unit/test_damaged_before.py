@@ -4,28 +4,17 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from support.builders import first_unit
+from support.builders import first_unit, make_binding
 from support.damaged_before import sources
 
 from one4all.audit import audit_unit
 from one4all.corpus import OutputObject
-from one4all.ledger.records import Binding
 from one4all.metadata import xmp
 from one4all.rewrite import RewriteConfig, rewrite_unit
 from one4all.storage import open_storage
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-BINDING = Binding(
-    source_uri="in",
-    protector="tiny",
-    protector_sha256="",
-    epsilon_levels=8,
-    output_format="match",
-    on_bad_image="drop",
-    max_image_pixels=10**6,
-    sidecar_patterns=(),
-    transform_version=1,
-)
+BINDING = make_binding()
 EXPECTED = {
     "rights": [
         "copyright.jpg: its EXIF is not the source's",

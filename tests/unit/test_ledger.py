@@ -5,25 +5,16 @@ import os
 from dataclasses import replace
 
 import pytest
+from support.builders import make_binding
 
 from one4all.corpus import ObjectVersion, OutputObject, Unit, list_units
 from one4all.errors import BindingError, NotFoundError
 from one4all.ledger.census import Move, compare_places, take_census
 from one4all.ledger.ledger import MAX_ATTEMPTS, MAX_KILLED, Entry, Ledger
-from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
+from one4all.ledger.records import BadImage, Manifest, UnitDistances
 from one4all.storage import ObjectInfo, Storage, open_storage
 
-BINDING = Binding(
-    source_uri="/in",
-    protector="tiny",
-    protector_sha256="00",
-    epsilon_levels=8,
-    output_format="match",
-    on_bad_image="drop",
-    max_image_pixels=1000,
-    sidecar_patterns=(),
-    transform_version=1,
-)
+BINDING = make_binding("/in", protector_sha256="00", max_image_pixels=1000)
 SHARD = Unit("a/b.tar", (ObjectVersion("a/b.tar", 10, '"x"'),))
 CHANGED = Unit("a/b.tar", (ObjectVersion("a/b.tar", 10, '"y"'),))
 

@@ -16,6 +16,7 @@ import webdataset
 from support.builders import (
     first_unit,
     make_16_bit_png,
+    make_binding,
     make_bomb_png,
     make_image,
     make_samples,
@@ -31,7 +32,6 @@ from one4all.errors import PerturbationError, ProtectorError, ShardError
 from one4all.images import decode
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
-from one4all.ledger.records import Binding
 from one4all.protectors.card import load_card
 from one4all.protectors.protector import Protector
 from one4all.rewrite import rewrite_unit
@@ -54,17 +54,7 @@ def run(tmp_path, protector, pool):
         config = ProtectConfig(**(SMALL | options))
         source, out = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
         manifest = rewrite_unit(first_unit(source), source, out, protector, config, pool=pool)
-        binding = Binding(
-            source_uri=source.uri,
-            protector="tiny",
-            protector_sha256="",
-            epsilon_levels=8,
-            output_format=config.output_format,
-            on_bad_image=config.on_bad_image,
-            max_image_pixels=config.max_image_pixels,
-            sidecar_patterns=config.sidecar_patterns,
-            transform_version=1,
-        )
+        binding = make_binding(source.uri, **config.bound)
         audit = audit_unit(first_unit(source), manifest, source, out, binding)
         written = (tmp_path / "out" / "s.tar").read_bytes()
         return manifest, read_members(written), audit
@@ -250,17 +240,7 @@ def test_audit_finds_what_was_tampered_with(run, tmp_path):
     source, out = open_storage(str(tmp_path / "in")), open_storage(str(tmp_path / "out"))
     path = tmp_path / "out" / "s.tar"
     honest = path.read_bytes()
-    binding = Binding(
-        source_uri=source.uri,
-        protector="tiny",
-        protector_sha256="",
-        epsilon_levels=8,
-        output_format="lossless",
-        on_bad_image="drop",
-        max_image_pixels=10**6,
-        sidecar_patterns=(),
-        transform_version=1,
-    )
+    binding = make_binding(source.uri, output_format="lossless")
 
     def problems(tar: bytes) -> str:
         path.write_bytes(tar)
