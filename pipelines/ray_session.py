@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +275,12 @@ def _private_folder() -> Iterator[str]:
             f"cannot start Ray here: paths of its sockets below {parent} would be {excess} bytes "
             "too long; set RAY_TMPDIR to a folder with a shorter path, or unset it for /tmp"
         )
-    yield os.path.join(folder, "ray")
+    try:
+        yield os.path.join(folder, "ray")
+    except BaseException:
+        with suppress(OSError):  # it holds logs
+            os.rmdir(folder)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -344,10 +344,10 @@ def _status_lines(found: Any) -> list[str]:
         lines.append(
             f"  images       {found.num_protected:>9,} protected, {found.num_bad:,} bad",
         )
-    lines.append(f"  quarantined  {len(found.quarantined):>9,} shards")
     if found.num_orphans:
         lines.append(f"  orphans      {found.num_orphans:>9,} outputs whose source is gone")
     lines.append(f"  last success {_ago(found.last_success)}")
+    lines.append(f"  quarantined  {len(found.quarantined):>9,} shards")  # the reasons follow
     return lines + [
         f"    {name}: {reason}" for name, reason in (found.failing | found.quarantined).items()
     ]

@@ -119,3 +119,15 @@ def test_folder_that_is_too_long_for_sockets_is_named(tmp_path, monkeypatch):
     with pytest.raises(One4AllError, match=message), ray_session(RayConfig()):
         pass
     assert not list((tmp_path / "long").iterdir())
+
+
+def test_folder_of_a_session_that_failed_is_kept_only_for_its_logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(session, "_LONGEST_SOCKET", "")  # the path of this test is long
+    with pytest.raises(OSError, match="no start"), session._private_folder():
+        raise OSError("no start")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="later"), session._private_folder() as folder:  # noqa: PT012
+        os.mkdir(folder)
+        raise OSError("later")
+    assert len(list(tmp_path.iterdir())) == 1
