@@ -21,13 +21,23 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from one4all.errors import BadImageError, UsageError
 from one4all.image_kinds import image_kind
@@ -45,8 +55,9 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-DEFAULT_MAX_PIXELS = 100_000_000
+DEFAULT_MAX_PIXELS = 250_000_000  # phones make photos of 200 megapixels
 MAX_SIDE = 65_535  # pixels; what JPEG can state
+_BAND_PIXELS = 1 << 22  # of a large image, converted at once
 JPEG_QUALITY = 95
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for "L"
 
@@ -61,6 +72,15 @@ _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "BMP": {},
 }
 _MODE = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_SHAPE: dict[str, tuple[int, ...]] = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}
+# Called without `Image.open`, whose fixed limit of pixels stands in the way of ours.
+_READERS: dict[str, Callable[..., Image.Image]] = {
+    "JPEG": JpegImagePlugin.jpeg_factory,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
 
 
 @dataclass(frozen=True)
@@ -104,8 +124,8 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage
         raise
     except UnidentifiedImageError as error:
         raise BadImageError("not an image file that can be read") from error
-    except Image.DecompressionBombError as error:  # far above any limit that we accept
-        raise BadImageError(f"more than the limit of {max_pixels:,} pixels") from error
+    except Image.DecompressionBombError as error:  # a WebP, or one tile of a TIFF
+        raise BadImageError(f"more pixels than Pillow reads of its format: {error}") from error
     # Pillow's decoders raise nearly anything on hostile input; each means "cannot be decoded".
     except Exception as error:
         raise BadImageError(f"cannot be decoded: {error}") from error
@@ -330,7 +350,10 @@ def _open(data: bytes) -> Image.Image:
             f"format {kind} is not supported, only {', '.join(FORMATS)}; convert it to one of "
             "these first"
         )
-    return Image.open(io.BytesIO(within_limits(data, kind)), formats=(kind,))
+    try:
+        return _READERS[kind](io.BytesIO(within_limits(data, kind)))
+    except (SyntaxError, IndexError, TypeError, struct.error) as error:  # as `Image.open` does
+        raise UnidentifiedImageError(str(error)) from error
 
 
 def _icc_profile(image: Image.Image) -> bytes:
@@ -429,14 +452,30 @@ def _to_8_bit_pixels(image: Image.Image, bits: int) -> tuple[Pixels, str]:
     if image.format == "MPO":
         converted = "first picture of a multi-picture JPEG"
     if target == "LA" and mode != "LA":  # Pillow has no direct way for a colour-keyed gray image
-        gray = np.asarray(image.convert("L"))
+        gray = _array_of(image, "L")
         alpha = np.where(gray == _gray_key(image, bits), 0, 255).astype(np.uint8)
         return np.stack([gray, alpha], axis=2), converted
-    pixels = np.asarray(image if target == mode else image.convert(target))
+    pixels = _array_of(image, target)
     if target == "RGBA" and image.format in ("WEBP", "BMP") and pixels[:, :, 3].min() == 255:
         # Their encoders drop an alpha channel that hides nothing; so do we, and say it.
         return np.ascontiguousarray(pixels[:, :, :3]), f"{mode} to RGB (alpha was opaque)"
     return (pixels if pixels.ndim == 3 else pixels[:, :, None]), converted
+
+
+def _array_of(image: Image.Image, mode: str) -> Pixels:
+    """Pixels of an image in a mode; in bands of rows, if it is large.
+
+    Pillow would hold two further copies of it meanwhile, and a third to convert it.
+    """
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if height <= rows:
+        return np.asarray(image if mode == image.mode else image.convert(mode))
+    pixels = np.empty((height, width, *_SHAPE[mode]), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = _array_of(image.crop((0, top, width, bottom)), mode)
+    return pixels
 
 
 def _gray_key(image: Image.Image, bits: int) -> int:
@@ -562,9 +601,12 @@ def _encode_png(image: DecodedImage) -> bytes:
     if image.icc_profile and not any(kind == b"iCCP" for kind, _ in chunks):
         chunks.insert(0, (b"iCCP", b"ICC profile\0\0" + zlib.compress(image.icc_profile)))
     header = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOUR_TYPE[channels], 0, 0, 0)
+    samples = isal_zlib.compress(filtered, 1)
+    if len(samples) >= 1 << 31:
+        raise BadImageError("cannot be written back as PNG: it takes over 2 GB")
     parts = [b"\x89PNG\r\n\x1a\n", _png_chunk(b"IHDR", header)]
     parts += [_png_chunk(kind, payload) for kind, payload in chunks if payload]
-    parts += [_png_chunk(b"IDAT", isal_zlib.compress(filtered, 1)), _png_chunk(b"IEND", b"")]
+    parts += [_png_chunk(b"IDAT", samples), _png_chunk(b"IEND", b"")]
     return b"".join(parts)
 
 

@@ -4,8 +4,9 @@
 
 Batches of images move through the stages in order, at most three at a time, each bounded in
 images, pixels, members and bytes, so memory does not grow with the unit. A sample whose images are
-more than one batch may hold is spread over several, and written whole after the last. What a batch
-holds depends on the unit alone, never on timing: the same unit makes the same bytes.
+more than one batch may hold is spread over several, and written whole after the last. An image of
+more pixels than a batch may hold moves alone, when all before it are written. What a batch holds
+depends on the unit alone, never on timing: the same unit makes the same bytes.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class RewriteConfig(BaseModel):
         max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory.
         batch_size: Images in one forward pass. Another size may round a pixel here
             and there to its other neighbour.
-        batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight.
+        batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight. An
+            image of more than these is in flight alone, and takes about 16 bytes a pixel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,7 +89,7 @@ class RewriteConfig(BaseModel):
     on_bad_image: Literal["drop", "fail", "passthrough"] = "drop"
     sidecar_patterns: tuple[str, ...] = ()
     mark_no_ai_training: bool = False
-    max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = DEFAULT_MAX_PIXELS
+    max_image_pixels: Annotated[int, Field(ge=1, le=500_000_000)] = DEFAULT_MAX_PIXELS
     max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
@@ -127,10 +129,12 @@ class _Batch:
     Attributes:
         images: Members to be decoded together.
         samples: Those of which the last image is here, to be written after it.
+        num_pixels: Pixels that the images declare.
     """
 
     images: list[Member] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    num_pixels: int = 0
     decoded: dict[str, Future[tuple[DecodedImage, Pixels]]] = field(default_factory=dict)
     protected: dict[str, Future[_Protected]] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
@@ -225,22 +229,28 @@ class _UnitRewrite:
         """Move all samples through the stages, in order."""
         decoding: deque[_Batch] = deque()
         encoding: deque[_Batch] = deque()
+
+        def advance(lookahead: int) -> None:
+            """Move batches on, until no more than these wait between two stages."""
+            while len(decoding) > lookahead:
+                self._on_step()
+                encoding.append(self._perturb(decoding.popleft()))
+            while len(encoding) > lookahead:
+                self._on_step()
+                self._write(encoding.popleft(), output)
+
         # Closed before the samples are, which another thread may be reading.
         with closing(self._ahead(self._batches(samples))) as batches:
             for batch in batches:
                 self._on_step()
+                # Three at once of the largest images would take the memory of a whole machine.
+                lookahead = _LOOKAHEAD if batch.num_pixels <= self._config.batch_pixels else 0
+                if not lookahead:
+                    advance(0)
                 self._start_decoding(batch)
                 decoding.append(batch)
-                if len(decoding) > _LOOKAHEAD:
-                    encoding.append(self._perturb(decoding.popleft()))
-                if len(encoding) > _LOOKAHEAD:
-                    self._write(encoding.popleft(), output)
-        while decoding:
-            self._on_step()
-            encoding.append(self._perturb(decoding.popleft()))
-        while encoding:
-            self._on_step()
-            self._write(encoding.popleft(), output)
+                advance(lookahead)
+        advance(0)
 
     def manifest(self, unit: Unit, outputs: tuple[OutputObject, ...], *, run_id: str) -> Manifest:
         """The manifest of what was written."""
@@ -278,31 +288,33 @@ class _UnitRewrite:
         """Group whole samples until the next one would be too much; spread one that alone is."""
         config = self._config
         batch = _Batch()
-        pixels = members = num_bytes = 0
+        members = num_bytes = 0
         for sample in samples:
             images = images_of(sample, config.sidecar_patterns)
             sizes = [peek_num_pixels(member.payload) for member in images]
             if batch.samples and (
                 len(batch.images) + len(images) > config.batch_size
-                or pixels + sum(sizes) > config.batch_pixels
+                or batch.num_pixels + sum(sizes) > config.batch_pixels
                 or members + len(sample.members) > _MAX_BATCH_MEMBERS
                 or num_bytes + sample.stored_bytes > 4 * config.batch_pixels
             ):
                 yield batch
-                batch, pixels, members, num_bytes = _Batch(), 0, 0, 0
+                batch, members, num_bytes = _Batch(), 0, 0
             spread = False
             for member, size in zip(images, sizes, strict=True):
-                full = len(batch.images) == config.batch_size or pixels + size > config.batch_pixels
-                if batch.images and full:
+                if batch.images and (
+                    len(batch.images) == config.batch_size
+                    or batch.num_pixels + size > config.batch_pixels
+                ):
                     yield batch
-                    batch, pixels, spread = _Batch(), 0, True
+                    batch, spread = _Batch(), True
                 batch.images.append(member)
-                pixels += size
+                batch.num_pixels += size
             batch.samples.append(sample)
             members, num_bytes = members + len(sample.members), num_bytes + sample.stored_bytes
             if spread:
                 yield batch
-                batch, pixels, members, num_bytes = _Batch(), 0, 0, 0
+                batch, members, num_bytes = _Batch(), 0, 0
         if batch.samples:
             yield batch
 

@@ -76,9 +76,9 @@ def make_16_bit_png(channels: int) -> bytes:
 
 
 def make_bomb_png() -> bytes:
-    """A few hundred bytes that declare 20,000 x 10,000 pixels."""
+    """A few hundred bytes that declare 20,000 x 20,000 pixels."""
     png = bytearray(make_image("PNG"))
-    png[16:24] = struct.pack(">II", 20_000, 10_000)
+    png[16:24] = struct.pack(">II", 20_000, 20_000)
     png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
     return bytes(png)
 

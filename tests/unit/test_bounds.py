@@ -23,7 +23,7 @@ from one4all import rewrite
 from one4all.audit import audit_unit
 from one4all.corpus import Member, Sample
 from one4all.errors import ShardError
-from one4all.images import pillow_format
+from one4all.images import DecodedImage, encode, pillow_format
 from one4all.rewrite import RewriteConfig, rewrite_unit
 from one4all.storage import open_storage
 
@@ -86,6 +86,30 @@ def test_images_of_one_sample_are_decoded_a_batch_at_a_time(protect, monkeypatch
     assert alive.most <= 6  # two in each of three batches
     assert written == expected
     assert manifest.num_protected == 32
+    assert audit() == []
+
+
+def test_image_larger_than_a_batch_is_in_memory_alone(protect, monkeypatch):
+    """Photos of 200 megapixels take 3 GB each: not three of them at once, nor a batch beside."""
+    small = [(f"{index}.png", make_image("PNG", seed=index)) for index in range(8)]
+    large_png = encode(DecodedImage(make_pixels(80, 112), "PNG"), "match")
+    large = [(f"5{name}.png", large_png) for name in "abc"]
+    tar = make_tar([*small[:6], *large, *small[6:]])
+    _, expected, _ = protect(tar)
+    alive = _Alive(monkeypatch)
+    at_large = []
+    recode = rewrite.recode
+
+    def seen(clean, *arguments, **options):
+        if clean.pixels.shape[0] == 80:
+            at_large.append(alive.now)
+        return recode(clean, *arguments, **options)
+
+    monkeypatch.setattr(rewrite, "recode", seen)
+    manifest, written, audit = protect(tar, batch_pixels=2 * PIXELS)
+    assert at_large == [1, 1, 1]
+    assert written == expected
+    assert manifest.num_protected == 11
     assert audit() == []
 
 

@@ -15,6 +15,7 @@ from support.builders import make_16_bit_png, make_bomb_png, make_image, make_pi
 from support.hostile import png_with
 from support.metadata_blocks import RIGHTS_XMP, block_of, data_set, tiff_with
 
+from one4all import images
 from one4all.errors import BadImageError
 from one4all.image_kinds import is_image
 from one4all.images import (
@@ -47,13 +48,17 @@ from one4all.metadata import MAX_EXIF, MAX_TEXTS, exif, iptc, xmp
         pytest.param(make_image("TIFF", "RGBA"), 4, "", id="tiff"),
     ],
 )
-def test_kind_of_image_is_decoded_and_written_back_without_loss(data, channels, converted):
+def test_kind_of_image_is_decoded_and_written_back_without_loss(
+    data, channels, converted, monkeypatch
+):
     image = decode(data)
     assert image.pixels.shape == (40, 56, channels)
     assert image.converted == converted
     again = decode(encode(image, "lossless"))
     np.testing.assert_array_equal(again.pixels, image.pixels)
     assert decode(encode(image, "match")).format == image.format
+    monkeypatch.setattr(images, "_BAND_PIXELS", 500)  # as if it were large
+    np.testing.assert_array_equal(decode(data).pixels, image.pixels)
 
 
 def _animated(format: str) -> bytes:
@@ -96,12 +101,20 @@ def _animated(format: str) -> bytes:
         pytest.param(_animated("WEBP"), "animated or multi-page", id="animated-webp"),
         pytest.param(_animated("PNG"), "animated or multi-page", id="animated-png"),
         pytest.param(_animated("TIFF"), "animated or multi-page", id="multi-page-tiff"),
-        pytest.param(make_bomb_png(), "more than the limit", id="200-megapixels"),
+        pytest.param(make_bomb_png(), "more than the limit", id="400-megapixels"),
     ],
 )
 def test_image_that_cannot_be_kept_whole_is_refused_with_a_reason(data, reason):
     with pytest.raises(BadImageError, match=reason):
         decode(data)
+
+
+def test_photo_of_180_megapixels_is_read_and_written_back_whole():
+    """More than `Image.open` accepts. Its bands are put together as they were."""
+    pixels = np.zeros((13_000, 13_900, 1), np.uint8)
+    pixels[:, ::17] = (np.arange(13_000) % 251).astype(np.uint8)[:, None, None]
+    image = decode(encode(DecodedImage(pixels, "PNG"), "match"))
+    assert np.array_equal(image.pixels, pixels)
 
 
 def test_first_picture_of_a_multi_picture_jpeg_is_kept():
