@@ -1,11 +1,13 @@
-"""What a corpus may be given as: a folder or prefix, one shard, or a pattern of shards.
+"""What a corpus may be given as: a folder or prefix, one shard, a pattern or a list of shards.
 
-WebDataset names shards by patterns such as ``train-{0000..0099}.tar``, in its own notation.
+WebDataset names shards by patterns such as ``train-{0000..0099}.tar``, in its own notation. A list
+is a text file among the shards, or above them.
 """
 
 from __future__ import annotations
 
 import math
+import os.path
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -13,10 +15,13 @@ from typing import NoReturn
 from urllib.parse import unquote
 
 from one4all.corpus.tar import SUFFIX
-from one4all.errors import UsageError
+from one4all.errors import NotFoundError, UsageError
 from one4all.storage import LocalStorage, ObjectInfo, Reader, Storage, Writer, open_storage
+from one4all.text import shown
 
+LIST_SUFFIX = ".txt"
 _MAX_SHARDS = 1_000_000
+_MAX_LIST_BYTES = 1 << 28
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{},]*(?:,[^{},]*)+))\}")
 
 
@@ -25,14 +30,16 @@ def open_source(uri: str) -> Storage:
 
     Args:
         uri: As `open_storage` takes it; or one that ends in ``.tar``, or in a pattern with braces:
-            ``{0000..0099}``, ``{train,test}``. What is a folder counts as one, whatever its name.
+            ``{0000..0099}``, ``{train,test}``; or in ``.txt``, a file with a shard in each line, as
+            a path below the folder of the file or a whole URI there; ``#`` begins a comment. What
+            is a folder counts as one, whatever its name.
 
     Raises:
-        UsageError: As `open_storage`; or the pattern cannot be read.
+        UsageError: As `open_storage`; or the pattern or the list cannot be read.
     """
     storage = open_storage(uri)
     braces = _BRACES.search(uri)
-    if not braces and not uri.endswith(SUFFIX):
+    if not braces and not uri.endswith((SUFFIX, LIST_SUFFIX)):
         return storage
     if isinstance(storage, LocalStorage) and storage.root.is_dir():
         return storage
@@ -48,7 +55,8 @@ def open_source(uri: str) -> Storage:
         if not below.is_dir():
             break
         root, pattern = LocalStorage(below), pattern.partition("/")[2]  # braces of its own
-    return Selection(root, pattern)
+    keys = _listed(root, pattern) if pattern.endswith(LIST_SUFFIX) else _expand(pattern)
+    return Selection(root, pattern, frozenset(keys))
 
 
 class Selection(Storage):
@@ -56,14 +64,15 @@ class Selection(Storage):
 
     Args:
         root: Where they are.
-        pattern: Key, or a pattern of keys with braces.
+        name: What they are called together: the pattern, or the key of the list.
+        keys: Their keys, at least one.
     """
 
-    def __init__(self, root: Storage, pattern: str) -> None:
+    def __init__(self, root: Storage, name: str, keys: frozenset[str]) -> None:
         self.root = root
-        self.uri = f"{root.uri.rstrip('/')}/{pattern}"
-        self._keys = frozenset(_expand(pattern))
-        self._prefix = pattern.partition("{")[0]  # what all keys begin with
+        self.uri = f"{root.uri.rstrip('/')}/{name}"
+        self._keys = keys
+        self._prefix = os.path.commonprefix([min(keys), max(keys)])  # noqa: RUF071 - keys
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See the base class."""
@@ -116,6 +125,36 @@ class Selection(Storage):
 
     def _refuse(self) -> NoReturn:
         raise UsageError(f"{self.uri} are shards: nothing can be written there; give a folder")
+
+
+def _listed(root: Storage, name: str) -> Iterator[str]:
+    """Keys in a list, which is itself an object of their storage."""
+    place = f"{root.uri.rstrip('/')}/{name}"
+    try:
+        size = root.head(name).size
+        if size > _MAX_LIST_BYTES:
+            raise UsageError(f"{place} has {size:,} bytes, too many for a list of shards")
+        lines = root.read_bytes(name).decode("utf-8").splitlines()
+    except NotFoundError as error:
+        raise UsageError(f"{place} is not there; it would be a list of shards") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{place} is no list of shards: it is not UTF-8") from error
+    keys = {number: line.strip() for number, line in enumerate(lines, 1)}
+    keys = {number: key for number, key in keys.items() if key and not key.startswith("#")}
+    if not keys:
+        raise UsageError(f"{place} names no shard; write the path of one in each line")
+    folders = [f"{root.uri.rstrip('/')}/"]
+    if isinstance(root, LocalStorage):
+        folders.append(f"{root.root}/")
+    for number, line in keys.items():
+        key = next((line.removeprefix(f) for f in folders if line.startswith(f)), line)
+        inside = not key.startswith("/") and "://" not in key and ".." not in key.split("/")
+        if not key.endswith(SUFFIX) or not inside:
+            raise UsageError(
+                f"line {number} of {place} is {shown(line)!r}; a line is the path of a {SUFFIX} "
+                "file below the folder of the list"
+            )
+        yield key
 
 
 def _expand(pattern: str) -> Iterator[str]:

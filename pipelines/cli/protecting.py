@@ -40,7 +40,8 @@ def protect(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or s3:// prefix of .tar shards, one shard, or 'train-{0000..0099}.tar'."
+            help="Folder or s3:// prefix of .tar shards; one shard, 'train-{0000..0099}.tar', or "
+            "a list of shards (.txt)."
         ),
     ],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],

@@ -1,4 +1,4 @@
-"""A corpus may be a folder, one shard, or a pattern of shards."""
+"""A corpus may be a folder, one shard, a pattern or a list of shards."""
 
 import pytest
 from support.builders import make_samples, make_tar, write_corpus
@@ -28,6 +28,10 @@ def test_shards_are_named_one_by_one_or_by_a_pattern(place, tmp_path, s3_uri):
     assert names(f"{folder}/train/t-09.tar") == ["t-09.tar"]
     assert names(f"{folder}/train/t-{{09..11}}.tar") == ["t-09.tar", "t-10.tar", "t-11.tar"]
     assert names(f"{folder}/{{train,test}}/t-{{08..11}}.tar") == keys
+    lines = ["# of late", "test/t-11.tar", "", f"{storage.uri.rstrip('/')}/train/t-08.tar "]
+    lines += [f"{folder}/train/t-09.tar"]
+    storage.write_bytes("some.txt", "\r\n".join(lines).encode())
+    assert names(f"{folder}/some.txt") == ["test/t-11.tar", "train/t-08.tar", "train/t-09.tar"]
     with pytest.raises(UsageError, match=r"1 of the 4 shards .* such as t-12\.tar"):
         names(f"{folder}/train/t-{{09..12}}.tar")
     with pytest.raises(UsageError, match=r"1 of the 1 shards"):
@@ -48,6 +52,24 @@ def test_shards_are_named_one_by_one_or_by_a_pattern(place, tmp_path, s3_uri):
 def test_pattern_that_cannot_be_meant_is_refused(pattern, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         open_source(f"{tmp_path}/{pattern}")
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (b"\n# a.tar\n", "names no shard; write the path"),
+        (b"a.tar\n../b.tar\n", r"line 2 of .*is '\.\./b\.tar'; a line is the path"),
+        (b"s3://elsewhere/a.tar", "line 1 of .*is 's3://elsewhere/a.tar'"),
+        (b"a.tar\nphoto.jpg", "line 2 of .*'photo.jpg'"),
+        (b"\xff\xfe", "not UTF-8"),
+        (None, "is not there"),
+    ],
+)
+def test_list_that_cannot_be_meant_is_refused(listed, message, tmp_path):
+    if listed is not None:
+        (tmp_path / "list.txt").write_bytes(listed)
+    with pytest.raises(UsageError, match=message):
+        open_source(f"{tmp_path}/list.txt")
 
 
 def test_numbers_have_the_zeros_of_their_range(tmp_path):
