@@ -1,11 +1,10 @@
-"""k-means, Ward's tree and what is read off clusters: purity, merged labels, quality of a number.
+"""k-means, and distances to its centres.
 
-Shape suffixes: N points, K clusters, D features, C classes.
+Shape suffixes: N points, K clusters, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -66,34 +65,6 @@ def k_means(
             best = (spread, centres, assignment)
     assert best is not None
     return best[1], best[2]
-
-
-def ward(features_ND: Tensor, sizes: Sequence[int]) -> Tensor:
-    """One tree of clusters, cut several times: always merge the two that lose least by it.
-
-    Nothing is drawn. Keeps the distances of all pairs, 4 bytes times N squared: for vocabularies
-    and centres, not for corpora.
-
-    Args:
-        features_ND: float32 (N, D).
-        sizes: Number of clusters K of each cut, at most N.
-
-    Returns:
-        For each cut the cluster of each feature, int64 (cuts, N), numbered 0..K-1. A finer cut
-        splits the clusters of a coarser one.
-
-    Raises:
-        UsageError: Fewer features than clusters.
-
-    Source: Ward 1963.
-    """
-    from scipy.cluster import hierarchy  # a third of a second, which no protect worker needs
-
-    _check_enough(features_ND, max(sizes))
-    tree = hierarchy.linkage(features_ND.double().numpy(), "ward")
-    # One call each: asked for several at once, it misplaces the cut that leaves all apart.
-    cuts = [hierarchy.cut_tree(tree, size)[:, 0] for size in sizes]
-    return torch.from_numpy(np.stack(cuts).astype(np.int64))
 
 
 def _check_enough(features_ND: Tensor, num_clusters: int) -> None:

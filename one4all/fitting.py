@@ -29,7 +29,6 @@ from one4all.protectors.protector import Protector
 Embeddings: TypeAlias = npt.NDArray[np.float32]
 
 _BATCH = 32
-_IMAGES_PER_CONCEPT = 2  # at least, where nobody says how many concepts
 
 
 def fit(
@@ -48,8 +47,7 @@ def fit(
     Args:
         images: Pillow images, image files as bytes, or (H, W, C) uint8 arrays; read once, and only
             a few are in memory at a time.
-        num_concepts: Number of clusters of images; default: that of ``codebook``, or one for two
-            images if there are fewer.
+        num_concepts: Number of clusters of images; default: as ``codebook`` says.
         codebook: Other settings of it.
         encoder: Encoder whose embeddings are clustered.
         epsilon_levels: Budget in 8-bit levels.
@@ -71,9 +69,8 @@ def fit(
         on_image(count)
     if count < 2:
         raise UsageError(f"a codebook needs two images or more, and here are {count}")
-    if num_concepts is None:
-        num_concepts = min(codebook.num_concepts, max(2, count // _IMAGES_PER_CONCEPT))
-    config = CodebookConfig.model_validate(codebook.model_dump() | {"num_concepts": num_concepts})
+    given = {"num_concepts": num_concepts} if num_concepts is not None else {}
+    config = CodebookConfig.model_validate(codebook.model_dump() | given)
     fitted, _ = fit_codebook(torch.from_numpy(np.concatenate(parts)), config, seed=seed)
     return Protector.assemble(
         encoder,

@@ -35,6 +35,7 @@ from one4all.protectors.codebook import (
     fit_codebook,
     name_codebook,
 )
+from one4all.protectors.pattern import paint
 from one4all.protectors.protector import Protector
 from one4all.report import sample_grid, to_png
 from one4all.storage import Storage, open_storage
@@ -153,7 +154,7 @@ def fit(
     facts = {"num_images": len(embeddings_ND), "num_bad": num_bad, "command": command}
     card = _publish(codebook, load_encoder(config.encoder), config, output, facts)
     output.write_bytes(PICTURE, _picture(found, concepts_N, codebook))
-    sizes = torch.bincount(concepts_N, minlength=config.codebook.num_concepts)
+    sizes = torch.bincount(concepts_N, minlength=codebook.config.num_concepts)
     return Fit(card, len(embeddings_ND), num_bad, tuple(sizes.tolist()), bad_shards)
 
 
@@ -163,8 +164,7 @@ def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
     encoder = load_encoder(config.encoder)
     bank = ConceptBank.build(vocabulary, encoder)
     codebook = name_codebook(bank.embeddings, config.codebook, seed=config.seed)
-    patterns = codebook.signs_KLrq.flatten(1).numpy()
-    _, sizes = np.unique(patterns, axis=0, return_counts=True)
+    _, sizes = np.unique(codebook.bits_Kb.numpy(), axis=0, return_counts=True)
     card = _publish(codebook, encoder, config, output, {"command": command}, bank)
     return Fit(card, 0, 0, tuple(sizes.tolist()))
 
@@ -324,8 +324,9 @@ def _picture(found: list[PartEmbeddings], concepts_N: Tensor, codebook: Codebook
         start += len(part.embeddings)
     largest = sorted(examples, key=lambda concept: -len(examples[concept]))[:_COLUMNS]
     num_rows = min(_ROWS, min(len(examples[concept]) for concept in largest))
-    colours_KCgg = codebook.paint(codebook.signs_KLrq.flatten(1, 2))
-    patterns = np.rint(127.5 * (1 + colours_KCgg.permute(0, 2, 3, 1).numpy())).astype(np.uint8)
+    # Hard and strong, whatever they look like on photos: here they shall be seen.
+    colours_KChw = paint(codebook.bits_Kb, codebook.config.pattern.hard())
+    patterns = np.rint(127.5 * (1 + colours_KChw.permute(0, 2, 3, 1).numpy())).astype(np.uint8)
     return to_png(
         sample_grid(
             [

@@ -24,7 +24,7 @@ from pydantic import (
 from one4all.encoders import EncoderConfig
 from one4all.errors import NotFoundError, ProtectorError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, later_keys, parse_config
+from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, parse_config
 from one4all.storage import open_storage
 
 CARD = "card.json"
@@ -85,9 +85,6 @@ class ProtectorCard(BaseModel):
         """Identity of the protector: all that determines its output, nothing that does not."""
         unnamed = {"kind"} if self.kind in UNNAMED_KINDS else set()
         content = self.model_dump(exclude={"name", "training", "golden_embedding"} | unnamed)
-        for key in later_keys(self.kind):
-            if content["generator"][key] == type(self.generator).model_fields[key].default:
-                del content["generator"][key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,11 +27,6 @@ def kind_of(config: object) -> str:
     return next((name for name, model in KINDS.items() if type(config) is model.config_type), "")
 
 
-def later_keys(kind: str) -> frozenset[str]:
-    """See `PerturbationModel.later_keys`."""
-    return KINDS[kind].later_keys
-
-
 def parse_config(kind: str, value: Any) -> BaseModel:
     """The configuration of a kind.
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from one4all.images import Pixels
 from one4all.perturbation import Levels
 
 
@@ -21,14 +22,11 @@ class PerturbationModel(nn.Module, ABC):
     Attributes:
         kind: Name in protector cards.
         config_type: Class of its configuration.
-        later_keys: Keys of the configuration that cards of before do not have. At their defaults
-            they are left out of a protector's hash, so that such a card keeps its own.
         presets: Configurations that have a name.
     """
 
     kind: ClassVar[str]
     config_type: ClassVar[type[BaseModel]]
-    later_keys: ClassVar[frozenset[str]] = frozenset()
     presets: ClassVar[Mapping[str, BaseModel]] = {}
 
     @abstractmethod
@@ -47,12 +45,12 @@ class PerturbationModel(nn.Module, ABC):
             float (B, 3, h, w) in [-1, 1], on a grid of its own; multiply by epsilon.
         """
 
-    def place(self, delta_hwC: Levels, height: int, width: int) -> Levels:
+    def place(self, delta_hwC: Levels, clean: Pixels) -> Levels:
         """Lay a perturbation on an image of any shape; the whole of it, squashed, unless told else.
 
         Args:
-            delta_hwC: (h, w, 3) float32, from `forward`.
-            height, width: Size of the image in pixels.
+            delta_hwC: (h, w, 3) float32 in levels, from `forward`.
+            clean: The image, (H, W, C) uint8.
 
         Returns:
             (h', w', 3) float32, to be resized to the image.

@@ -236,7 +236,7 @@ class Protector:
 
         Where on the image it lies is told by the kind (`PerturbationModel.place`).
         """
-        delta_hwC = self.model.place(delta_hwC, *clean.shape[:2])
+        delta_hwC = self.model.place(delta_hwC, clean)
         return apply_perturbation(clean, delta_hwC, epsilon_levels=self.card.epsilon_levels)
 
     def save(self, folder: Path) -> ProtectorCard:

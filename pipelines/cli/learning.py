@@ -54,7 +54,11 @@ def fit(
     ] = None,
     concepts: Annotated[
         int | None,
-        typer.Option(help="Several for each kind of thing in the corpus; default 400."),
+        typer.Option(help="Clusters of images; default: one for every 15 images."),
+    ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(help="discreet (hardly seen, the default), balanced, or strong (tiles)."),
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -64,12 +68,15 @@ def fit(
     from pipelines.fit import fit as run
     from pipelines.settings import load_config
 
-    overrides = [*(set_ or []), *([f"codebook.num_concepts={concepts}"] if concepts else [])]
+    overrides = [*(set_ or [])]
+    if concepts:
+        overrides.append(f"codebook.num_concepts={concepts}")
+    if strength:
+        overrides.append(f"codebook.pattern={strength}")
     settings = load_config(FitConfig, config, overrides, source=source, output=output)
     if concepts and settings.source.startswith(VOCABULARY):
         raise UsageError(
-            "--concepts is for a corpus; a codebook of names has a concept for each name, and "
-            "--set codebook.groups='[16, 128]' says how many groups have patterns of their own"
+            "--concepts is for a corpus; a codebook of names has a concept for each name"
         )
     progress = Progress("shard")
     with progress:

@@ -1,4 +1,4 @@
-"""A codebook: one pattern a concept, whatever else is in the image; an artefact like any other."""
+"""A codebook: one code a concept, whatever else is in the image; an artefact like any other."""
 
 import numpy as np
 import pytest
@@ -7,20 +7,14 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from support.builders import TINY_ENCODER, make_pixels
 
+from one4all.codes import principal_directions, quantise
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
-from one4all.protectors.card import ProtectorCard
-from one4all.protectors.codebook import (
-    Codebook,
-    CodebookConfig,
-    draw_patterns,
-    fit_codebook,
-    name_codebook,
-    paint,
-)
-from one4all.protectors.protector import Protector, golden_embedding
+from one4all.protectors.codebook import Codebook, CodebookConfig, fit_codebook, name_codebook
+from one4all.protectors.pattern import STRENGTHS
+from one4all.protectors.protector import Protector
 
-CONFIG = CodebookConfig(num_concepts=3, groups=(2, 3), cells=2)
+CONFIG = CodebookConfig(num_concepts=3, pattern="strong")
 
 
 def clouds(*, spread: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,34 +29,14 @@ def test_images_of_one_concept_get_one_pattern_at_the_edge_of_the_budget():
     embeddings, concept = clouds()
     codebook, assignment = fit_codebook(embeddings, CONFIG, seed=0)
     delta = codebook(embeddings, torch.zeros(60, 3, 4, 4))
-    assert delta.shape == (60, 3, 16, 16)
+    assert delta.shape == (60, 3, 32, 32)
     assert set(delta.unique().tolist()) == {-1.0, 1.0}
     for number in range(3):
         of_concept = delta[concept == number]
         assert (of_concept == of_concept[0]).all()
     assert len(delta.unique(dim=0)) == 3
     assert torch.equal(codebook.concepts(embeddings), assignment)
-    assert torch.equal(delta, codebook.patterns(assignment.expand(2, -1)))
-
-
-@pytest.mark.parametrize("cells", [1, 3, 4])
-def test_patterns_look_the_same_in_a_mirror_and_are_green_or_magenta(cells):
-    config = CodebookConfig(num_concepts=2, groups=(2,), cells=cells)
-    codebook, _ = fit_codebook(clouds()[0], config, seed=0)
-    assert codebook.signs_KLrq.shape == (2, 1, cells, cells)
-    pattern = codebook.patterns(torch.tensor([[0, 1]]))
-    assert torch.equal(pattern, pattern.flip(3))
-    red, green, blue = pattern.unbind(1)
-    assert torch.equal(red, -green)
-    assert torch.equal(red, blue)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_up_to_256_classes_have_patterns_of_which_none_comes_twice(seed):
-    patterns = draw_patterns(257, seed=seed)
-    assert patterns.shape == (257, 3, 32, 32)
-    assert len(patterns[:256].unique(dim=0)) == 256
-    assert torch.equal(patterns[256], patterns[0])
+    assert torch.equal(codebook.vote(embeddings), codebook.bits_Kb[assignment])
 
 
 def test_new_images_go_to_the_concept_of_their_kind_whatever_they_show_beside():
@@ -74,63 +48,75 @@ def test_new_images_go_to_the_concept_of_their_kind_whatever_they_show_beside():
     assert torch.equal(delta, codebook(embeddings, torch.zeros(60, 3, 4, 4)))
 
 
-def test_same_seed_gives_the_same_codebook_and_another_one_other_patterns():
+def test_same_seed_gives_the_same_codebook_and_another_one_other_codes():
     embeddings, _ = clouds()
     first, again, other = (fit_codebook(embeddings, CONFIG, seed=s)[0] for s in (0, 0, 1))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
-    assert not torch.equal(first.signs_KLrq, other.signs_KLrq)
+    assert not torch.equal(first.bits_Kb, other.bits_Kb)
 
 
-def test_like_names_share_a_pattern_and_an_image_gets_that_of_the_nearest_name():
+def test_like_names_share_a_code_and_an_image_gets_that_of_the_nearest_name():
     names, concept = clouds()
     codebook = name_codebook(names, CONFIG, seed=0)
-    assert len(codebook.signs_KLrq.flatten(1).unique(dim=0)) == 3
+    assert codebook.config.num_concepts == 60
+    assert len(codebook.bits_Kb.unique(dim=0)) == 3
     delta = codebook(names, torch.zeros(60, 3, 4, 4))
     for number in range(3):
         assert len(delta[concept == number].flatten(1).unique(dim=0)) == 1
-    assert codebook.config.num_concepts == 60
 
 
-def test_like_concepts_share_the_rows_of_their_groups_and_differ_in_the_others():
-    """Two groups of six concepts each: upper rows tell the group, lower ones the concept."""
-    generator = torch.Generator().manual_seed(3)
-    points = torch.eye(2, 8).repeat_interleave(6, 0) + 0.1 * torch.randn(12, 8, generator=generator)
-    config = CodebookConfig(num_concepts=12, groups=(2, 12), cells=4)
-    for seed in range(5):
-        upper, lower = name_codebook(points, config, seed=seed).signs_KLrq.unbind(1)
-        assert len(upper.unique(dim=0)) == 2
-        assert all(len(half.unique(dim=0)) == 1 for half in upper.split(6))
-        assert all(len(half.unique(dim=0)) == 6 for half in lower.split(6))
-    apart = config.model_copy(update={"groups": (12,)})
-    assert len(name_codebook(points, apart, seed=0).signs_KLrq.unique(dim=0)) == 12
+def test_like_concepts_have_like_codes():
+    """Concepts on an arc: the farther apart two are, the more bits differ."""
+    angle = torch.linspace(0, np.pi, 40)
+    points = torch.stack([angle.cos(), angle.sin()], dim=1)
+    bits = quantise(points, 8, torch.ones(40), seed=0).float()
+    alike = bits @ bits.T / 8
+    neighbours = alike.diagonal(1).mean()
+    assert neighbours > 0.9
+    assert alike[0, 39] < 0
+    assert len(bits.unique(dim=0)) >= 4
 
 
-def test_concepts_of_a_group_vote_together_unless_the_temperature_is_low():
-    """The nearest concept stands alone; two others, hardly farther, are of one group."""
-    for temperature, expected in ((0.04, [0, 2]), (0.0001, [2, 2])):
-        book = Codebook(CONFIG.model_copy(update={"temperature": temperature}), embedding_dim=3)
-        book.centres_KD.copy_(torch.eye(3))
-        book.groups_LK.copy_(torch.tensor([[0, 0, 2], [0, 1, 2]]))
-        book.signs_KLrq.copy_(torch.arange(3)[:, None, None, None])
+def test_bits_of_a_code_are_used_alike_and_fewer_directions_than_bits_are_enough():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(500, 20, generator=generator)
+    bits = quantise(points, 8, torch.ones(500), seed=0).float()
+    assert bits.mean(dim=0).abs().max() < 0.15
+    assert len(bits.unique(dim=0)) > 150
+    for few in (points[:2], points[:, :1]):
+        assert set(quantise(few, 8, torch.ones(len(few)), seed=0).unique().tolist()) == {-1, 1}
+
+
+def test_directions_are_those_of_the_largest_variance():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 5.0, 0.1, 3.0])
+    points = 7 + scales * torch.randn(2000, 4, generator=generator)
+    mean, axes = principal_directions(points, 2)
+    assert mean.tolist() == pytest.approx([7, 7, 7, 7], abs=0.3)
+    assert axes.argmax(dim=0).tolist() == [1, 3]
+    assert (axes.T @ axes).tolist() == [pytest.approx(row, abs=1e-5) for row in ([1, 0], [0, 1])]
+
+
+def test_concepts_vote_bit_by_bit_unless_the_temperature_is_low():
+    """The nearest concept stands alone; two others, hardly farther, agree on a bit."""
+    for temperature, expected in ((0.04, 1), (0.0001, -1)):
+        config = CodebookConfig(num_concepts=3, temperature=temperature)
+        book = Codebook(config, embedding_dim=3)
+        book.axes_DP.copy_(torch.eye(3))
+        book.centres_KP.copy_(torch.eye(3))
+        book.bits_Kb.copy_(torch.tensor([[1], [1], [-1]]).expand(3, 8))
         image = F.normalize(torch.tensor([[0.57, 0.57, 0.59]]), dim=1)
         assert book.concepts(image).tolist() == [2]
-        assert book.vote(image).flatten().tolist() == expected
-        assert book.patterns(book.vote(image))[0, 1, ::8, 0].tolist() == expected
+        assert set(book.vote(image).flatten().tolist()) == {expected}
 
 
 @pytest.mark.parametrize(
-    ("groups", "cells", "message"),
-    [
-        ((3,), 1, "3 groups in the first level, and its cells have 2 looks"),
-        ((16, 128), 3, "3 rows of cells cannot be shared out evenly among 2 levels"),
-        ((128, 16), 4, "give the coarsest level first"),
-        ((16, 128), 12, "12x12 cells for 2 levels of groups have more than 1048576 looks"),
-    ],
+    ("num_images", "num_concepts"), [(2, 2), (40, 20), (100, 32), (600, 40), (9_000_000, 20_000)]
 )
-def test_groups_that_cells_cannot_tell_are_refused(groups, cells, message):
-    with pytest.raises(ValidationError, match=message):
-        CodebookConfig(num_concepts=200, groups=groups, cells=cells)
+def test_number_of_concepts_follows_the_number_of_images(num_images, num_concepts):
+    assert CodebookConfig().concepts_of(num_images) == num_concepts
+    assert CodebookConfig(num_concepts=7).concepts_of(num_images) == 7
 
 
 def test_more_concepts_than_images_are_refused():
@@ -138,23 +124,25 @@ def test_more_concepts_than_images_are_refused():
         fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
 
 
+def test_look_has_a_name_or_is_spelt_out():
+    assert CodebookConfig(pattern="strong").pattern == STRENGTHS["strong"]
+    assert CodebookConfig(pattern={"in_place": 0}).pattern.smoothing == 0.375
+    with pytest.raises(ValidationError, match="'loud', only discreet, balanced, strong"):
+        CodebookConfig(pattern="loud")
+
+
 @pytest.mark.slow
-def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout(tmp_path):
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout(
+    tmp_path, strength
+):
     encoder = load_encoder(TINY_ENCODER)
     images = [make_pixels(40 + i, 50, channels, seed=i) for i, channels in enumerate((1, 2, 3, 4))]
-    codebook = Codebook(CONFIG, encoder.embedding_dim)
-    codebook.centres_KD.copy_(torch.eye(*codebook.centres_KD.shape))
-    codebook.signs_KLrq.copy_(torch.ones(codebook.signs_KLrq.shape))
-    card = ProtectorCard(
-        name="book",
-        encoder=TINY_ENCODER,
-        encoder_hash=encoder.content_hash(),
-        golden_embedding=golden_embedding(encoder),
-        generator=CONFIG,
-        working_size=32,
-        epsilon_levels=5,
+    config = CodebookConfig(num_concepts=2, pattern=strength)
+    codebook = Codebook(config, encoder.embedding_dim)  # all bits are 1: green everywhere
+    protector = Protector.assemble(
+        TINY_ENCODER, encoder, codebook, name="b", working_size=32, config=config, epsilon_levels=5
     )
-    protector = Protector(card, encoder, codebook)
     protector.save(tmp_path / "book")
     loaded = Protector.load(str(tmp_path / "book"))
     assert loaded.card.content_hash == protector.card.content_hash
@@ -163,37 +151,12 @@ def test_codebook_protector_survives_saving_and_keeps_the_budget_on_every_layout
     ):
         np.testing.assert_array_equal(protected, again)
         difference = protected.astype(int) - clean
-        colours = [5] if clean.shape[2] < 3 else [-5, 5, -5]
-        alpha = [0] * (clean.shape[2] - len(colours))
-        in_range = (clean >= 5) & (clean <= 250)
-        expected = np.broadcast_to(colours + alpha, clean.shape)
-        np.testing.assert_array_equal(difference[in_range], expected[in_range])
-
-
-def test_smoothed_patterns_have_no_edge_keep_the_budget_and_say_the_same():
-    """Between two neighbours of a hard pattern lies the whole budget, twice."""
-    hard, _ = fit_codebook(clouds()[0], CONFIG, seed=0)
-    config = hard.config.model_copy(update={"smoothing": 0.625, "green": 0.7})
-    smooth = Codebook(config, 8)
-    smooth.load_state_dict(hard.state_dict())
-    groups = hard.vote(torch.eye(3, 8))
-    before, after = hard.patterns(groups), smooth.patterns(groups)
-    steepest = [p.diff(dim=2).abs().max() for p in (before, after)]
-    assert steepest[0] == 2
-    assert steepest[1] < 0.35
-    assert after.abs().amax(dim=(1, 2, 3)).tolist() == pytest.approx([1, 1, 1])
-    assert after[:, 1].abs().max() == pytest.approx(0.7)
-    assert torch.equal(after[:, 0], after[:, 2])
-    agree = (after[:, 1] * before[:, 1]).mean(dim=(1, 2))
-    assert (agree > 0.2).all(), "the cells are not to be seen in it"
-
-
-def test_a_blur_is_that_of_a_gaussian():
-    from scipy.ndimage import gaussian_filter
-
-    signs = torch.tensor([[[1, -1, -1, 1], [1, 1, 1, 1], [-1, 1, 1, -1], [-1, -1, -1, -1]]])
-    cells = signs[0].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy().astype(np.float64)
-    expected = gaussian_filter(cells, 5.0, mode="nearest", truncate=3.0)
-    expected /= np.abs(expected).max()
-    found = paint(signs, smoothing=0.625)[0, 1].numpy()
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+        assert np.abs(difference).max() <= 5
+        assert difference[:, :, 0 if clean.shape[2] < 3 else 1].min() >= 0
+        if clean.shape[2] in (2, 4):
+            assert not difference[:, :, -1].any()
+        if strength == "strong":
+            colours = [5] if clean.shape[2] < 3 else [-5, 5, -5]
+            in_range = (clean >= 5) & (clean <= 250)
+            expected = np.broadcast_to(colours + [0] * (clean.shape[2] - len(colours)), clean.shape)
+            np.testing.assert_array_equal(difference[in_range], expected[in_range])

@@ -134,7 +134,7 @@ def test_a_codebook_fitted_here_protects_and_is_loaded_again(tmp_path):
     protector = one4all.fit(
         images,
         encoder=small,
-        codebook=CodebookConfig(groups=(2, 2)),
+        codebook=CodebookConfig(pattern="balanced"),
         seed=1,
         on_image=counts.append,
     )
@@ -155,6 +155,6 @@ def test_concepts_that_would_not_fit_in_memory_are_refused_before_the_work():
     with pytest.raises(ValueError, match="less than or equal to 20000"):
         CodebookConfig(num_concepts=MAX_CONCEPTS + 1)
     many = torch.zeros(MAX_CONCEPTS + 1, 1)
-    with pytest.raises(UsageError, match=r"20,001 concepts are too many.*3 GB"):
+    with pytest.raises(UsageError, match=r"20,001 concepts are too many"):
         name_codebook(many, CodebookConfig(), seed=0)
     assert issubclass(Codebook, one4all.PerturbationModel)

@@ -24,7 +24,7 @@ from one4all.evaluation.methods.base import FittedCard, Perturbations, make_card
 from one4all.evaluation.methods.surrogate import check_classes
 from one4all.evaluation.methods.transfer import ClassWise
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
-from one4all.protectors.codebook import draw_patterns
+from one4all.protectors.pattern import STRENGTHS, draw_patterns
 
 # --- patterns and noise ----------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class PatternConfig(ControlConfig):
 
     Attributes:
         kind: "blocks": random colours, `class_patterns`. "codebook": those of our codebooks,
-            `one4all.protectors.codebook.draw_patterns`, which are learnt sooner.
+            `one4all.protectors.pattern.draw_patterns`, hard and strong, which are learnt sooner.
         block: Side of a block in pixels; "codebook" ignores it.
     """
 
@@ -245,7 +245,7 @@ def _patterns(
     num: int, images: LabelledImages, config: PatternConfig, epsilon: int, seed: int
 ) -> Levels:
     if config.kind == "codebook":
-        patterns_KChw = draw_patterns(num, seed=seed)
+        patterns_KChw = draw_patterns(num, STRENGTHS["strong"], seed=seed)
         return epsilon * patterns_KChw.permute(0, 2, 3, 1).numpy()
     return class_patterns(
         num, images.size, epsilon_levels=epsilon, seed=seed, block=min(config.block, images.size)

@@ -1,0 +1,73 @@
+"""Binary codes of points that keep neighbours alike.
+
+Shape suffixes: N points, D features, P principal directions, B bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ITERATIONS = 100
+
+
+def principal_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The directions along which points differ most.
+
+    Args:
+        features_ND: float32 (N, D).
+        count: P, at most D. Directions beyond the rank of the points hold nothing.
+
+    Returns:
+        Mean (D,) and orthonormal directions (D, P), float32, the widest first. The largest entry of
+        each direction is positive, so that one set of points has one answer.
+    """
+    from scipy import linalg  # no protect worker needs it
+
+    features = features_ND.double()
+    mean_D = features.mean(dim=0)
+    centred = features - mean_D
+    last = centred.shape[1] - 1
+    _, vectors = linalg.eigh(
+        (centred.T @ centred).numpy(), subset_by_index=(last - count + 1, last), overwrite_a=True
+    )
+    axes_DP = torch.from_numpy(vectors).flip(1)
+    largest_P = axes_DP.gather(0, axes_DP.abs().argmax(dim=0, keepdim=True))
+    return mean_D.float(), (axes_DP * largest_P.sign()).float()
+
+
+def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
+    """Signs of principal components, rotated so that rounding them to +-1 loses least.
+
+    Args:
+        features_ND: float32 (N, D).
+        num_bits: B. Where the points span fewer dimensions, several bits share one.
+        weights_N: How much each point counts, above 0.
+        seed: Seed of the first rotation.
+
+    Returns:
+        int8 (N, B), each 1 or -1.
+
+    Source: iterative quantisation, Gong and Lazebnik 2011.
+    """
+    share_N1 = (weights_N.double() / weights_N.sum())[:, None]
+    centred_ND = features_ND.double()
+    centred_ND = centred_ND - (centred_ND * share_N1).sum(dim=0)
+    # Of few points or features there are fewer directions: the rest of the columns stays zero.
+    _, _, axes_RD = torch.linalg.svd(centred_ND * share_N1.sqrt(), full_matrices=False)
+    components_NB = torch.zeros(len(centred_ND), num_bits, dtype=torch.float64)
+    directions = axes_RD[:num_bits]
+    components_NB[:, : len(directions)] = centred_ND @ directions.T
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(num_bits, num_bits, dtype=torch.float64, generator=generator)
+    rotation, _ = torch.linalg.qr(start)
+    for _ in range(_ITERATIONS):
+        signs_NB = _signs(components_NB @ rotation)
+        left, _, right = torch.linalg.svd(components_NB.T @ (share_N1 * signs_NB))
+        rotation = left @ right
+    return _signs(components_NB @ rotation).to(torch.int8)
+
+
+def _signs(values: Tensor) -> Tensor:
+    """1 or -1; there is no third."""
+    return torch.where(values >= 0, 1.0, -1.0).to(values)

@@ -1,0 +1,160 @@
+"""How the bits of a code look on a picture: green and magenta cells, hard or blurred.
+
+Photos vary most in brightness, less between yellow and blue, and least between green and magenta.
+There a cell of a few levels stands out most, and a network finds it in fewer steps than any other
+colour (docs/lab-notebook.md, "Patterns").
+
+Shape suffixes: N patterns, B bits, C channels, g cells a side, h w grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from one4all.images import Pixels, colour
+from one4all.perturbation import Levels
+
+VALUES_PER_CELL = 8
+COLOUR = (-1.0, 1.0, -1.0)  # red, green, blue of a bit that is 1
+_PHOTO_BLUR = 0.25  # cells
+
+
+class PatternConfig(BaseModel):
+    """Look of a pattern. A name of `STRENGTHS` stands for one, too.
+
+    Attributes:
+        cells: Cells a side; right mirrors left. Few and large ones are learnt fastest and survive
+            resizing (docs/method.md).
+        smoothing: Blur, in cells: the standard deviation of a Gaussian. 0 leaves flat cells with
+            hard edges, which everybody sees.
+        amplitude: Share of the budget that the strongest value of a pattern takes.
+        in_place: Share of the photo's own colour that is counted in, 0..1. Where a green cell
+            falls on what is green already, less is added; where it falls on magenta, more, up to
+            the budget. So a reader finds the same, and the eye sees less of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cells: Annotated[int, Field(ge=1, le=16)] = 4
+    smoothing: Annotated[float, Field(ge=0, le=2)] = 0.375
+    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.5
+    in_place: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in STRENGTHS:
+                raise ValueError(f"no strength {value!r}, only {', '.join(STRENGTHS)}")
+            return STRENGTHS[value].model_dump()
+        return value
+
+    def hard(self) -> PatternConfig:
+        """The same cells as everybody sees them: no blur, the whole budget."""
+        return self.model_copy(update={"smoothing": 0.0, "amplitude": 1.0, "in_place": 0.0})
+
+    @property
+    def num_bits(self) -> int:
+        """Cells that differ: left of the middle, and the middle."""
+        return self.cells * _half(self.cells)
+
+
+# Looks that have a name, the least visible first; measured in docs/results.md.
+STRENGTHS: Mapping[str, PatternConfig] = {
+    "discreet": PatternConfig(),
+    "balanced": PatternConfig(smoothing=0.625, amplitude=1.0, in_place=0.0),
+    "strong": PatternConfig().hard(),
+}
+
+
+def paint(bits_NB: Tensor, config: PatternConfig) -> Tensor:
+    """Patterns of codes.
+
+    Args:
+        bits_NB: 1 green, -1 magenta; the cells of the left half, row by row.
+        config: Their look.
+
+    Returns:
+        float32 (N, 3, 8 g, 8 g) within +- ``config.amplitude``. A blurred pattern is scaled until
+        its largest value is that again.
+    """
+    half, cells = _half(config.cells), config.cells
+    left_N1gq = bits_NB.float().view(-1, 1, cells, half)
+    signs_N1gg = torch.cat([left_N1gq, left_N1gq[..., : cells // 2].flip(3)], dim=3)
+    pattern_N1hw = F.interpolate(signs_N1gg, scale_factor=VALUES_PER_CELL, mode="nearest")
+    if config.smoothing:
+        pattern_N1hw = _blur(pattern_N1hw, config.smoothing * VALUES_PER_CELL)
+        pattern_N1hw = pattern_N1hw / pattern_N1hw.abs().amax(dim=(2, 3), keepdim=True)
+    return config.amplitude * pattern_N1hw * torch.tensor(COLOUR)[:, None, None]
+
+
+def draw_patterns(num_patterns: int, config: PatternConfig, *, seed: int) -> Tensor:
+    """Patterns of which none is like another.
+
+    Args:
+        num_patterns: N. Of 4x4 cells there are 256; more come again, each as often as any other.
+        config: Their look.
+        seed: Same seed, same patterns.
+
+    Returns:
+        float32 (N, 3, h, w), see `paint`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    looks = torch.randperm(1 << config.num_bits, generator=generator)
+    look_N = looks[torch.arange(num_patterns) % len(looks)]
+    return paint(2 * (look_N[:, None] >> torch.arange(config.num_bits) & 1) - 1, config)
+
+
+def count_in(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
+    """Count the photo's own colour in; see ``PatternConfig.in_place``.
+
+    Args:
+        delta_hwC: (h, w, 3) float32 in levels, painted as ``config`` says, over the whole image.
+        clean: (H, W, C) uint8. Gray has no colour, and leaves it as it is.
+        config: Its look.
+
+    Returns:
+        (h, w, 3) float32. No value changes its sign, or grows beyond 1 / amplitude of what it was.
+    """
+    pixels = colour(clean)
+    if not config.in_place or pixels.shape[2] == 1:
+        return delta_hwC
+    height, width = delta_hwC.shape[:2]
+    small = Image.fromarray(np.ascontiguousarray(pixels)).resize(
+        (width, height), Image.Resampling.BOX
+    )
+    own_hwC = torch.from_numpy(np.array(small)).float()
+    own_hw = own_hwC @ torch.tensor([-0.25, 0.5, -0.25])  # in units of `COLOUR`
+    own_hw = _blur(own_hw[None, None], _PHOTO_BLUR * VALUES_PER_CELL)[0, 0]
+    own_hw = own_hw - own_hw.mean()
+    wanted_hw = torch.from_numpy(delta_hwC[:, :, 1])
+    most_hw = wanted_hw.abs() / config.amplitude
+    added_hw = (wanted_hw - config.in_place * own_hw) * wanted_hw.sign()
+    added_hw = added_hw.clamp(min=0).minimum(most_hw) * wanted_hw.sign()
+    result: Levels = (added_hw[:, :, None] * torch.tensor(COLOUR)).numpy()
+    return result
+
+
+def _half(cells: int) -> int:
+    """Cells of a row that differ."""
+    return -(-cells // 2)
+
+
+def _blur(image_N1hw: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur; values at the edges are repeated beyond them."""
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel /= kernel.sum()
+    padded = F.pad(image_N1hw, (radius,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1))
+    return F.conv2d(rows, kernel.view(1, 1, 1, -1))

@@ -1,0 +1,108 @@
+"""How a code looks on a picture: within the budget, without edges, and hidden in its colours."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from support.builders import make_pixels
+
+from one4all.protectors.pattern import STRENGTHS, PatternConfig, count_in, draw_patterns, paint
+
+STRONG, BALANCED, DISCREET = (STRENGTHS[name] for name in ("strong", "balanced", "discreet"))
+
+
+def one_pattern(config: PatternConfig, *, seed: int = 0) -> np.ndarray:
+    """(h, w, 3) in levels of a budget of 8."""
+    return 8 * draw_patterns(1, config, seed=seed)[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("cells", [1, 3, 4])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_patterns_look_the_same_in_a_mirror_and_are_green_or_magenta(cells, strength):
+    config = STRENGTHS[strength].model_copy(update={"cells": cells})
+    pattern = draw_patterns(4, config, seed=0)
+    assert pattern.shape == (4, 3, 8 * cells, 8 * cells)
+    torch.testing.assert_close(pattern, pattern.flip(3))
+    red, green, blue = pattern.unbind(1)
+    assert torch.equal(red, -green)
+    assert torch.equal(red, blue)
+    assert pattern.abs().amax(dim=(1, 2, 3)).tolist() == pytest.approx([config.amplitude] * 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_up_to_256_codes_have_patterns_of_which_none_comes_twice(seed):
+    patterns = draw_patterns(257, STRONG, seed=seed)
+    assert patterns.shape == (257, 3, 32, 32)
+    assert len(patterns[:256].unique(dim=0)) == 256
+    assert torch.equal(patterns[256], patterns[0])
+
+
+def test_a_bit_colours_its_cell_and_the_mirror_of_it():
+    bits = -torch.ones(8)
+    bits[3] = 1  # second row, second cell
+    green = paint(bits[None], STRONG)[0, 1, 4::8, 4::8]
+    expected = -torch.ones(4, 4)
+    expected[1, 1:3] = 1
+    assert torch.equal(green, expected)
+
+
+def test_smoothed_patterns_have_no_edge_and_say_the_same():
+    """Between two neighbours of a hard pattern lies the whole budget, twice."""
+    bits = 2 * torch.randint(0, 2, (20, 8), generator=torch.Generator().manual_seed(0)) - 1
+    before, after = paint(bits, STRONG), paint(bits, BALANCED)
+    assert before.diff(dim=2).abs().max() == 2
+    assert after.diff(dim=2).abs().max() < 0.35
+    agree = (after[:, 1] * before[:, 1]).mean(dim=(1, 2))
+    assert (agree > 0.2).all(), "the cells are not to be seen in it"
+
+
+def test_a_blur_is_that_of_a_gaussian():
+    cells = one_pattern(STRONG)[:, :, 1].astype(np.float64)
+    expected = gaussian_filter(cells, 5.0, mode="nearest", truncate=3.0)
+    expected *= 8 / np.abs(expected).max()
+    np.testing.assert_allclose(one_pattern(BALANCED)[:, :, 1], expected, atol=2e-4)
+
+
+def test_colour_of_the_photo_is_counted_in():
+    """It changes what is added, but never its sign, and never beyond the budget."""
+    delta = one_pattern(DISCREET)
+    random = np.random.default_rng(0)
+    coarse = random.uniform(-1, 1, (6, 8))
+    tint = np.kron(coarse, np.ones((40, 40)))  # green here, magenta there, by up to 6 levels
+    photo = 128 + 6 * tint[:, :, None] * [-1, 1, -1]
+    clean = np.rint(photo).clip(0, 255).astype(np.uint8)
+    whole = np.tile(delta, (1, 2, 1))[:, :42]
+    added = count_in(whole, clean, DISCREET)
+    wanted, given = whole[:, :, 1], added[:, :, 1]
+    assert (np.sign(given) * np.sign(wanted) >= 0).all()
+    assert (np.abs(given) <= 2 * np.abs(wanted) + 1e-5).all()
+    assert np.abs(given).max() <= 8
+    assert np.abs(given - wanted).max() > 1
+    assert np.array_equal(added[:, :, 0], -given)
+    assert np.array_equal(added[:, :, 2], -given)
+
+
+def test_where_the_photo_is_green_less_green_is_added_and_where_magenta_more():
+    config = PatternConfig(cells=1)
+    delta = one_pattern(config)
+    if delta[0, 0, 1] < 0:
+        delta = -delta
+    clean = np.full((80, 80, 3), 128, np.uint8)
+    clean[:, :40] += np.array([0, 8, 0], np.uint8)
+    given = count_in(delta, clean, config)[:, :, 1]
+    assert given[:, 0].max() < delta[:, 0, 1].min() < given[:, -1].min()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_gray_has_no_colour_to_count_in(channels):
+    delta = one_pattern(DISCREET)
+    assert count_in(delta, make_pixels(50, 60, channels), DISCREET) is delta
+    gray = np.repeat(make_pixels(50, 60, 1), 3, axis=2)
+    np.testing.assert_allclose(count_in(delta, gray, DISCREET), delta, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (2, 2), (700, 5)])
+def test_photos_smaller_than_the_pattern_are_counted_in_too(size):
+    added = count_in(one_pattern(DISCREET), make_pixels(*size), DISCREET)
+    assert np.isfinite(added).all()
+    assert np.abs(added).max() <= 8
