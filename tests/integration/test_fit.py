@@ -29,7 +29,7 @@ def config_for(source: Path | str, output: Path | str, **changes) -> FitConfig:
         source=str(source),
         output=str(output),
         encoder=TINY_ENCODER,
-        codebook=CodebookConfig(num_concepts=3),
+        codebook=CodebookConfig(num_concepts=3, pattern="strong"),
         **changes,
     )
 
