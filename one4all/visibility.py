@@ -22,6 +22,7 @@ _WINDOW = 1024  # side in pixels: bounds the memory, to about half a gigabyte
 _FLIP_REACH = 16  # pixels: more than the radius of FLIP's filters at its viewing distance
 _SSIMULACRA2_SIDE = 256  # pixels: its six scales need so many
 _PACKAGES = ("flip_evaluator", "skimage", "ssimulacra2")
+NOT_INSTALLED = "visibility was not measured: pip install 'one4all[visibility]'"
 _FIGURES = {
     "ciede2000": ("CIEDE2000", ".1f"),
     "flip": ("FLIP", ".3f"),
@@ -56,6 +57,9 @@ class Visibility:
         )
 
 
+IDENTICAL = Visibility(0.0, 0.0, 100.0)
+
+
 @dataclass
 class VisibilitySummary:
     """Mean and worst of several images; what is kept does not grow with their number.
@@ -67,8 +71,8 @@ class VisibilitySummary:
     """
 
     num_images: int = 0
-    mean: Visibility = Visibility(0, 0, 100)
-    worst: Visibility = Visibility(0, 0, 100)
+    mean: Visibility = IDENTICAL
+    worst: Visibility = IDENTICAL
 
     @classmethod
     def of(cls, images: Iterable[Visibility]) -> VisibilitySummary:

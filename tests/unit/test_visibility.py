@@ -6,7 +6,7 @@ from scipy.ndimage import gaussian_filter
 from support.builders import make_pixels
 
 from one4all import visibility as module
-from one4all.visibility import Visibility, VisibilitySummary, visibility
+from one4all.visibility import IDENTICAL, Visibility, VisibilitySummary, visibility
 
 
 def noisy(image, levels):
@@ -25,7 +25,7 @@ def smooth(height, width):
 )
 def test_identical_images_are_invisible(shape, capfd):
     image = make_pixels(*shape)
-    assert visibility(image, image.copy()) == Visibility(0, 0, 100)
+    assert visibility(image, image.copy()) == IDENTICAL
     assert capfd.readouterr() == ("", "")
 
 
