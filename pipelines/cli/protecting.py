@@ -381,8 +381,11 @@ def preview(
     protector: Annotated[str, typer.Option(help="Name, folder or s3:// URI.")] = "default",
     num_images: Annotated[int, typer.Option(min=1, max=64)] = 6,
 ) -> None:
-    """Draw a contact sheet: clean, amplified perturbation, protected."""
+    """Draw a contact sheet at real size: clean, protected, amplified perturbation."""
+    from one4all.visibility import NOT_INSTALLED, measurable
     from pipelines.preview import preview as run
 
     count = run(source, output, protector=protector, num_images=num_images)
     show(f"{count} images drawn to {output}")
+    if not measurable():
+        show(f"  note: {NOT_INSTALLED}")
