@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
+from typing import Any
 
 from one4all.corpus import (
     DEFAULT_MAX_SAMPLE_BYTES,
@@ -33,18 +34,26 @@ from one4all.images import (
 )
 from one4all.ledger.records import Binding, Manifest
 from one4all.storage import Reader, Storage
+from one4all.visibility import Visibility, visibility
 
 _MAX_PROBLEMS = 20  # of a unit, in the report; the count is always complete
 
 
 @dataclass(frozen=True)
 class ImageDistances:
-    """Distances of one decoded image from its clean original."""
+    """Distances of one decoded image from its clean original; visibility if it was measured."""
 
     member: str
     max_levels: int
     psnr_db: float
     ssim: float
+    visibility: Visibility | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """All of it by name; what was not measured is left out."""
+        figures = asdict(self)
+        seen = figures.pop("visibility")
+        return figures | (seen or {})
 
 
 @dataclass
@@ -84,13 +93,15 @@ def audit_unit(
     binding: Binding,
     *,
     max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES,
+    measure_visibility: bool = False,
 ) -> UnitAudit:
     """Read both sides of one unit and compare.
 
     Checked: keys and their order, member names, every sidecar's bytes and envelope, that Pillow
     reads none of them as an image (but those of ``sidecar_patterns``), size and layout
     of every image, the budget on what a reader decodes (wherever the output is lossless), dropped
-    and passed-through samples against the manifest, size and sha256 of every output.
+    and passed-through samples against the manifest, size and sha256 of every output. The
+    visibility of every image is measured if asked for, which takes longer than all of this.
 
     A damaged unit is a finding, never an exception.
     """
@@ -105,7 +116,7 @@ def audit_unit(
                 read_samples(written, manifest.output_unit.latest, max_sample_bytes=grown)
             ) as protected,
         ):
-            _Comparison(audit, manifest, binding).run(clean, protected)
+            _Comparison(audit, manifest, binding, measure_visibility).run(clean, protected)
             found = written.read_to_end()
         for output in manifest.outputs:
             size, sha256 = found.get(output.key, (0, ""))
@@ -161,8 +172,11 @@ class _HashingReader:
 class _Comparison:
     """Walks both sides of a unit in step."""
 
-    def __init__(self, audit: UnitAudit, manifest: Manifest, binding: Binding) -> None:
+    def __init__(
+        self, audit: UnitAudit, manifest: Manifest, binding: Binding, measure_visibility: bool
+    ) -> None:
         self._audit = audit
+        self._measure_visibility = measure_visibility
         self._manifest = manifest
         self._binding = binding
         self._bad = {entry.member: entry.action for entry in manifest.bad_images}
@@ -256,6 +270,7 @@ class _Comparison:
                 levels,
                 psnr_db(before.pixels, after.pixels),
                 ssim(before.pixels, after.pixels),
+                visibility(before.pixels, after.pixels) if self._measure_visibility else None,
             )
         )
 

@@ -1,13 +1,14 @@
 """Packages that only some need: installed by an extra of the distribution, or missed in a sentence.
 
-    s3        boto3: corpora and protectors at s3://
-    jobs      Ray and the command line
-    clip      open_clip's encoders
-    evaluate  adversaries, attacks and compared methods; the embedded corpora
-    demo      a local S3 server, and what `one4all demo` needs besides
-    words     embeddings of words that the embedded text table does not hold
-    cluster   the dashboard and the jobs API of a Ray cluster
-    all       everything but words and cluster
+    s3          boto3: corpora and protectors at s3://
+    jobs        Ray and the command line
+    clip        open_clip's encoders
+    visibility  how different two pictures look: CIEDE2000, FLIP, SSIMULACRA2
+    evaluate    adversaries, attacks and compared methods; the embedded corpora; visibility
+    demo        a local S3 server, and what `one4all demo` needs besides
+    words       embeddings of words that the embedded text table does not hold
+    cluster     the dashboard and the jobs API of a Ray cluster
+    all         everything but words and cluster
 
 They are imported where they are used, after `require` has made sure of them.
 """
@@ -29,5 +30,10 @@ def require(module: str, extra: str) -> None:
     Raises:
         UsageError: It is not installed; the text has the command that installs it.
     """
-    if find_spec(module) is None:
+    if not installed(module):
         raise UsageError(f"{module} is not installed: pip install 'one4all[{extra}]'")
+
+
+def installed(module: str) -> bool:
+    """Whether an optional package is there, without importing it."""
+    return find_spec(module) is not None

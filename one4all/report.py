@@ -28,37 +28,58 @@ _CURVE_COLUMNS = 3
 def contact_sheet(
     rows: Sequence[tuple[str, Pixels, Pixels]],
     *,
-    tile: int = 224,
+    window: int = 512,
     amplification: int = AMPLIFICATION,
 ) -> Image.Image:
-    """A picture of clean image, amplified perturbation and protected image, one row each.
+    """A picture of clean image, protected image and amplified perturbation, one row each.
+
+    One pixel of an image is one pixel of the sheet: what can be seen there can be seen anywhere.
 
     Args:
-        rows: (caption, clean, protected), (H, W, C) uint8 each.
-        tile: Height of a row in pixels; images are shrunk to fit, never enlarged beyond it.
+        rows: (caption, clean, protected), (H, W, C) uint8 each; the caption goes below its row.
+        window: Side in pixels of what is shown, the middle of an image that is larger.
         amplification: Factor on the difference, which is drawn around middle gray.
     """
-    margin, caption_height, header = 8, 16, 24
-    pictures = [
-        (
-            shown(caption),
-            [_fit(p, tile) for p in (clean, _amplify(clean, protected, amplification), protected)],
-        )
-        for caption, clean, protected in rows
-    ]
-    heights = [caption_height + row[0].height + margin for _, row in pictures]
-    sheet = Image.new("RGB", (3 * (tile + margin) + margin, header + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
+    margin, line = 8, 16
     font = ImageFont.load_default(size=12)
-    for column, title in enumerate(("clean", f"perturbation x {amplification}", "protected")):
-        draw.text((margin + column * (tile + margin), 5), title, "black", font)
-    top = header
-    for (caption, row), height in zip(pictures, heights, strict=True):
-        draw.text((margin, top), caption, "#555555", font)
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (margin + column * (tile + margin), top + caption_height))
+    titles = ("clean", "protected", f"perturbation x {amplification}")
+    pictures, captions = [], []
+    for caption, clean, protected in rows:
+        before, after = _middle(clean, window), _middle(protected, window)
+        pictures.append(
+            [_to_rgb(p) for p in (before, after, _amplify(before, after, amplification))]
+        )
+        captions.append(shown(caption) + _cropped(clean, before))
+    column = max(
+        *(row[0].width for row in pictures), *(math.ceil(font.getlength(t)) for t in titles)
+    )
+    width = max(3 * (column + margin), *(math.ceil(font.getlength(c)) + margin for c in captions))
+    heights = [row[0].height + line + 2 * margin for row in pictures]
+    sheet = Image.new("RGB", (margin + width, line + 2 * margin + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    lefts = [margin + index * (column + margin) for index in range(3)]
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left, margin), title, "black", font)
+    top = line + 2 * margin
+    for caption, row, height in zip(captions, pictures, heights, strict=True):
+        for left, picture in zip(lefts, row, strict=True):
+            sheet.paste(picture, (left, top))
+        draw.text((margin, top + row[0].height + 2), caption, "#555555", font)
         top += height
     return sheet
+
+
+def _middle(pixels: Pixels, window: int) -> Pixels:
+    """The middle of an image, at most ``window`` pixels a side."""
+    top, left = (max(0, side - window) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + window, left : left + window]
+
+
+def _cropped(pixels: Pixels, middle: Pixels) -> str:
+    if pixels.shape == middle.shape:
+        return ""
+    (height, width), (rows, columns) = pixels.shape[:2], middle.shape[:2]
+    return f" (drawn: the middle, {columns} x {rows} of {width} x {height} pixels)"
 
 
 def sample_grid(columns: Sequence[tuple[str, Sequence[Pixels]]], tile: int = 96) -> Image.Image:

@@ -14,10 +14,14 @@ from one4all.images import decode
 from one4all.protectors.protector import Protector
 from one4all.report import contact_sheet
 from one4all.storage import open_storage
+from one4all.visibility import measurable, visibility
 
 
 def preview(source: str, output: Path, *, protector: str, num_images: int) -> int:
-    """Draw clean image, amplified perturbation and protected image to a PNG file.
+    """Draw clean image, protected image and amplified perturbation to a PNG file.
+
+    Images are drawn at real size; of large ones the middle. Below each row stands how visible the
+    protection of the whole image is, if the extra `visibility` is installed.
 
     Args:
         source: An image, a folder of images, or a .tar shard; local or s3://.
@@ -48,7 +52,10 @@ def preview(source: str, output: Path, *, protector: str, num_images: int) -> in
     if not images:
         raise UsageError(f"{source} holds no image that can be read")
     model = Protector.load(protector)
-    rows = list(zip(names, images, model.protect(images), strict=True))
+    rows = [
+        (f"{name}: {visibility(clean, protected)}" if measurable() else name, clean, protected)
+        for name, clean, protected in zip(names, images, model.protect(images), strict=True)
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows).save(output, "PNG")
     return len(rows)

@@ -184,7 +184,10 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     per_image: Annotated[
         Path | None,
-        typer.Option(help="Also write one JSON line for each image to this file."),
+        typer.Option(
+            help="Also measure how visible each image's protection is (seconds an image), and "
+            "write one JSON line for each image to this file."
+        ),
     ] = None,
     recompute: Annotated[
         float | None,
@@ -198,18 +201,26 @@ def verify(
     set_: SetOption = None,
 ) -> None:
     """Re-read both sides and check every promise; exit 0 only if all hold."""
+    from one4all.visibility import NOT_INSTALLED, measurable
     from pipelines.settings import load_config
     from pipelines.verify import VerifyConfig
     from pipelines.verify import verify as run
 
-    settings = load_config(VerifyConfig, config, set_, recompute=recompute, protector=protector)
+    settings = load_config(
+        VerifyConfig,
+        config,
+        set_,
+        recompute=recompute,
+        protector=protector,
+        visibility=True if per_image and measurable() else None,
+    )
     progress = Progress("shard")
 
     def on_audit(audit: Any) -> None:
         progress.advance()
         if lines is not None:
             lines.writelines(
-                json.dumps({"shard": audit.name} | asdict(image)) + "\n" for image in audit.images
+                json.dumps({"shard": audit.name} | image.figures()) + "\n" for image in audit.images
             )
 
     with progress, per_image.open("w", encoding="utf-8") if per_image else nullcontext() as lines:
@@ -220,6 +231,8 @@ def verify(
             on_plan=progress.start,
             on_audit=on_audit,
         )
+    if per_image and not settings.visibility:
+        result.notes.append(NOT_INSTALLED)
     if as_json:
         show_json(result.to_json())
     else:
@@ -242,6 +255,8 @@ def _print_verification(result: Any) -> None:
             f"  PSNR {result.mean_psnr_db:.1f} dB (worst {result.min_psnr_db:.1f}), "
             f"SSIM {result.mean_ssim:.3f} (worst {result.min_ssim:.3f})"
         )
+    if result.visibility:
+        show(f"  {result.visibility}; in brackets the worst")
     for note in result.notes:
         show(f"  note: {note}")
     for problem in result.problems:
@@ -367,8 +382,11 @@ def preview(
     protector: Annotated[str, typer.Option(help="Name, folder or s3:// URI.")] = "default",
     num_images: Annotated[int, typer.Option(min=1, max=64)] = 6,
 ) -> None:
-    """Draw a contact sheet: clean, amplified perturbation, protected."""
+    """Draw a contact sheet at real size: clean, protected, amplified perturbation."""
+    from one4all.visibility import NOT_INSTALLED, measurable
     from pipelines.preview import preview as run
 
     count = run(source, output, protector=protector, num_images=num_images)
     show(f"{count} images drawn to {output}")
+    if not measurable():
+        show(f"  note: {NOT_INSTALLED}")

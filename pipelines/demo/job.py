@@ -139,7 +139,7 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
         results = evaluate(evaluation, command="one4all demo", on_trial=on_trial)
         if results.failed:
             raise One4AllError(f"an adversary failed: {results.failed}")
-        table = fill_table(grid, evaluation, results.records)
+        table = fill_table(grid, evaluation, results.records, results.copies)
 
     step("writing the report")
     report = folder / "report.html"

@@ -24,6 +24,7 @@ from pipelines.verify import Verification
 
 SHIPPED = "shipped protector"
 FITTED = "codebook of the corpus"
+_WINDOW = 300  # pixels: three of them beside each other are as wide as the page
 _CLAIMS: dict[Verdict, str] = {
     "protects": "protects",
     "weak effect": "has a weak effect, which is no protection",
@@ -128,8 +129,8 @@ def looks_section(
     return Section(
         "What it looks like",
         pictures=[
-            (f"{name}, {SHIPPED}", to_png(contact_sheet(rows, tile=192))),
-            (f"Photographs at their own size, {SHIPPED}", to_png(contact_sheet(embedded_rows))),
+            (f"{name}, {SHIPPED}", to_png(contact_sheet(rows, window=_WINDOW))),
+            (f"Photographs, {SHIPPED}", to_png(contact_sheet(embedded_rows, window=_WINDOW))),
             (f"{name}, {FITTED}: its largest concepts and their patterns", concepts),
         ],
     )

@@ -25,8 +25,10 @@ from one4all.evaluation.adversaries import train_adversary
 from one4all.evaluation.attacks import find_attack
 from one4all.evaluation.label_clusters import ClusterQuality, cluster_quality, merge_labels
 from one4all.evaluation.labelled import LabelledImages, Labels
+from one4all.images import Pixels
 from one4all.report import Section
 from one4all.storage import Storage, open_storage
+from one4all.visibility import VisibilitySummary, measurable, visibility
 from pipelines.evaluation.copies import embed_class_names, fitted_folder, load_data, make_copy, mix
 from pipelines.evaluation.records import CopyRecord, Environment, Outcome, TrialRecord
 from pipelines.evaluation.report import write_results
@@ -44,6 +46,7 @@ from pipelines.ray_session import ray_session
 _log = logging.getLogger(__name__)
 _TRIALS, _COPIES = "trials/", "copies/"
 _PSNR_IMAGES = 256  # of a copy, for its distortion
+_SEEN_IMAGES = 24  # of a copy, for its visibility, which takes seconds a megapixel
 
 Say = Callable[[str], None]
 _Record = TypeVar("_Record", TrialRecord, CopyRecord)
@@ -240,11 +243,13 @@ def _note_copy(
     """Keep the record of a copy, and say how it went; why it failed, its trials tell."""
     if isinstance(outcome, str):
         return
+    seen = f", {outcome.visibility.mean}" if outcome.visibility else ""
     say(
         f"copy made: {copy.title}, {outcome.seconds:.0f} s, "
-        f"largest difference {outcome.max_levels} levels"
+        f"largest difference {outcome.max_levels} levels{seen}"
     )
-    if copy.key not in result.copies:
+    known = result.copies.get(copy.key)
+    if known is None or known.visibility is None:  # records of before have none
         result.copies[copy.key] = outcome
         storage.write_bytes(f"{_COPIES}{copy.key}.json", outcome.model_dump_json().encode())
 
@@ -323,13 +328,25 @@ def _copy_task(
         epsilon_levels=epsilon_levels,
         cache=cache,
     )
-    chosen = np.linspace(0, len(clean) - 1, min(_PSNR_IMAGES, len(clean))).astype(int)
-    pairs = [(clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
+    seconds = round(time.monotonic() - start, 2)
     return protected, CopyRecord(
         max_levels=max_difference(clean.images_NHWC, protected.images_NHWC),
-        psnr_db=float(np.mean([psnr_db(*pair) for pair in pairs])),
-        seconds=round(time.monotonic() - start, 2),
+        psnr_db=float(np.mean([psnr_db(*p) for p in _pairs(clean, protected, _PSNR_IMAGES)])),
+        seconds=seconds,
+        visibility=VisibilitySummary.of(
+            visibility(*pair) for pair in _pairs(clean, protected, _SEEN_IMAGES)
+        )
+        if measurable()
+        else None,
     )
+
+
+def _pairs(
+    clean: LabelledImages, protected: LabelledImages, at_most: int
+) -> Iterator[tuple[Pixels, Pixels]]:
+    """Images before and after, spread evenly over a copy."""
+    chosen = np.linspace(0, len(clean) - 1, min(at_most, len(clean))).astype(int)
+    return ((clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen)
 
 
 def _trial_task(

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from one4all.evaluation.diagnostics import Diagnosis
+from one4all.visibility import VisibilitySummary
 from pipelines.provenance import commit
 
 
@@ -93,11 +94,14 @@ class CopyRecord(_Record):
         max_levels: Largest difference to the clean images, in levels of 8 bits.
         psnr_db: Mean peak signal-to-noise ratio of some images, in dB.
         seconds: Time it took to make.
+        visibility: Of a fixed sample of the images, at the size at which they were protected; None
+            in records of before, and where the extra `visibility` is not installed.
     """
 
     max_levels: int
     psnr_db: float
     seconds: float
+    visibility: VisibilitySummary | None = None
 
 
 class DiagnosisRecord(_Record):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 from one4all.evaluation.label_clusters import ClusterQuality
 from one4all.evaluation.verdict import MIN_SEEDS, PROTECTS_BELOW, Verdict, judge
 from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
+from one4all.visibility import VisibilitySummary
 from pipelines.evaluation.records import CopyRecord, Outcome, TrialRecord
 from pipelines.evaluation.trials import (
     CLEAN,
@@ -29,6 +30,7 @@ from pipelines.evaluation.trials import (
 )
 
 ORACLE = "class_oracle"
+VISIBILITY_COLUMNS = tuple(VisibilitySummary().cells())
 _MAX_ROWS_IN_CONFUSION = 40
 
 
@@ -64,13 +66,17 @@ class Cell:
 
 @dataclass
 class Table:
-    """A grid filled with results; cells by (row, column)."""
+    """A grid filled with results; cells by (row, column).
+
+    ``visibility`` has that of each row which stands for one protected copy.
+    """
 
     grid: GridConfig
     rows: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
     trials: dict[tuple[str, str], Trial] = field(default_factory=dict)
+    visibility: dict[str, VisibilitySummary] = field(default_factory=dict)
 
     def cell(self, row: str, column: str) -> Cell:
         return self.cells.get((row, column), Cell())
@@ -79,27 +85,35 @@ class Table:
         """Header and rows."""
         body = [[row, *(str(self.cell(row, c)) for c in self.columns)] for row in self.rows]
         majority = [f"{100 * self._majority(column):.1f}" for column in self.columns]
-        return [[self.grid.rows, *self.columns], *body, ["(most frequent class)", *majority]]
+        table = [[self.grid.rows, *self.columns], *body, ["(most frequent class)", *majority]]
+        if self.visibility:
+            seen = [_visibility_cells(self.visibility.get(row)) for row in self.rows]
+            beside = [VISIBILITY_COLUMNS, *seen, ["" for _ in VISIBILITY_COLUMNS]]
+            table = [[*left, *right] for left, right in zip(table, beside, strict=True)]
+        return table
 
     def markdown(self) -> str:
-        header, *body = self.text()
         lines = [f"### {self.grid.title}", ""]
         lines += [self.grid.note, ""] if self.grid.note else []
-        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body), ""])
+        return "\n".join([*lines, *_markdown(self.text()), ""])
 
     def _majority(self, column: str) -> float:
         return max((self.cell(row, column).majority for row in self.rows), default=0.0)
 
 
 def fill_table(
-    grid: GridConfig, config: EvaluateConfig, records: Mapping[str, TrialRecord]
+    grid: GridConfig,
+    config: EvaluateConfig,
+    records: Mapping[str, TrialRecord],
+    copies: Mapping[str, CopyRecord],
 ) -> Table:
     """Put the records of a grid where they belong; seeds without a record are left out."""
     gathered: dict[tuple[str, str], list[Outcome]] = {}
+    in_row: dict[str, set[str]] = {}
     table = Table(grid)
     for trial in grid_trials(grid, config):
         place = _place(trial, grid)
+        in_row.setdefault(place[0], set()).add(trial.copy.key)
         table.trials.setdefault(place, trial)
         gathered.setdefault(place, [])
         if trial.key in records:
@@ -114,6 +128,10 @@ def fill_table(
         )
         for place, found in gathered.items()
     }
+    for row, keys in in_row.items():
+        known = [copies[key].visibility for key in keys if key in copies]
+        if len(keys) == 1 and known and known[0]:
+            table.visibility[row] = known[0]
     return table
 
 
@@ -199,7 +217,7 @@ def write_results(
     Returns:
         Path of the report.
     """
-    tables = [fill_table(grid, config, records) for grid in config.grids]
+    tables = [fill_table(grid, config, records, copies) for grid in config.grids]
     folder.mkdir(parents=True, exist_ok=True)
     explained = [explain(table) for table in tables]
     markdown = []
@@ -207,13 +225,22 @@ def write_results(
         markdown += [table.markdown(), *(f"* {sentence}" for sentence in sentences), ""]
         if table.grid.rows == "attacks":
             markdown += [_recovered(table), ""]
+    of_copies = _copies_section(config, copies)
+    markdown += [
+        f"### {of_copies.title}",
+        "",
+        " ".join(of_copies.text),
+        "",
+        *_markdown(of_copies.table),
+        "",
+    ]
     (folder / "results.md").write_text("\n".join(markdown), "utf-8")
     (folder / "results.csv").write_text(_csv(tables, copies), "utf-8")
     sections = [table_section(table, records) for table in tables]
     sections += diagnoses
     if qualities:
         sections.append(_quality_section(qualities))
-    sections.append(_copies_section(config, copies))
+    sections.append(of_copies)
     report = folder / "report.html"
     summary = " ".join(sentence for sentences in explained for sentence in sentences[:1])
     write_report(report, title="one4all evaluate", summary=summary, sections=sections)
@@ -239,7 +266,7 @@ def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
 def table_section(table: Table, records: Mapping[str, TrialRecord] | None = None) -> Section:
     """Table, verdicts and plots of one grid; confusion pictures if there are records."""
     grid = table.grid
-    sentences = explain(table)
+    sentences, seen = explain(table), table.visibility.values()
     pictures = []
     if grid.rows == "methods" and len(table.columns) == 1:
         column = table.columns[0]
@@ -263,7 +290,7 @@ def table_section(table: Table, records: Mapping[str, TrialRecord] | None = None
     pictures += _purity_curve(table)
     return Section(
         grid.title,
-        text=[t for t in (grid.note, *sentences) if t],
+        text=[t for t in (grid.note, *sentences, *_about_visibility(seen)) if t],
         table=table.text(),
         pictures=pictures,
     )
@@ -366,15 +393,53 @@ def _copies_section(config: EvaluateConfig, copies: Mapping[str, CopyRecord]) ->
             copy.method.name,
             copy.data,
             copy.fitted_on or ("itself" if copy.method.known.needs_fit else "-"),
+            copy.epsilon_levels,
             copies[key].max_levels,
             f"{copies[key].psnr_db:.1f}",
+            *_visibility_cells(copies[key].visibility),
             f"{copies[key].seconds:.0f}",
         )
         for key, copy in seen.items()
         if key in copies
     ]
-    header = ("method", "data", "fitted on", "largest |difference|", "PSNR, dB", "seconds to make")
-    return Section("Copies", table=[header, *rows])
+    header = (
+        *("method", "data", "fitted on", "budget", "largest difference", "PSNR, dB"),
+        *VISIBILITY_COLUMNS,
+        "seconds to make",
+    )
+    made = [copies[key].visibility for key in seen if key in copies]
+    return Section("Copies", text=_about_visibility(made), table=[header, *rows])
+
+
+def _about_visibility(summaries: Collection[VisibilitySummary | None]) -> list[str]:
+    """What the figures are of, and why some are missing."""
+    numbers = sorted({summary.num_images for summary in summaries if summary})
+    sentences = []
+    if numbers:
+        sentences.append(
+            "CIEDE2000 and FLIP say how different clean and protected images look (0: identical), "
+            "SSIMULACRA2 how good the protected ones do (100: identical): mean and, in brackets, "
+            f"worst of {' or '.join(map(str, numbers))} images, spread evenly over the copy, at "
+            "the size at which they were protected."
+        )
+    if None in summaries:
+        sentences.append(
+            "Where visibility is missing, the copy was made by an older version, or without the "
+            "packages that measure it: pip install 'one4all[visibility]'. It is measured when the "
+            "copy is made again, for a trial that has no record yet."
+        )
+    return sentences
+
+
+def _visibility_cells(summary: VisibilitySummary | None) -> list[str]:
+    cells = summary.cells() if summary else {}
+    return [cells.get(name, "-") for name in VISIBILITY_COLUMNS]
+
+
+def _markdown(table: Sequence[Sequence[object]]) -> list[str]:
+    """A table, its header first, in lines."""
+    header, *body = (f"| {' | '.join(map(str, row))} |" for row in table)
+    return [header, "|" + "---|" * len(table[0]), *body]
 
 
 def _csv(tables: Sequence[Table], copies: Mapping[str, CopyRecord]) -> str:
@@ -384,6 +449,7 @@ def _csv(tables: Sequence[Table], copies: Mapping[str, CopyRecord]) -> str:
     writer.writerow(
         "table method data fitted_on labels share budget attack adversary num_seeds "
         "last_mean last_std peak_mean majority max_levels psnr_db".split()
+        + list(VisibilitySummary().figures())
     )
     for table in tables:
         for place, trial in table.trials.items():
@@ -406,6 +472,13 @@ def _csv(tables: Sequence[Table], copies: Mapping[str, CopyRecord]) -> str:
                     f"{cell.majority:.4f}",
                     facts.max_levels if facts else "",
                     facts.psnr_db if facts else "",
+                    *_visibility_figures(facts),
                 )
             )
     return out.getvalue()
+
+
+def _visibility_figures(facts: CopyRecord | None) -> list[object]:
+    if facts and facts.visibility:
+        return [f"{value:.4f}" for value in facts.visibility.figures().values()]
+    return ["" for _ in VisibilitySummary().figures()]

@@ -5,6 +5,7 @@ import json
 import pytest
 from support.builders import make_samples, make_tar
 
+from one4all.visibility import IDENTICAL
 from pipelines.evaluation.diagnose import diagnose_copies
 from pipelines.evaluation.job import evaluate, report
 from pipelines.evaluation.trials import EvaluateConfig
@@ -64,6 +65,26 @@ def test_finished_trials_are_never_run_again(tmp_path, config):
     assert len(next(iter(first.records.values())).outcome.confusion) == 3
     assert all(copy.max_levels <= 8 for copy in third.copies.values())
     assert len(third.copies) == 2
+    clean, lsp = sorted((c.visibility for c in third.copies.values()), key=lambda s: s.mean.flip)
+    assert (clean.num_images, clean.worst) == (lsp.num_images, IDENTICAL)
+    assert lsp.num_images == 24
+    assert 0 < lsp.mean.flip <= lsp.worst.flip < 1
+
+
+def test_copy_that_is_made_again_gets_the_visibility_its_old_record_lacks(tmp_path, config):
+    grid = config.grids[0].model_dump() | {"labels": ("own",), "seeds": (0,), "methods": ("lsp",)}
+    config = EvaluateConfig.model_validate(config.model_dump() | {"grids": [grid]})
+    evaluate(config, command="test")
+    [record] = (tmp_path / "out" / "copies").iterdir()
+    old = json.loads(record.read_text())
+    assert old.pop("visibility")["num_images"] == 24
+    record.write_text(json.dumps(old))
+    report(config, evaluate(config, command="test"))
+    assert "| lsp | d | itself | 8 | 8 |" in (tmp_path / "out" / "results.md").read_text()
+    [trial] = (tmp_path / "out" / "trials").iterdir()
+    trial.unlink()
+    evaluate(config, command="test")
+    assert json.loads(record.read_text())["visibility"]["num_images"] == 24
 
 
 def test_what_is_being_made_is_said_before_the_first_trial_ends(config):

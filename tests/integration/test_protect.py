@@ -287,3 +287,6 @@ def test_verify_prints_json_and_lines_for_images(tmp_path, config, monkeypatch, 
     images = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(images) == 5
     assert max(image["max_levels"] for image in images) == printed["max_levels"]
+    assert max(image["flip"] for image in images) == printed["visibility"]["worst"]["flip"]
+    measured = "max_levels psnr_db ssim ciede2000 flip ssimulacra2".split()
+    assert list(images[0]) == ["shard", "member", *measured]

@@ -1,5 +1,7 @@
 """The command line: its verbs, what they print, and what a log file gets to see."""
 
+import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -10,7 +12,10 @@ import yaml
 from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
+from one4all.audit import ImageDistances, UnitAudit
 from one4all.errors import UsageError
+from one4all.visibility import Visibility
+from pipelines import verify as verifying
 from pipelines.cli import terminal
 from pipelines.cli.app import app
 from pipelines.cli.learning import training_note
@@ -18,6 +23,7 @@ from pipelines.cli.operating import VERBS_WITH_SETTINGS, default_settings, parse
 from pipelines.cli.settings_file import meanings, settings_yaml
 from pipelines.cli.terminal import Progress, in_words, size_in_words
 from pipelines.settings import load_config
+from pipelines.verify import Verification
 
 VERBS = typer.main.get_command(app)
 QUICK = Path(__file__).parents[2] / "configs" / "evaluate" / "quick.yaml"
@@ -139,6 +145,37 @@ def test_verb_without_settings_is_told_which_have_some():
     done = CliRunner().invoke(app, ["config", "status"])
     assert done.exit_code == 2
     assert "'status' has no settings, only protect, verify" in done.output
+
+
+# `one4all verify --per-image`
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["installed", "missing"])
+def test_visibility_is_measured_for_each_image_or_said_to_be_missing(monkeypatch, tmp_path, there):
+    distances = ImageDistances("a.png", 8, 31.0, 0.99, Visibility(4, 0.1, 75) if there else None)
+    audit = UnitAudit("s.tar", images=[distances])
+    asked = []
+
+    def audit_nothing(source, destination, config, *, on_plan, on_audit):
+        on_plan(1)
+        asked.append(config.visibility)
+        result = Verification(source, destination, "match", 8)
+        result.add(audit)
+        on_audit(audit)
+        return result
+
+    monkeypatch.setattr(verifying, "verify", audit_nothing)
+    if not there:
+        monkeypatch.setitem(sys.modules, "ssimulacra2", None)
+    lines = tmp_path / "images.jsonl"
+    seen = one4all("verify", "in", "out", "--per-image", str(lines))
+    assert ("  CIEDE2000 4.0 (4.0), FLIP 0.100 (0.100), SSIMULACRA2 75.0 (75.0)" in seen) == there
+    assert ("visibility was not measured: pip install 'one4all[visibility]'" in seen) != there
+    one4all("verify", "in", "out")
+    assert asked == [there, False]
+    measured = {"ciede2000": 4, "flip": 0.1, "ssimulacra2": 75} if there else {}
+    expected = {"shard": "s.tar", "member": "a.png", "max_levels": 8, "psnr_db": 31.0, "ssim": 0.99}
+    assert json.loads(lines.read_text()) == expected | measured
 
 
 # `one4all plan`, and how it was spelt before

@@ -1,5 +1,6 @@
 """Trials have names, tables have verdicts, and a verdict claims no more than its controls allow."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from one4all.evaluation.label_clusters import cluster_quality, merge_labels
 from one4all.evaluation.labelled import LabelledImages, read_labelled
 from one4all.evaluation.verdict import judge
 from one4all.protectors.protector import Protector
+from one4all.visibility import IDENTICAL, Visibility, VisibilitySummary
 from pipelines.evaluation.copies import export_copies, load_data, make_copy, mix
-from pipelines.evaluation.records import Environment, Outcome, TrialRecord
+from pipelines.evaluation.records import CopyRecord, Environment, Outcome, TrialRecord
 from pipelines.evaluation.report import explain, fill_table, write_results
 from pipelines.evaluation.trials import (
     DataConfig,
@@ -124,7 +126,7 @@ def test_table_has_means_spreads_and_verdicts():
         "lsp": [0.3, 0.31, 0.29],
         "class_oracle": ORACLE,
     }
-    table = fill_table(config.grids[0], config, records_of(config, found))
+    table = fill_table(config.grids[0], config, records_of(config, found), {})
     assert table.text()[1] == ["clean", "66.0 ± 1.0"]
     assert table.text()[-1] == ["(most frequent class)", "10.0"]
     assert "far below every control): lsp." in explain(table)[0]
@@ -136,11 +138,11 @@ def test_no_verdict_says_which_condition_failed():
     good = {"clean": CLEAN, "uniform_noise": NOISE, "lsp": [0.3, 0.31, 0.29]}
     records = records_of(config, good | {"class_oracle": ORACLE})
     two_seeds = {k: r for k, r in records.items() if r.outcome.last != 0.65}  # of clean and noise
-    (sentence,) = explain(fill_table(grid, config, two_seeds))
+    (sentence,) = explain(fill_table(grid, config, two_seeds, {}))
     assert sentence.startswith("Inconclusive for lsp: too few seeds. A verdict needs 3 ")
     assert sentence.endswith("; clean has 2.")
     records = records_of(config, good | {"class_oracle": [0.6, 0.6, 0.6]})
-    (sentence,) = explain(fill_table(grid, config, records))
+    (sentence,) = explain(fill_table(grid, config, records, {}))
     assert sentence.startswith("Inconclusive for lsp: even the class-wise oracle does not protect")
     assert "60.0 ± 0.0 % with it, 66.0 ± 1.0 % clean" in sentence
 
@@ -151,7 +153,7 @@ def test_other_methods_are_judged_when_one_has_too_few_seeds():
     found = {"clean": CLEAN, "uniform_noise": NOISE, "lsp": ORACLE, "ar": [0.4, 0.41, 0.42]}
     records = records_of(config, found | {"class_oracle": ORACLE})
     without = {k: r for k, r in records.items() if r.outcome.last != 0.41}
-    (sentence,) = explain(fill_table(config.grids[0], config, without))
+    (sentence,) = explain(fill_table(config.grids[0], config, without, {}))
     assert "Inconclusive for ar: too few seeds." in sentence
     assert "far below every control): lsp. Weak effect: nothing." in sentence
 
@@ -175,10 +177,54 @@ def test_budgets_go_down_the_table_and_clean_images_are_trained_on_once(tmp_path
         t.key for t in all_trials(config_of(methods=["clean", "lsp"]))
     }
     records = records_of(config, {"clean": CLEAN, "lsp": ORACLE})
-    table = fill_table(config.grids[0], config, records)
+    table = fill_table(config.grids[0], config, records, {})
     assert table.rows == ["2 levels", "8 levels"]
     assert table.text()[1][1] == table.text()[2][1] == "66.0 ± 1.0"
     assert "by budget" in write_results(tmp_path, config, records, {}, qualities={}).read_text()
+
+
+SEEN = VisibilitySummary(24, Visibility(4.04, 0.1, 75.0), Visibility(6.0, 0.2, 60.0))
+
+
+def copies_of(config: EvaluateConfig, *seen: VisibilitySummary | None) -> dict[str, CopyRecord]:
+    keys = dict.fromkeys(trial.copy.key for trial in all_trials(config))
+    return {
+        key: CopyRecord(max_levels=8, psnr_db=31, seconds=1, visibility=summary)
+        for key, summary in zip(keys, seen, strict=True)
+    }
+
+
+def test_visibility_stands_beside_what_the_adversary_learnt(tmp_path):
+    config = config_of(methods=["clean", "lsp"])
+    records = records_of(config, {"clean": CLEAN, "lsp": ORACLE})
+    same = VisibilitySummary(24, IDENTICAL, IDENTICAL)
+    page = write_results(tmp_path, config, records, copies_of(config, same, SEEN), qualities={})
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| methods | a | CIEDE2000 | FLIP | SSIMULACRA2 |" in lines
+    assert "| lsp | 20.0 ± 0.0 | 4.0 (6.0) | 0.100 (0.200) | 75.0 (60.0) |" in lines
+    assert "| (most frequent class) | 10.0 |  |  |  |" in lines
+    assert "worst of 24 images" in page.read_text()
+    _, clean, lsp = csv.reader((tmp_path / "results.csv").read_text().splitlines())
+    assert clean[-6:] == "0.0000 0.0000 0.0000 0.0000 100.0000 100.0000".split()
+    assert lsp[-6:] == "4.0400 6.0000 0.1000 0.2000 75.0000 60.0000".split()
+
+
+def test_row_of_several_copies_leaves_visibility_to_the_table_of_copies(tmp_path):
+    config = config_of(data=["a", "c"], methods=["lsp"])
+    records = records_of(config, {"lsp": ORACLE})
+    write_results(tmp_path, config, records, copies_of(config, SEEN, None), qualities={})
+    text = (tmp_path / "results.md").read_text()
+    assert "| methods | a | c |\n" in text
+    assert "| lsp | a | itself | 8 | 8 | 31.0 | 4.0 (6.0) | 0.100 (0.200) | 75.0 (60.0) |" in text
+    assert "| lsp | c | itself | 8 | 8 | 31.0 | - | - | - |" in text
+    assert "pip install 'one4all[visibility]'" in text
+
+
+def test_records_of_before_visibility_was_measured_still_load():
+    before = '{"max_levels": 8, "psnr_db": 31.5, "seconds": 2.0}'
+    assert CopyRecord.model_validate_json(before).visibility is None
+    now = CopyRecord(max_levels=8, psnr_db=31.5, seconds=2, visibility=SEEN)
+    assert CopyRecord.model_validate_json(now.model_dump_json()) == now
 
 
 def test_results_are_written_also_with_trials_missing(tmp_path):

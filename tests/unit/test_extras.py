@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from one4all import extras, report
@@ -13,6 +14,7 @@ from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import UsageError
 from one4all.extras import require
 from one4all.storage import open_storage
+from one4all.visibility import visibility
 from pipelines.local_s3 import local_s3
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
@@ -31,6 +33,11 @@ def write_report():
     report.write_report(Path("unwritten.html"), title="", summary="", sections=[])
 
 
+def measure_visibility():
+    image = np.zeros((8, 8, 3), np.uint8)
+    visibility(image, image)
+
+
 def start_ray():
     with ray_session(RayConfig()):
         pass
@@ -44,6 +51,9 @@ def start_ray():
         ("jinja2", "jobs", write_report),
         ("moto", "demo", start_s3),
         ("ray", "jobs", start_ray),
+        ("flip_evaluator", "visibility", measure_visibility),
+        ("skimage", "visibility", measure_visibility),
+        ("ssimulacra2", "visibility", measure_visibility),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -78,7 +88,13 @@ def test_every_extra_that_is_asked_for_exists():
         for call in re.findall(r'require\("(\w+)", "(\w+)"\)', path.read_text("utf-8"))
     }
     assert ("boto3", "s3") in asked
-    distributions = {"open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    distributions = {
+        "flip_evaluator": "flip-evaluator",
+        "open_clip": "open_clip_torch",
+        "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+    }
     for module, extra in asked:
         names = {re.match(r"[\w-]+", line)[0] for line in EXTRAS[extra]}
         assert distributions.get(module, module) in names, f"one4all[{extra}] has no {module}"

@@ -124,13 +124,23 @@ def test_sample_grid_has_a_column_a_method_and_a_row_an_image():
         sample_grid([("a", [red]), ("b", [red, red])])
 
 
+def test_contact_sheet_shows_images_at_their_own_size_side_by_side():
+    small = make_pixels(20, 30)
+    large, changed = make_pixels(300, 200), make_pixels(300, 200, seed=1)
+    sheet = np.asarray(contact_sheet([("a", small, small), ("b", large, changed)], window=150))
+    top, lefts = 32, [8 + column * (150 + 8) for column in range(3)]
+    for left, expected in zip(lefts, (small, small, np.full_like(small, 128)), strict=True):
+        assert (sheet[top : top + 20, left : left + 30] == expected).all()
+    top += 20 + 32
+    middle = np.s_[75:225, 25:175]
+    for left, expected in zip(lefts[:2], (large[middle], changed[middle]), strict=True):
+        assert (sheet[top : top + 150, left : left + 150] == expected).all()
+    assert sheet.shape[0] == top + 150 + 32
+    long = contact_sheet([("a long caption" * 50, small, small)])
+    assert long.width > 50 * 60
+
+
 def test_report_is_one_file_with_its_pictures_inside(tmp_path):
-    rows = [
-        ("<a>", make_pixels(300, 200), make_pixels(300, 200, seed=1)),
-        ("b", make_pixels(8, 8, 1), make_pixels(8, 8, 1)),
-    ]
-    sheet = contact_sheet(rows, tile=64)
-    assert sheet.width > 3 * 64
     plot = plot_accuracies({"clean": [0.6, 0.7], "x": [0.1, 0.2]}, chance=0.1, title="t")
     section = Section("<One>", ["text & more"], [("a", "b"), (1, 2)], [("plot", plot)])
     write_report(tmp_path / "r.html", title="T", summary="S", sections=[section])
