@@ -49,7 +49,12 @@ TINY = {
     ),
     "codebook": find_method("codebook")
     .presets["default"]
-    .model_copy(update={"encoder": TINY_ENCODER, "codebook": CodebookConfig(num_concepts=3, pattern="strong")}),
+    .model_copy(
+        update={
+            "encoder": TINY_ENCODER,
+            "codebook": CodebookConfig(num_concepts=3, pattern="strong"),
+        }
+    ),
     "untrained_generator": find_method("untrained_generator")
     .presets["default"]
     .model_copy(update={"encoder": TINY_ENCODER, "generator": TINY_GENERATOR}),
