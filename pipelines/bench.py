@@ -114,7 +114,9 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
             make_photo_corpus(corpus, num_shards=1, images_per_shard=count, size=size)
             shard_bytes = next(iter(open_storage(str(corpus)).list())).size
             statuses: list[UnitStatus] = []
-            config = ProtectConfig(num_workers=1, cpus_per_worker=num_threads)
+            config = ProtectConfig(
+                protector=DEFAULT_PROTECTOR, num_workers=1, cpus_per_worker=num_threads
+            )
             with ray_session(RayConfig(num_cpus=num_threads)):
                 protect(str(corpus), str(target), config, on_progress=statuses.append)
             record["shard_bytes"].append(shard_bytes)
@@ -274,7 +276,7 @@ def _photo_members(
 def _measure_protect(source: str, target: str, num_threads: int) -> tuple[float, int]:
     """Images per second after the first shard, and peak memory of the worker in bytes."""
     ticks: list[tuple[float, UnitStatus]] = []
-    config = ProtectConfig(num_workers=1, cpus_per_worker=num_threads)
+    config = ProtectConfig(protector=DEFAULT_PROTECTOR, num_workers=1, cpus_per_worker=num_threads)
     with ray_session(RayConfig(num_cpus=num_threads)):
         protect(
             source,

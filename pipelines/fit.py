@@ -58,8 +58,8 @@ class FitConfig(JobConfig):
     """`one4all fit`.
 
     Attributes:
-        source: Corpus of WebDataset shards, folder or s3://; or several, separated by commas; or
-            ``vocabulary:NAME``, for a codebook that sees no image.
+        source: Corpus of WebDataset shards, folder or s3://; or several, as a list or separated by
+            commas; or ``vocabulary:NAME``, for a codebook that sees no image.
         output: Protector folder or s3:// prefix to write.
         encoder: Encoder whose embeddings are clustered; docs/results.md was measured at 224
             pixels.
@@ -74,7 +74,7 @@ class FitConfig(JobConfig):
         cpus_per_worker, gpus_per_worker: Of a task; below 0 GPUs means 1 if there is any.
     """
 
-    source: str = ""
+    source: str | tuple[str, ...] = ""
     output: str = "protector"
     encoder: EncoderConfig = DEFAULT_ENCODER
     codebook: CodebookConfig = DEFAULT_CODEBOOK
@@ -88,6 +88,12 @@ class FitConfig(JobConfig):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = -1
     ray: RayConfig = RayConfig()
+
+    @property
+    def vocabulary(self) -> str:
+        """Name of the vocabulary that is the source; "" if corpora are."""
+        named = isinstance(self.source, str) and self.source.startswith(VOCABULARY)
+        return str(self.source).removeprefix(VOCABULARY) if named else ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def fit(
     config = config.model_copy(update={"encoder": absolute_weights(config.encoder)})
     output = open_storage(config.output)
     output.check(writable=True)
-    if config.source.startswith(VOCABULARY):
+    if config.vocabulary:
         return _fit_names(config, output, command)
     parts = _choose_parts(config)
     on_plan(len(parts))
@@ -159,7 +165,7 @@ def fit(
 
 
 def _fit_names(config: FitConfig, output: Storage, command: str) -> Fit:
-    vocabulary = config.source.removeprefix(VOCABULARY)
+    vocabulary = config.vocabulary
     check_num_concepts(len(load_vocabulary(vocabulary)))
     encoder = load_encoder(config.encoder)
     bank = ConceptBank.build(vocabulary, encoder)
@@ -203,7 +209,8 @@ class _Part:
 
 def _choose_parts(config: FitConfig) -> list[_Part]:
     """Units to read, evenly over the corpus."""
-    listed = open_corpora(config.source.split(","))
+    sources = config.source.split(",") if isinstance(config.source, str) else config.source
+    listed = open_corpora(sources)
     count = min(len(listed), max(1, config.num_images // _FEWEST_PER_SHARD))
     images = min(config.images_per_shard, -(-config.num_images // count))
     thumbnails = -(-_THUMBNAILS // count)

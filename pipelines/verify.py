@@ -14,11 +14,12 @@ from one4all.audit import UnitAudit, audit_unit
 from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit, open_source
 from one4all.errors import One4AllError, UsageError
 from one4all.ledger import Binding, Ledger, read_binding, take_census
-from one4all.protectors.card import DEFAULT_PROTECTOR, locate
+from one4all.protectors.card import locate
 from one4all.protectors.protector import Protector, check_protector
 from one4all.recompute import recompute_unit
 from one4all.storage import open_storage
 from one4all.visibility import VisibilitySummary, require_packages
+from pipelines.protect.own_protector import find_own
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig
 
@@ -33,7 +34,7 @@ class VerifyConfig(JobConfig):
         recompute: Share of the shards, 0 to 1, that are protected again and compared: the only way
             to tell a protected image from one that was merely changed. At least one if above 0.
         protector: Name, folder or URI of the protector that the destination is bound to, for
-            ``recompute``.
+            ``recompute``. Empty: its own, or the shipped one.
         visibility: Whether the visibility of each image is measured, too; takes about four seconds
             a megapixel and the extra `visibility`.
     """
@@ -42,7 +43,7 @@ class VerifyConfig(JobConfig):
     wave_shards: Annotated[int, Field(ge=1)] = 5000
     max_sample_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MAX_SAMPLE_BYTES
     recompute: Annotated[float, Field(ge=0, le=1)] = 0.0
-    protector: str = DEFAULT_PROTECTOR
+    protector: str = ""
     visibility: bool = False
     ray: RayConfig = RayConfig()
 
@@ -160,6 +161,8 @@ def verify(
     result.problems, result.num_problems = problems, len(problems)
     chosen = _choose(len(todo), config.recompute)
     if chosen:
+        own = config.protector or find_own(destination, binding)
+        config = config.model_copy(update={"protector": own})
         _refuse_another_protector(config.protector, binding)
     tasks = [
         AuditTask(unit, key, recompute=index in chosen) for index, (unit, key) in enumerate(todo)
@@ -219,7 +222,7 @@ def _audit_all(
 ) -> Iterator[UnitAudit]:
     if not tasks:
         return
-    protector = locate(config.protector)
+    protector = locate(config.protector) if config.protector else ""
 
     def audit(batch: dict[str, Any]) -> dict[str, Any]:
         unit, key = Unit.from_json(str(batch["unit"][0])), str(batch["manifest"][0])

@@ -135,15 +135,8 @@ class Ledger:
         Raises:
             BindingError: Bound to another configuration, or the prefix holds data that is not ours.
         """
-        try:
-            bound = self.binding()
-        except NotFoundError:
-            stranger = next(self._storage.list_data(), None)
-            if stranger is not None:
-                raise BindingError(
-                    f"destination {self._storage.uri} holds {stranger.key!r}, which this program "
-                    "did not write; choose an empty prefix"
-                ) from None
+        bound = self.bound_to()
+        if bound is None:
             return False
         if bound != binding:
             old, new = bound.model_dump(), binding.model_dump()
@@ -157,6 +150,23 @@ class Ledger:
                 f"({'; '.join(changes)}); {advice}"
             )
         return True
+
+    def bound_to(self) -> Binding | None:
+        """What the destination is bound to; None if it may be bound yet.
+
+        Raises:
+            BindingError: The prefix holds data that is not ours.
+        """
+        try:
+            return self.binding()
+        except NotFoundError:
+            stranger = next(self._storage.list_data(), None)
+        if stranger is not None:
+            raise BindingError(
+                f"destination {self._storage.uri} holds {stranger.key!r}, which this program did "
+                "not write; choose an empty prefix"
+            )
+        return None
 
     def bind(self, binding: Binding) -> None:
         """Bind the destination, or check that it is bound to the same configuration.

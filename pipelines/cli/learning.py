@@ -64,7 +64,7 @@ def fit(
     set_: SetOption = None,
 ) -> None:
     """Fit a codebook to a corpus or a vocabulary: one look, no labels, no training."""
-    from pipelines.fit import VOCABULARY, FitConfig, describe
+    from pipelines.fit import FitConfig, describe
     from pipelines.fit import fit as run
     from pipelines.settings import load_config
 
@@ -74,7 +74,7 @@ def fit(
     if strength:
         overrides.append(f"codebook.pattern={strength}")
     settings = load_config(FitConfig, config, overrides, source=source, output=output)
-    if concepts and settings.source.startswith(VOCABULARY):
+    if concepts and settings.vocabulary:
         raise UsageError(
             "--concepts is for a corpus; a codebook of names has a concept for each name"
         )

@@ -47,7 +47,13 @@ def protect(
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
     protector: Annotated[
         str | None,
-        typer.Option(help="Name, folder or s3:// URI of a protector."),
+        typer.Option(
+            help="Name, folder or s3:// URI of a protector; else one is fitted to the corpus."
+        ),
+    ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(help="Of the fitted one: discreet (hardly seen), balanced or strong (tiles)."),
     ] = None,
     output_format: Annotated[
         str | None,
@@ -94,6 +100,7 @@ def protect(
         config,
         set_,
         protector=protector,
+        strength=strength,
         output_format=output_format,
         on_bad_image=on_bad_image,
         since=since,
@@ -104,6 +111,14 @@ def protect(
         log_json=log_json,
     )
     progress = Progress("shard")
+
+    def on_fit(sentence: str, num_shards: int) -> None:
+        if sentence:
+            progress.say(sentence)
+        elif num_shards:
+            progress.start(num_shards)
+        else:
+            progress.advance()
 
     def on_plan(census: Any) -> None:
         if census.num_done:
@@ -129,6 +144,7 @@ def protect(
             on_plan=on_plan,
             on_progress=on_progress,
             on_wait=progress.say,
+            on_fit=on_fit,
         )
     show(
         f"{result.num_done} of {result.num_shards} shards protected "

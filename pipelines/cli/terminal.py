@@ -120,6 +120,8 @@ class Progress:
         self._bar: Any = None
 
     def start(self, total: int) -> None:
+        if self._bar is not None:  # of what was done before
+            self._bar.close()
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total,

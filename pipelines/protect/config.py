@@ -7,9 +7,17 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from one4all.protectors.card import DEFAULT_PROTECTOR
+from one4all.protectors.pattern import STRENGTHS
 from one4all.rewrite import RewriteConfig
 from pipelines.settings import JobConfig, RayConfig, since_seconds
+
+DEFAULT_STRENGTH = "discreet"
+
+
+def _strength(value: object) -> object:
+    if value and value not in STRENGTHS:
+        raise ValueError(f"no strength {value!r}, only {', '.join(STRENGTHS)}")
+    return value
 
 
 def _since(value: object) -> object:
@@ -25,7 +33,10 @@ class ProtectConfig(RewriteConfig, JobConfig):
     """`one4all protect`: what `RewriteConfig` says of the bytes, and how the job is run.
 
     Attributes:
-        protector: Name, folder or URI.
+        protector: Name, folder or URI. Empty: one of the destination's own, which its first run
+            fits to a sample of the corpus and keeps below it.
+        strength: Look of that one: discreet (hardly seen, the default), balanced, or strong.
+        fit_images: About so many images are looked at to fit it; 0 takes the shipped one.
         since: Only shards written since then are planned: a time such as 2026-11-01T00:00Z, or a
             duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
             upload from when it was begun. Empty means all.
@@ -50,7 +61,9 @@ class ProtectConfig(RewriteConfig, JobConfig):
             Two runs at once may then both declare a shard done.
     """
 
-    protector: str = DEFAULT_PROTECTOR
+    protector: str = ""
+    strength: Annotated[str, BeforeValidator(_strength)] = ""
+    fit_images: Annotated[int, Field(ge=0)] = 6000
     since: Annotated[str, BeforeValidator(_since)] = ""
     log_json: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 0

@@ -13,12 +13,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
 from one4all.corpus import Unit, find_container, list_units, open_source
-from one4all.errors import AccessError, NotFoundError, One4AllError, StorageError, UsageError
+from one4all.errors import AccessError, One4AllError, StorageError, UsageError
 from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.ledger import (
     MAX_ATTEMPTS,
@@ -35,6 +35,7 @@ from one4all.rewrite import STAGES
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
+from pipelines.protect.own_protector import OnFit, own_protector
 from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
@@ -111,6 +112,7 @@ def protect(
     on_plan: OnPlan = lambda census: None,
     on_progress: OnProgress = lambda status: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
+    on_fit: OnFit = lambda sentence, num_shards: None,
 ) -> ProtectResult:
     """Protect every shard of a corpus that is not protected yet.
 
@@ -124,9 +126,10 @@ def protect(
         on_plan: Called once with what there is, what is done, and what is to do.
         on_progress: Called with what became of each attempt at a unit.
         on_wait: Called with a sentence before waiting for a run that may have died.
+        on_fit: Called while a protector of the destination's own is made.
 
     Raises:
-        UsageError: Nothing was written.
+        UsageError: Nothing was protected.
         LeaseHeldError: Another run is at work on the destination, or took it over.
         StalledRunError: Another run holds the destination, and has done nothing for long.
         StorageError: A store failed in mid-run; what is done is done.
@@ -134,9 +137,13 @@ def protect(
     source, destination = open_source(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
     since = start_of(config)
-    card = check_protector(config.protector)
-    # Workers run in another directory: no relative path reaches them.
-    config = config.model_copy(update={"protector": locate(config.protector)})
+    if config.protector:
+        if config.strength:
+            raise UsageError(
+                "a strength is for a protector of the destination's own; leave out --strength, or "
+                "--protector"
+            )
+        check_protector(config.protector)
     source.check(writable=False)
     destination.check(writable=True)
     if next(list_units(source), None) is None:
@@ -145,30 +152,43 @@ def protect(
             + _what_is_there(source)
         )
     ledger = Ledger(destination)
-    binding = Binding(
-        source_uri=source.uri,
-        protector=card.name,
-        protector_sha256=card.content_hash,
-        epsilon_levels=card.epsilon_levels,
-        **config.bound,
-        transform_version=TRANSFORM_VERSION,
-    )
-    if config.moved_from:
-        _follow_move(source, ledger, binding, config.moved_from)
-    ledger.is_bound(binding)  # before the probe, which writes
-    check_cluster(config.ray)  # before the lease, which must not be held by a run that waits
-    _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
-    ledger.bind(binding)
-    run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
-    try:
-        with run.lease(on_wait):
-            run.sweep()
-            try:
-                return run.passes(on_plan, on_progress)
-            finally:
-                run.sweep()  # after an interrupt, which kills workers in mid-write
-    except AccessError as error:  # the request was fine when it was checked
-        raise StorageError(f"{error}; in mid-run: run the same command again") from error
+    bound_to = ledger.bound_to()
+    if config.moved_from and bound_to is None:
+        raise UsageError(f"--moved-from {config.moved_from}: nothing was protected there yet")
+    with ExitStack() as stack:
+        if not config.protector:
+            if bound_to is None:
+                check_cluster(config.ray)
+                _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
+            own = own_protector(source, destination, bound_to, config, stack, on_fit)
+            config = config.model_copy(update={"protector": own})
+        card = check_protector(config.protector)
+        # Workers run in another directory: no relative path reaches them.
+        config = config.model_copy(update={"protector": locate(config.protector)})
+        binding = Binding(
+            source_uri=source.uri,
+            protector=card.name,
+            protector_sha256=card.content_hash,
+            epsilon_levels=card.epsilon_levels,
+            **config.bound,
+            transform_version=TRANSFORM_VERSION,
+        )
+        if config.moved_from:
+            _follow_move(source, ledger, binding, config.moved_from)
+        ledger.is_bound(binding)  # before the probe, which writes
+        check_cluster(config.ray)  # before the lease, which must not be held by a run that waits
+        _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
+        ledger.bind(binding)
+        run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
+        try:
+            with run.lease(on_wait):
+                run.sweep()
+                try:
+                    return run.passes(on_plan, on_progress)
+                finally:
+                    run.sweep()  # after an interrupt, which kills workers in mid-write
+        except AccessError as error:  # the request was fine when it was checked
+            raise StorageError(f"{error}; in mid-run: run the same command again") from error
 
 
 class _Run:
@@ -299,12 +319,9 @@ def _follow_move(source: Storage, ledger: Ledger, binding: Binding, moved_from: 
     """Bind the destination to the place of the source, if that holds what was protected.
 
     Raises:
-        UsageError: It holds another corpus; or the destination was never bound, or not to that.
+        UsageError: It holds another corpus; or the destination is not bound to the old place.
     """
-    try:
-        bound_to = ledger.binding().source_uri
-    except NotFoundError as error:
-        raise UsageError(f"--moved-from {moved_from}: nothing was protected there yet") from error
+    bound_to = ledger.binding().source_uri
     if bound_to == source.uri:
         return
     if moved_from != bound_to:  # perhaps it is given relative to this folder

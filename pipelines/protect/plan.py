@@ -30,7 +30,7 @@ from one4all.corpus import (
 from one4all.errors import One4AllError, ShardError, UsageError
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
-from one4all.protectors.card import load_card, locate
+from one4all.protectors.card import DEFAULT_PROTECTOR, load_card, locate
 from one4all.storage import Storage, open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import start_of
@@ -136,7 +136,7 @@ def plan(
     """
     source = open_source(source_uri)
     source.check(writable=False)
-    config = config.model_copy(update={"protector": locate(config.protector)})
+    config = config.model_copy(update={"protector": locate(config.protector or DEFAULT_PROTECTOR)})
     load_card(config.protector)
     shards, num_done = _shards_to_do(source, destination_uri, start_of(config))
     if not shards and not num_done:

@@ -15,6 +15,7 @@ from one4all.ledger import Ledger, read_binding
 from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
 from pipelines.cli import app as cli
+from pipelines.protect import own_protector
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.status import read_status
@@ -33,6 +34,36 @@ def upload(folder: Path, uri: str) -> str:
 @pytest.fixture
 def config(protector_folder):
     return ProtectConfig(protector=str(protector_folder), batch_size=4, cpus_per_worker=1)
+
+
+def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monkeypatch):
+    """No protector is named: it is fitted once, kept below the destination, and found by verify."""
+    monkeypatch.setattr(own_protector, "FEWEST_IMAGES", 10)
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    out = f"{s3_uri}/out"
+    own = ProtectConfig(batch_size=4, cpus_per_worker=1)
+    said = []
+    result = protect(str(corpus), out, own, on_fit=lambda *news: said.append(news))
+    assert (result.exit_code, result.num_images) == (0, 10)
+    assert [sentence for sentence, _ in said if sentence][-1].startswith("fitted to 10 images")
+    assert ("", 2) in said
+    binding = read_binding(open_storage(out))
+    assert binding.protector == "fitted"
+    place = f"{out}/_one4all/protectors/{binding.protector_sha256}"
+    assert open_storage(place).read_bytes("concepts.png").startswith(b"\x89PNG")
+    assert verify(str(corpus), out, VerifyConfig(recompute=1.0)).ok
+
+    (corpus / "later.tar").write_bytes(make_tar(make_samples(3, seed=50)))
+    said.clear()
+    again = protect(str(corpus), out, own, on_fit=lambda *news: said.append(news))
+    assert (again.exit_code, again.num_protected_now, said) == (0, 1, [])
+    with pytest.raises(UsageError, match="protected with strength discreet"):
+        protect(str(corpus), out, own.model_copy(update={"strength": "strong"}))
+    named = own.model_copy(update={"strength": "strong", "protector": "default"})
+    with pytest.raises(UsageError, match="leave out --strength, or --protector"):
+        protect(str(corpus), out, named)
+    with pytest.raises(UsageError, match="bound to another configuration"):
+        protect(str(corpus), out, own.model_copy(update={"protector": "default"}))
 
 
 def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):

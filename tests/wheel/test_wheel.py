@@ -157,7 +157,7 @@ def test_what_needs_an_extra_says_which(fresh: Fresh):
 def test_command_line_works_outside_a_checkout(complete: Fresh):
     assert complete.run("one4all", "--version").stdout.startswith("one4all ")
     printed = complete.run("one4all", "config", "protect")
-    assert yaml.safe_load(printed.stdout)["protector"] == "default"
+    assert yaml.safe_load(printed.stdout)["protector"] == ""
     (complete.folder / "settings.yaml").write_text(printed.stdout, "utf-8")
     (complete.folder / "in").mkdir()
     shard = make_tar([("a.jpg", make_image()), ("a.cls", b"1"), ("b.png", make_image("PNG"))])
