@@ -5,9 +5,10 @@
     clip      open_clip's encoders
     evaluate  adversaries, attacks and compared methods; the embedded corpora
     demo      a local S3 server, and what `one4all demo` needs besides
+    formats   HEIC and JPEG XL; parts of both packages are under the GPL
     words     embeddings of words that the embedded text table does not hold
     cluster   the dashboard and the jobs API of a Ray cluster
-    all       everything but words and cluster
+    all       everything but formats, words and cluster
 
 They are imported where they are used, after `require` has made sure of them.
 """
