@@ -154,7 +154,7 @@ class _Meta:
         self._properties = self._read_properties()
 
     def picture(self) -> HeifPicture:
-        kind, primary = self._kind, self._primary
+        primary = self._primary
         coded = [primary]
         size = self._size(primary)
         if self._types.get(primary) == b"grid":

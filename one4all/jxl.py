@@ -98,8 +98,9 @@ def _unpack(data: bytes) -> tuple[bytes, bytes, bytes]:
             found.setdefault(kind, content)
     else:
         raise BadImageError(f"a JPEG XL of over {_MAX_BOXES:,} boxes")
-    block = found.get(b"Exif", b"")
-    exif = block[4 + int.from_bytes(block[:4], "big") :] if len(block) > 4 else b""
+    exif = found.get(b"Exif", b"")
+    if exif[:2] not in (b"II", b"MM"):  # some leave out the offset that belongs there
+        exif = exif[4 + int.from_bytes(exif[:4], "big") :]
     return b"".join(parts), exif, found.get(b"xml ", b"")
 
 

@@ -28,7 +28,13 @@ _EXTRA = "formats"
 
 # By measurement as near to a JPEG of quality 95 as can be, and fast (docs/formats.md). Threads
 # would not help, as images are encoded side by side; those of x265 change the bytes.
-_AVIF_OPTIONS = {"quality": 91, "speed": 9, "max_threads": 1, "codec": "aom"}
+_AVIF_OPTIONS = {
+    "quality": 92,
+    "speed": 9,
+    "max_threads": 1,
+    "codec": "aom",
+    "advanced": {"alpha:lossless": "1"},
+}
 _HEIC_QUALITY = 65
 _HEIC_OPTIONS = {
     "preset": "ultrafast",
@@ -188,8 +194,11 @@ def _write_jxl(image: Image.Image, exif: bytes, xmp: bytes) -> bytes:
         num_threads=0,
         use_container=bool(exif or xmp),
     )
-    blocks = {"exif": exif or None, "xmp": xmp or None, "jumb": None, "compress": False}
-    written: bytes = encoder(image.tobytes(), *image.size, jpeg_encode=False, **blocks)
+    offset = bytes(4)  # of the block in its box
+    blocks = {"exif": offset + exif if exif else None, "xmp": xmp or None, "jumb": None}
+    written: bytes = encoder(
+        image.tobytes(), *image.size, jpeg_encode=False, compress=False, **blocks
+    )
     return written
 
 
