@@ -23,6 +23,7 @@ MAX_ITEMS = 1000  # and properties; what libheif reads. A phone's photo of 48 me
 MAX_EXTENTS = 32  # of one item
 _MAX_ASSOCIATIONS = 64  # properties of one item
 _MAX_LAYERS = 4  # pictures in the data of one item, of which the last is shown
+_MAX_UNITS = 10_000  # of its data, such as slices
 _PADDING = 1 << 20  # pixels that the tiles at the edges may have beyond the picture, and thrice it
 
 _CODED = {"AVIF": b"av01", "HEIC": b"hvc1"}
@@ -244,7 +245,7 @@ class _Meta:
                 numbers.take(index_size)
                 offset, length = base + numbers.take(offset_size), numbers.take(length_size)
                 places[item].append((method, offset, length))
-                num_bytes += length
+                num_bytes += length or len(self._data)  # 0: up to the end
         if num_bytes > 2 * len(self._data):
             raise BadImageError("items that overlap")
         return places
@@ -272,7 +273,10 @@ class _Meta:
         inner = _unique(self._data, start, end)
         if b"ipco" not in inner or b"ipma" not in inner:
             raise BadImageError("cannot be decoded: no properties")
-        known = list(_boxes(self._data, *inner[b"ipco"]))
+        known = [
+            (kind, self._data[first:last])
+            for kind, first, last in _boxes(self._data, *inner[b"ipco"])
+        ]
         numbers = _Numbers(self._data, *inner[b"ipma"])
         version, flags = numbers.version()
         count = numbers.take(4)
@@ -286,9 +290,7 @@ class _Meta:
             for _ in range(number):
                 index = numbers.take(2) & 0x7FFF if flags & 1 else numbers.take(1) & 0x7F
                 if 0 < index <= len(known):
-                    kind, first, last = known[index - 1]
-                    # Those that are read here begin with what counts; a profile may be long.
-                    properties[item].append((kind, self._data[first:last]))
+                    properties[item].append(known[index - 1])
         return properties
 
     def _property(self, item: int, name: bytes) -> bytes:
@@ -331,7 +333,9 @@ class _Meta:
         content = self._content(item)
         units = _av1_units(content) if self._kind == "AVIF" else _hevc_units(content)
         num_frames = 0
-        for is_frame, size in units:
+        for number, (is_frame, size) in enumerate(units):
+            if number == _MAX_UNITS:
+                raise BadImageError(f"{self._a_file} of over {_MAX_UNITS:,} units in one picture")
             num_frames += is_frame
             if num_frames > _MAX_LAYERS:
                 raise BadImageError(f"{self._a_file} of over {_MAX_LAYERS} frames in one picture")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from one4all.errors import BadImageError
 
-MAX_FRAMES = 16  # that are no animation: layers, patches, previews of coarser scale
+MAX_FRAMES = 16  # that are no animation: layers, and coarser scales of one
 _SIGNATURE = b"\xff\x0a"
 _MAX_BOXES = 1000
 _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
@@ -28,8 +28,8 @@ _SMALL: _Choices = ((0, 0), (0, 1), (0, 2), (0, 3))
 _BLEND: _Choices = ((0, 0), (0, 1), (0, 2), (2, 3))
 _REGULAR, _COARSE, _REFERENCE, _SKIPPED = range(4)  # types of frames
 _REPLACE, _OVER, _WEIGHTED, _MULTIPLY = 0, 2, 3, 4  # ways to blend them
+_UNBOUNDED = 2 | 16  # flags: patches, of which each may cover all; splines
 _HAS_COARSE = 32  # flag: its coarse scale is a frame of its own
-_SMALL_FRAME = 1 << 20  # pixels that patches may take, however small the picture
 _RGB, _GRAY, _D65, _SRGB_PRIMARIES, _SRGB_TRANSFER = 0, 1, 1, 1, 13
 
 
@@ -244,6 +244,11 @@ class _Codestream:
             self._skip_sections(width, height)
             return True
         kind, is_modular, flags = bits.take(2), bool(bits.take(1)), bits.take_long()
+        if flags & _UNBOUNDED:
+            raise BadImageError(
+                "a JPEG XL with patches or splines, whose cost no header tells; write it without "
+                "(cjxl --patches=0)"
+            )
         has_ycbcr = not self._is_xyb and bits.take(1)
         across = down = 0  # whether chroma has half the samples
         scale = num_passes = group_shift = 1
@@ -299,7 +304,7 @@ class _Codestream:
         halved: tuple[int, int] = (0, 0),
     ) -> None:
         """Move on behind the sections of a frame, of which a table has the sizes."""
-        if width * height > max(_SMALL_FRAME, 2 * self.size[0] * self.size[1]):
+        if width * height > 2 * self.size[0] * self.size[1]:
             raise BadImageError("a JPEG XL with a frame far larger than the picture")
         bits = self._bits
         num_groups = -(-width // group) * -(-height // group)

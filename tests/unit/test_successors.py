@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from support.builders import (
     first_unit,
     make_binding,
@@ -128,6 +128,15 @@ def _jxl(mode: str, data: bytes, **options: object) -> bytes:
     return encoder(data, 8, 8, jpeg_encode=False)
 
 
+def _screenshot() -> bytes:
+    """A JPEG XL whose encoder found that glyphs come back."""
+    image = Image.new("RGB", (400, 300), "white")
+    for row in range(18):
+        ImageDraw.Draw(image).text((10, 15 * row), "letters come back " * 4, fill="black")
+    encoder = successors._jxl().Encoder("RGB", lossless=True, effort=7, num_threads=0)
+    return encoder(image.tobytes(), 400, 300, jpeg_encode=False)
+
+
 AVIF, HEIC, JXL = (make_photo(kind) for kind in KINDS)
 GRID = make_heic(tile_size=64)
 
@@ -161,6 +170,9 @@ GRID = make_heic(tile_size=64)
         pytest.param(with_size(AVIF, 20_000, 20_000), "more than the limit", id="400-megapixels"),
         pytest.param(with_frames(AVIF, 9), "an AVIF of over 4 frames", id="unseen-frames"),
         pytest.param(jxl_of_frames(17), "a JPEG XL of over 16 frames", id="layers"),
+        pytest.param(HEIC + b"\0\0\0\x08free" * 1001, "over 1,000 boxes", id="boxes"),
+        pytest.param(AVIF + AVIF[32:], "two boxes 'meta'", id="two-metas"),
+        pytest.param(_screenshot(), "a JPEG XL with patches or splines", id="patches"),
         pytest.param(HEIC[:-400], "cannot be decoded", id="truncated-heic"),
         pytest.param(AVIF[:-400], "cannot be decoded", id="truncated-avif"),
         pytest.param(JXL[:-400], "cannot be decoded", id="truncated-jxl"),
