@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from one4all.errors import BadImageError
 
-MAX_FRAMES = 16  # that are no animation: layers, and coarser scales of one
+MAX_FRAMES = 8  # that are no animation: layers, and coarser scales of one
 _SIGNATURE = b"\xff\x0a"
 _MAX_BOXES = 1000
 _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))

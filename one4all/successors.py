@@ -42,6 +42,8 @@ _HEIC_OPTIONS = {
     "x265:wpp": "0",
     "x265:frame-threads": "1",
 }
+_HEIC_WHOLE = 1 << 25  # pixels; larger ones are coded in tiles, as levels of HEVC end there
+_HEIC_TILE = 4096  # pixels a side
 _JXL_EFFORT = 1
 _TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 _MIRRORS = (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_LEFT_RIGHT)
@@ -167,6 +169,8 @@ def _write_heic(
     options: dict[str, object] = {"enc_params": dict(_HEIC_OPTIONS), "quality": _HEIC_QUALITY}
     if image.mode in ("RGB", "RGBA"):
         options["chroma"] = 444
+    if image.width * image.height > _HEIC_WHOLE:
+        options["tile_size"] = _HEIC_TILE
     if exif:
         options["exif"] = b"Exif\0\0" + exif
     if xmp:

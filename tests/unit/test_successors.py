@@ -169,7 +169,7 @@ GRID = make_heic(tile_size=64)
         ),
         pytest.param(with_size(AVIF, 20_000, 20_000), "more than the limit", id="400-megapixels"),
         pytest.param(with_frames(AVIF, 9), "an AVIF of over 4 frames", id="unseen-frames"),
-        pytest.param(jxl_of_frames(17), "a JPEG XL of over 16 frames", id="layers"),
+        pytest.param(jxl_of_frames(9), "a JPEG XL of over 8 frames", id="layers"),
         pytest.param(HEIC + b"\0\0\0\x08free" * 1001, "over 1,000 boxes", id="boxes"),
         pytest.param(AVIF + AVIF[32:], "two boxes 'meta'", id="two-metas"),
         pytest.param(_screenshot(), "a JPEG XL with patches or splines", id="patches"),
@@ -195,6 +195,18 @@ def test_tiles_are_put_together_and_thumbnails_are_not_kept():
     assert (image.pixels.shape, image.converted) == ((160, 200, 3), "")
     assert psnr_db(make_pixels(160, 200), image.pixels) > 30
     assert b"thmb" not in encode(image, "match")
+
+
+def test_large_heic_is_written_in_tiles_with_its_profile(monkeypatch):
+    monkeypatch.setattr(successors, "_HEIC_WHOLE", 1000)
+    monkeypatch.setattr(successors, "_HEIC_TILE", 64)
+    pixels = make_pixels(100, 200)
+    data = make_photo("HEIC", pixels, icc_profile=PROFILE, description=_described())
+    image = decode(data)
+    assert b"\0grid" in data
+    assert (image.icc_profile, image.pixels.shape) == (PROFILE, pixels.shape)
+    assert psnr_db(pixels, image.pixels) > 36
+    assert ODD_TEXT in image.description.exif
 
 
 def test_primary_picture_of_several_is_kept_and_counted():
