@@ -46,7 +46,7 @@ bench: .venv/ready  ## images/s and memory of protect beside a plain loop; a pla
 	@echo "setting up .venv: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[all,dev]'
+		--constraint constraints.txt --editable '.[all,dev,formats]'
 	@touch $@
 
 .venv/cluster: .venv/ready

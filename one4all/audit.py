@@ -29,6 +29,7 @@ from one4all.images import (
     DecodedImage,
     decode,
     extension_for,
+    is_exact,
     pillow_format,
     pillow_orientation,
 )
@@ -256,8 +257,7 @@ class _Comparison:
             return
         self._compare_descriptions(clean, written, before, after)
         levels = max_difference(before.pixels, after.pixels)
-        exact = output_format == "lossless" or before.format != "JPEG"
-        if exact and levels > self._binding.epsilon_levels:
+        if is_exact(before, output_format) and levels > self._binding.epsilon_levels:
             self._audit.report(
                 f"{clean.name}: differs by {levels} levels, the budget is "
                 f"{self._binding.epsilon_levels}"

@@ -6,9 +6,10 @@
     visibility  how different two pictures look: CIEDE2000, FLIP, SSIMULACRA2
     evaluate    adversaries, attacks and compared methods; the embedded corpora; visibility
     demo        a local S3 server, and what `one4all demo` needs besides
+    formats     HEIC and JPEG XL; parts of both packages are under the GPL
     words       embeddings of words that the embedded text table does not hold
     cluster     the dashboard and the jobs API of a Ray cluster
-    all         everything but words and cluster
+    all         everything but formats, words and cluster
 
 They are imported where they are used, after `require` has made sure of them.
 """

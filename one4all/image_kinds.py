@@ -324,7 +324,7 @@ def _is_jpeg_xl_codestream(data: bytes) -> bool:
 _CHECKS = (
     ("AVIF", _is_avif),
     ("camera raw", _is_canon_raw),
-    ("HEIC (HEIF)", _is_iso_picture),
+    ("HEIC", _is_iso_picture),
     ("SVG", _is_svg),
     ("XBM", _is_x_bitmap),
     ("ICO", _is_icon),

@@ -2,7 +2,7 @@
 
 Shapes: pixels are (H, W, C) uint8 with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha.
 Pixels are what the file stores: the orientation is kept as metadata, not applied (except for TIFF,
-where Pillow applies it on reading).
+AVIF, HEIC and JPEG XL, which are upright on reading and state none).
 
 What happens to each kind of file (docs/formats.md has the table):
 
@@ -49,12 +49,14 @@ from one4all.image_limits import (
     within_limits,
 )
 from one4all.metadata import MAX_TEXT, MAX_TEXTS, Description, exif, iptc, png_texts, tiff, xmp
+from one4all.successors import SUCCESSORS, Opened, open_successor, write_successor
 from one4all.wrapped_images import compression, why_wrapped
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 OutputFormat = Literal["match", "lossless"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *SUCCESSORS)
+_LOSSY = frozenset(("JPEG", "AVIF", "HEIC"))  # as we write them
 DEFAULT_MAX_PIXELS = 250_000_000  # phones make photos of 200 megapixels
 MAX_SIDE = 65_535  # pixels; what JPEG can state
 _BAND_PIXELS = 1 << 22  # of a large image, converted at once
@@ -93,7 +95,8 @@ class DecodedImage:
         description: EXIF, XMP, IPTC and comment, without what may hold another picture.
         icc_profile: ICC profile for ``pixels``; dropped when CMYK was converted.
         dpi: Resolution, if stated.
-        png_chunks: Other descriptive chunks of a PNG, verbatim.
+        png_chunks: Other descriptive chunks of a PNG, verbatim; of AVIF and HEIC the colour space
+            that no ICC profile states, as ``cICP``.
         converted: What was changed to make it protectable ("palette to RGB"), or "".
     """
 
@@ -136,7 +139,7 @@ def peek_num_pixels(data: bytes) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            width, height = _open(data).size
+            width, height = (_open_successor(data) or _open(data)).size
     except Exception:  # hostile input; decode() will say what is wrong with it
         return 0
     return width * height
@@ -167,7 +170,8 @@ def pillow_orientation(data: bytes) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Not what `_open` leaves of a PNG: it has no texts.
-            stated = Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(exif.ORIENTATION)
+            image = Image.open(io.BytesIO(data), formats=tuple(_READERS))
+            stated = image.getexif().get(exif.ORIENTATION)
     except Exception:
         return 0
     return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
@@ -176,15 +180,17 @@ def pillow_orientation(data: bytes) -> int:
 def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
     """Encode ``image``, in its own format or without any loss.
 
-    ``match`` writes the same format: JPEG at quality 95, 4:4:4; everything else is lossless.
-    ``lossless`` differs only for JPEG, which becomes PNG. See `extension_for`.
+    ``match`` writes the same format: JPEG, AVIF and HEIC at a high quality, 4:4:4; everything else
+    is lossless. ``lossless`` differs only for these three, which become PNG. See `extension_for`.
 
     Raises:
         BadImageError: The format cannot hold this image, such as a WebP of over 16,383 pixels.
     """
-    kind = "PNG" if output_format == "lossless" and image.format == "JPEG" else image.format
+    kind = _written_format(image.format, output_format)
     if kind == "PNG":
         return _encode_png(image)
+    if kind in SUCCESSORS:
+        return _encode_successor(image, kind)
     options = dict(_ENCODER_OPTIONS[kind])
     if kind in ("JPEG", "WEBP"):
         options |= _described(image.description, kind)
@@ -204,12 +210,17 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
     return tiff.with_entries(buffer.getvalue(), about.tiff, blocks)
 
 
+def is_exact(image: DecodedImage, output_format: OutputFormat) -> bool:
+    """Whether a reader of what `encode` writes sees the pixels that were given."""
+    return _written_format(image.format, output_format) not in _LOSSY
+
+
 def extension_for(name: str, image: DecodedImage, output_format: OutputFormat) -> str:
-    """Member name after `encode`: unchanged, except that a JPEG written as PNG ends in ``.png``.
+    """Member name after `encode`: unchanged, but ends in ``.png`` where PNG takes the place.
 
     A name like ``.jpg`` has no extension, and gets one.
     """
-    if output_format == "match" or image.format != "JPEG":
+    if _written_format(image.format, output_format) == image.format:
         return name
     folder, slash, base = name.rpartition("/")
     stem = base.rpartition(".")[0]
@@ -236,7 +247,7 @@ def from_pillow(image: Image.Image, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
             "arrays of uint8 to protect, or image files to protect_files"
         )
     bits = _declared_bits(image)
-    _refuse_size(image, max_pixels)
+    _refuse_size(image.size, max_pixels)
     _refuse_frames(image)
     _refuse_depth(image, bits)
     try:
@@ -309,8 +320,10 @@ def colour(pixels: Pixels) -> Pixels:
 
 
 def _decode(data: bytes, max_pixels: int) -> DecodedImage:
+    if opened := _open_successor(data):
+        return _decode_successor(opened, image_kind(data), max_pixels)
     image = _open(data)
-    _refuse_size(image, max_pixels)
+    _refuse_size(image.size, max_pixels)
     _refuse_frames(image)
     _refuse_depth(image, _bits_per_channel(image, data))
     _refuse_bands(image)
@@ -356,6 +369,49 @@ def _open(data: bytes) -> Image.Image:
         raise UnidentifiedImageError(str(error)) from error
 
 
+def _open_successor(data: bytes) -> Opened | None:
+    """Open an AVIF, a HEIC or a JPEG XL; None if it is none."""
+    kind = image_kind(data)
+    return open_successor(data, kind) if kind in SUCCESSORS else None
+
+
+def _decode_successor(opened: Opened, kind: str, max_pixels: int) -> DecodedImage:
+    _refuse_size(opened.size, max_pixels)
+    image = opened.load()
+    _refuse_size(image.size, max_pixels)
+    _refuse_frames(image)
+    _refuse_depth(image, _bits_of_mode(image))
+    pixels, converted = _to_8_bit_pixels(image, 8)
+    return DecodedImage(
+        pixels=pixels,
+        format=kind,
+        description=Description.of(exif=opened.exif, xmp=opened.xmp).upright(),
+        icc_profile=opened.icc_profile if is_icc_profile(opened.icc_profile) else b"",
+        png_chunks=((b"cICP", bytes((*opened.cicp, 0, 1))),) if opened.cicp else (),
+        converted=opened.converted or converted,
+    )
+
+
+def _encode_successor(image: DecodedImage, kind: str) -> bytes:
+    about, cicp = image.description.upright(), dict(image.png_chunks).get(b"cICP")
+    try:
+        return write_successor(
+            _to_pillow(image.pixels),
+            kind,
+            exif=about.exif,
+            xmp=about.xmp,
+            icc_profile=image.icc_profile,
+            cicp=(cicp[0], cicp[1]) if cicp else None,
+        )
+    except Exception as error:  # encoders raise nearly anything
+        raise BadImageError(f"cannot be written back as {kind}: {error}") from error
+
+
+def _written_format(format: str, output_format: OutputFormat) -> str:
+    """What a format is written as."""
+    return "PNG" if output_format == "lossless" and format in _LOSSY else format
+
+
 def _icc_profile(image: Image.Image) -> bytes:
     """The ICC profile, unless it is of CMYK, which becomes RGB, or is no profile."""
     profile = image.info.get("icc_profile")
@@ -373,8 +429,8 @@ def _plausible_dpi(dpi: object) -> tuple[float, float] | None:
     return (across, down) if 0 < across < 65536 and 0 < down < 65536 else None
 
 
-def _refuse_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def _refuse_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if not width * height:
         raise BadImageError(f"{width}x{height} holds no pixel")
     if width * height > max_pixels:
@@ -456,7 +512,8 @@ def _to_8_bit_pixels(image: Image.Image, bits: int) -> tuple[Pixels, str]:
         alpha = np.where(gray == _gray_key(image, bits), 0, 255).astype(np.uint8)
         return np.stack([gray, alpha], axis=2), converted
     pixels = _array_of(image, target)
-    if target == "RGBA" and image.format in ("WEBP", "BMP") and pixels[:, :, 3].min() == 255:
+    drops_alpha = image.format in ("WEBP", "BMP", "AVIF")
+    if target == "RGBA" and drops_alpha and pixels[:, :, 3].min() == 255:
         # Their encoders drop an alpha channel that hides nothing; so do we, and say it.
         return np.ascontiguousarray(pixels[:, :, :3]), f"{mode} to RGB (alpha was opaque)"
     return (pixels if pixels.ndim == 3 else pixels[:, :, None]), converted

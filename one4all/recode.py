@@ -8,7 +8,7 @@ import numpy as np
 
 from one4all.distances import max_difference, psnr_db
 from one4all.errors import BadImageError, BudgetError
-from one4all.images import DecodedImage, OutputFormat, Pixels, decode, encode
+from one4all.images import DecodedImage, OutputFormat, Pixels, decode, encode, is_exact
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def recode(
         max_decoded=max_difference(clean.pixels, seen),
         psnr_db=psnr_db(clean.pixels, seen),
     )
-    exact = output_format == "lossless" or clean.format != "JPEG"
+    exact = is_exact(clean, output_format)
     worst = max(result.max_before_encoding, result.max_decoded if exact else 0)
     if worst > epsilon_levels:
         raise BudgetError(

@@ -67,7 +67,8 @@ class RewriteConfig(BaseModel):
 
     Attributes:
         output_format: "match" keeps file formats (a JPEG is encoded again, so what a reader decodes
-            is not within the budget bit for bit); "lossless" turns JPEG into PNG.
+            is not within the budget bit for bit; nor AVIF and HEIC); "lossless" turns these into
+            PNG.
         on_bad_image: For an image that cannot be protected: "drop" its sample, "passthrough" it
             unprotected, or "fail" the shard. Always recorded.
         sidecar_patterns: Members copied although they are images, such as ``*.seg.png``; matched

@@ -35,9 +35,11 @@ from support.builders import (
     make_16_bit_png,
     make_binding,
     make_image,
+    make_pixels,
     make_protector,
     make_tar,
 )
+from support.phone_photos import KINDS, jxl_of_frames, make_heic, make_photo, make_turned
 
 from one4all.audit import audit_unit
 from one4all.corpus.tar import read_members
@@ -81,6 +83,11 @@ SEEDS = (
     make_image("BMP"),
     make_image("TIFF", "RGBA", compression="tiff_lzw"),
     make_image("TIFF", tile=None, exif=EXIF, icc_profile=PROFILE),
+    *(make_photo(kind) for kind in KINDS),
+    *(make_photo(kind, make_pixels(channels=4)) for kind in KINDS),
+    make_turned("AVIF", 5),
+    make_heic(tile_size=64, thumbnails=[32]),
+    jxl_of_frames(3),
     make_16_bit_png(3),
     *(_animated(format) for format in ("MPO", "WEBP", "PNG", "TIFF", "GIF")),
     *(_saved(format) for format in ("GIF", "ICO", "JPEG2000", "PPM", "PCX", "QOI", "SGI", "DDS")),
@@ -96,7 +103,7 @@ SEEDS = (
     b"a text",
     b"",
 )
-NUM_PROTECTABLE = 11  # those that come first
+NUM_PROTECTABLE = 20  # those that come first
 _NUMBERS = (0, 1, 2, 8, 255, 256, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0xFFFFFFFF)
 
 _place = st.floats(0, 1)

@@ -59,6 +59,14 @@ class Description:
         """The reservation that the XMP packet states, a URI of the PLUS vocabulary, or ""."""
         return xmp_packets.data_mining(self.xmp)
 
+    def upright(self) -> Description:
+        """The same for pixels that were turned on reading: it states no orientation."""
+        return replace(
+            self,
+            exif=exif_blocks.without_orientation(self.exif),
+            xmp=xmp_packets.without_orientation(self.xmp),
+        )
+
     def with_data_mining_prohibited(self) -> Description:
         """The same with a reservation against training, unless it states one already."""
         return replace(self, xmp=xmp_packets.with_data_mining_prohibited(self.xmp))

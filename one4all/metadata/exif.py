@@ -110,6 +110,12 @@ def without_pictures(block: bytes, *, max_bytes: int) -> bytes:
     return _write(_byte_order(block), kept) if kept else b""
 
 
+def without_orientation(block: bytes) -> bytes:
+    """The block, as `without_pictures` returns it, for pixels that have been turned upright."""
+    kept = [e for e in entries(block) if (e.directory, e.tag) != (0, ORIENTATION)]
+    return _write(_byte_order(block), kept) if kept else b""
+
+
 def orientation(block: bytes) -> int:
     """Orientation, 1 to 8; 1, upright, if the block states none or another number."""
     order = _byte_order(block.removeprefix(PREFIX))

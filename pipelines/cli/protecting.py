@@ -57,7 +57,7 @@ def protect(
     ] = None,
     output_format: Annotated[
         str | None,
-        typer.Option(help="match (keep file formats) or lossless (JPEG becomes PNG)."),
+        typer.Option(help="match (keep file formats) or lossless (JPEG, AVIF, HEIC become PNG)."),
     ] = None,
     on_bad_image: Annotated[
         str | None,

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 _shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
-TRANSFORM_VERSION = 3  # more files count as images, and what cannot be protected is a bad image
+TRANSFORM_VERSION = 4  # AVIF, HEIC and JPEG XL are protected; before, they were bad images
 
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_LOOKED_AT = 1000  # objects of a source without shards, to say what is there

@@ -58,7 +58,7 @@ def test_name_of_an_image_format_is_enough(extension):
         pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", id="jpeg-xl"),
         # What cjxl writes for 512x512: eight times 64, ratio 1:1.
         pytest.param(b"\xff\x0a\x7f\x00" + bytes(99), "JPEG XL", id="jpeg-xl-codestream"),
-        pytest.param(b"\0\0\0\x18ftypheix\0\0\0\0mif1heix", "HEIC (HEIF)", id="heif"),
+        pytest.param(b"\0\0\0\x18ftypheix\0\0\0\0mif1heix", "HEIC", id="heif"),
         pytest.param(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "AVIF", id="avif"),
         pytest.param(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera raw", id="canon-cr3"),
         pytest.param(b"FUJIFILMCCD-RAW 0201", "camera raw", id="fuji-raf"),

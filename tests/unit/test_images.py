@@ -78,21 +78,6 @@ def _animated(format: str) -> bytes:
             "a JPEG of 12 bits a channel; convert it to 8 bits",
             id="12-bit-jpeg",
         ),
-        pytest.param(
-            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
-            r"format HEIC \(HEIF\) is not supported, .*; convert it",
-            id="heic",
-        ),
-        pytest.param(
-            b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(99),
-            "format AVIF is not supported, .*; convert it",
-            id="avif",
-        ),
-        pytest.param(
-            b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99),
-            "format JPEG XL is not supported, .*; convert it",
-            id="jpeg-xl",
-        ),
         pytest.param(make_image("JPEG")[:-400], "cannot be decoded", id="truncated-jpeg"),
         pytest.param(make_image("PNG")[:-400], "cannot be decoded", id="truncated-png"),
         pytest.param(make_16_bit_png(1), "16 bits a channel", id="16-bit-gray"),
