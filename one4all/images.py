@@ -59,6 +59,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *SUCCESSORS)
 _LOSSY = frozenset(("JPEG", "AVIF", "HEIC"))  # as we write them
 DEFAULT_MAX_PIXELS = 250_000_000  # phones make photos of 200 megapixels
 MAX_SIDE = 65_535  # pixels; what JPEG can state
+_RUST_PANIC = "pyo3_runtime"  # of the decoder of JPEG XL; no `Exception`
 _BAND_PIXELS = 1 << 22  # of a large image, converted at once
 JPEG_QUALITY = 95
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for "L"
@@ -131,6 +132,10 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage
         raise BadImageError(f"more pixels than Pillow reads of its format: {error}") from error
     # Pillow's decoders raise nearly anything on hostile input; each means "cannot be decoded".
     except Exception as error:
+        raise BadImageError(f"cannot be decoded: {error}") from error
+    except BaseException as error:
+        if type(error).__module__ != _RUST_PANIC:  # an interrupt, or the end of the program
+            raise
         raise BadImageError(f"cannot be decoded: {error}") from error
 
 

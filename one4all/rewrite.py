@@ -420,7 +420,7 @@ class _UnitRewrite:
         written = [protected[name].name if name in protected else name for name in files]
         if len(set(written)) < len(written) or not self._dot_files.isdisjoint(written):
             raise ShardError(
-                f"sample {sample.key!r} would hold a second member of one name once JPEG becomes "
+                f"sample {sample.key!r} would hold a second member of one name once images become "
                 "PNG; use output_format match"
             )
         self._dot_files.update(name for name in written if name.rpartition("/")[2][:1] == ".")
@@ -428,7 +428,7 @@ class _UnitRewrite:
             if member.link_target and self._config.output_format == "lossless":
                 raise ShardError(
                     f"{member.name!r} is a link to {member.link_target!r}, which may get another "
-                    "name once JPEG becomes PNG; use output_format match"
+                    "name once images become PNG; use output_format match"
                 )
             if member.is_file and (image := protected.get(member.name)):
                 output.replace(member, name=image.name, payload=image.file.payload)

@@ -317,7 +317,7 @@ def _notes(result: Verification) -> list[str]:
     if result.num_within_budget < result.num_images and result.output_format == "match":
         notes.append(
             f"{result.num_images - result.num_within_budget} images differ by more than "
-            f"{result.epsilon_levels} levels once decoded: JPEG adds its own error to the "
+            f"{result.epsilon_levels} levels once decoded: lossy formats add their error to the "
             "perturbation; output_format lossless keeps the budget exactly"
         )
     return notes

@@ -451,3 +451,18 @@ def test_bands_that_pillow_would_leave_out_are_refused(bands):
 def test_map_that_would_lose_its_place_is_refused():
     with pytest.raises(BadImageError, match="GeoTIFF"):
         decode(tiff_with([(33922, 12, 9000, bytes(72_000))], order="<"))
+
+
+def test_panic_of_a_decoder_in_rust_is_a_bad_image_and_an_interrupt_is_none(monkeypatch):
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    for raised, expected in (
+        (panic("index out of bounds"), BadImageError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+
+        def fail(*arguments, raised=raised):
+            raise raised
+
+        monkeypatch.setattr(images, "_decode", fail)
+        with pytest.raises(expected):
+            decode(b"")
