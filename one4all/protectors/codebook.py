@@ -34,7 +34,7 @@ from one4all.errors import UsageError
 from one4all.images import Pixels
 from one4all.perturbation import Levels, around_middle
 from one4all.protectors.model import PerturbationModel
-from one4all.protectors.pattern import PatternConfig, count_in, paint
+from one4all.protectors.pattern import PatternConfig, hide, paint
 
 # Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
 DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
@@ -111,10 +111,9 @@ class Codebook(PerturbationModel):
         return self.paint(self.vote(embedding_BD)).to(embedding_BD)
 
     def place(self, delta_hwC: Levels, clean: Pixels) -> Levels:
-        """See the base class: a pattern lies on the middle square, and the photo's own colour is
-        counted in."""
+        """See the base class: on the middle square, and hidden in the photo's colours."""
         whole = around_middle(delta_hwC, *clean.shape[:2])
-        return count_in(whole, clean, self.config.pattern)
+        return hide(whole, clean, self.config.pattern)
 
     def vote(self, embedding_BD: Tensor) -> Tensor:
         """Code of each image, int8 (B, b), on the CPU.

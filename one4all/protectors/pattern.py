@@ -26,6 +26,11 @@ from one4all.perturbation import Levels
 VALUES_PER_CELL = 8
 COLOUR = (-1.0, 1.0, -1.0)  # red, green, blue of a bit that is 1
 _PHOTO_BLUR = 0.25  # cells
+_CHROMA_WEIGHT = 0.045  # of CIEDE2000
+# sRGB to XYZ relative to the white point D65 (IEC 61966-2-1).
+_RGB_TO_XYZ = torch.tensor(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+) / torch.tensor([[0.9505], [1.0], [1.089]])
 
 
 class PatternConfig(BaseModel):
@@ -36,17 +41,21 @@ class PatternConfig(BaseModel):
             resizing (docs/method.md).
         smoothing: Blur, in cells: the standard deviation of a Gaussian. 0 leaves flat cells with
             hard edges, which everybody sees.
-        amplitude: Share of the budget that the strongest value of a pattern takes.
+        amplitude: Share of the budget that the strongest value of a pattern takes on gray.
+        masking: How far the amplitude follows the eye, 0..1. On strong colours it sees a difference
+            of colour less, by the weight that CIEDE2000 gives to chroma C: 1 + .045 C. 1 adds as
+            much more there, up to the budget; 0 adds the same everywhere.
         in_place: Share of the photo's own colour that is counted in, 0..1. Where a green cell
-            falls on what is green already, less is added; where it falls on magenta, more, up to
-            the budget. So a reader finds the same, and the eye sees less of it.
+            falls on what is green already, less is added; where it falls on magenta, up to twice
+            as much, within the budget. So a reader finds the same, and the eye sees less of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cells: Annotated[int, Field(ge=1, le=16)] = 4
     smoothing: Annotated[float, Field(ge=0, le=2)] = 0.375
-    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.5
+    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.36
+    masking: Annotated[float, Field(ge=0, le=1)] = 1.0
     in_place: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     @model_validator(mode="before")
@@ -60,7 +69,9 @@ class PatternConfig(BaseModel):
 
     def hard(self) -> PatternConfig:
         """The same cells as everybody sees them: no blur, the whole budget."""
-        return self.model_copy(update={"smoothing": 0.0, "amplitude": 1.0, "in_place": 0.0})
+        return self.model_copy(
+            update={"smoothing": 0.0, "amplitude": 1.0, "masking": 0.0, "in_place": 0.0}
+        )
 
     @property
     def num_bits(self) -> int:
@@ -71,7 +82,7 @@ class PatternConfig(BaseModel):
 # Looks that have a name, the least visible first; measured in docs/results.md.
 STRENGTHS: Mapping[str, PatternConfig] = {
     "discreet": PatternConfig(),
-    "balanced": PatternConfig(smoothing=0.625, amplitude=1.0, in_place=0.0),
+    "balanced": PatternConfig(smoothing=0.625, amplitude=1.0, masking=0.0, in_place=0.0),
     "strong": PatternConfig().hard(),
 }
 
@@ -114,8 +125,8 @@ def draw_patterns(num_patterns: int, config: PatternConfig, *, seed: int) -> Ten
     return paint(2 * (look_N[:, None] >> torch.arange(config.num_bits) & 1) - 1, config)
 
 
-def count_in(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
-    """Count the photo's own colour in; see ``PatternConfig.in_place``.
+def hide(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
+    """Fit a pattern to the colours of a photo; see ``masking`` and ``in_place`` of its look.
 
     Args:
         delta_hwC: (h, w, 3) float32 in levels, painted as ``config`` says, over the whole image.
@@ -124,24 +135,43 @@ def count_in(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
 
     Returns:
         (h, w, 3) float32. No value changes its sign, or grows beyond 1 / amplitude of what it was.
+
+    Source of the weight of chroma: Sharma, Wu and Dalal 2005, S_C.
     """
     pixels = colour(clean)
-    if not config.in_place or pixels.shape[2] == 1:
+    if not (config.masking or config.in_place) or pixels.shape[2] == 1:
         return delta_hwC
     height, width = delta_hwC.shape[:2]
     small = Image.fromarray(np.ascontiguousarray(pixels)).resize(
         (width, height), Image.Resampling.BOX
     )
     own_hwC = torch.from_numpy(np.array(small)).float()
-    own_hw = own_hwC @ torch.tensor([-0.25, 0.5, -0.25])  # in units of `COLOUR`
-    own_hw = _blur(own_hw[None, None], _PHOTO_BLUR * VALUES_PER_CELL)[0, 0]
-    own_hw = own_hw - own_hw.mean()
-    wanted_hw = torch.from_numpy(delta_hwC[:, :, 1])
-    most_hw = wanted_hw.abs() / config.amplitude
-    added_hw = (wanted_hw - config.in_place * own_hw) * wanted_hw.sign()
-    added_hw = added_hw.clamp(min=0).minimum(most_hw) * wanted_hw.sign()
+    painted_hw = torch.from_numpy(delta_hwC[:, :, 1])
+    most_hw = painted_hw.abs() / config.amplitude
+    seen_less_hw = 1 + config.masking * _CHROMA_WEIGHT * _soften(_chroma(own_hwC))
+    wanted_hw = (painted_hw.abs() * seen_less_hw).minimum(most_hw)
+    tint_hw = _soften(own_hwC @ torch.tensor([-0.25, 0.5, -0.25]))  # in units of `COLOUR`
+    tint_hw = (tint_hw - tint_hw.mean()) * painted_hw.sign()
+    added_hw = (wanted_hw - config.in_place * tint_hw).clamp(min=0)
+    added_hw = added_hw.minimum(2 * wanted_hw).minimum(most_hw) * painted_hw.sign()
     result: Levels = (added_hw[:, :, None] * torch.tensor(COLOUR)).numpy()
     return result
+
+
+def _soften(image_hw: Tensor) -> Tensor:
+    """What the eye sees of a colour where a pattern lies: no details."""
+    return _blur(image_hw[None, None], _PHOTO_BLUR * VALUES_PER_CELL)[0, 0]
+
+
+def _chroma(rgb_hwC: Tensor) -> Tensor:
+    """Chroma C of CIELAB, white point D65, of sRGB in levels."""
+    share = rgb_hwC / 255
+    linear = torch.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)
+    relative = linear @ _RGB_TO_XYZ.T
+    cube_root = relative.clamp(min=1e-9) ** (1 / 3)
+    f_hw3 = torch.where(relative > 216 / 24389, cube_root, relative * (841 / 108) + 4 / 29)
+    x, y, z = f_hw3.unbind(2)
+    return torch.hypot(500 * (x - y), 200 * (y - z))
 
 
 def _half(cells: int) -> int:

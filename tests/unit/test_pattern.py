@@ -6,7 +6,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from support.builders import make_pixels
 
-from one4all.protectors.pattern import STRENGTHS, PatternConfig, count_in, draw_patterns, paint
+from one4all.protectors import pattern
+from one4all.protectors.pattern import STRENGTHS, PatternConfig, draw_patterns, hide, paint
 
 STRONG, BALANCED, DISCREET = (STRENGTHS[name] for name in ("strong", "balanced", "discreet"))
 
@@ -20,13 +21,13 @@ def one_pattern(config: PatternConfig, *, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_patterns_look_the_same_in_a_mirror_and_are_green_or_magenta(cells, strength):
     config = STRENGTHS[strength].model_copy(update={"cells": cells})
-    pattern = draw_patterns(4, config, seed=0)
-    assert pattern.shape == (4, 3, 8 * cells, 8 * cells)
-    torch.testing.assert_close(pattern, pattern.flip(3))
-    red, green, blue = pattern.unbind(1)
+    drawn = draw_patterns(4, config, seed=0)
+    assert drawn.shape == (4, 3, 8 * cells, 8 * cells)
+    torch.testing.assert_close(drawn, drawn.flip(3))
+    red, green, blue = drawn.unbind(1)
     assert torch.equal(red, -green)
     assert torch.equal(red, blue)
-    assert pattern.abs().amax(dim=(1, 2, 3)).tolist() == pytest.approx([config.amplitude] * 4)
+    assert drawn.abs().amax(dim=(1, 2, 3)).tolist() == pytest.approx([config.amplitude] * 4)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -72,10 +73,10 @@ def test_colour_of_the_photo_is_counted_in():
     photo = 128 + 6 * tint[:, :, None] * [-1, 1, -1]
     clean = np.rint(photo).clip(0, 255).astype(np.uint8)
     whole = np.tile(delta, (1, 2, 1))[:, :42]
-    added = count_in(whole, clean, DISCREET)
+    added = hide(whole, clean, DISCREET)
     wanted, given = whole[:, :, 1], added[:, :, 1]
     assert (np.sign(given) * np.sign(wanted) >= 0).all()
-    assert (np.abs(given) <= 2 * np.abs(wanted) + 1e-5).all()
+    assert (np.abs(given) <= np.abs(wanted) / DISCREET.amplitude + 1e-5).all()
     assert np.abs(given).max() <= 8
     assert np.abs(given - wanted).max() > 1
     assert np.array_equal(added[:, :, 0], -given)
@@ -83,26 +84,46 @@ def test_colour_of_the_photo_is_counted_in():
 
 
 def test_where_the_photo_is_green_less_green_is_added_and_where_magenta_more():
-    config = PatternConfig(cells=1)
+    config = PatternConfig(cells=1, masking=0)
     delta = one_pattern(config)
     if delta[0, 0, 1] < 0:
         delta = -delta
     clean = np.full((80, 80, 3), 128, np.uint8)
     clean[:, :40] += np.array([0, 8, 0], np.uint8)
-    given = count_in(delta, clean, config)[:, :, 1]
+    given = hide(delta, clean, config)[:, :, 1]
     assert given[:, 0].max() < delta[:, 0, 1].min() < given[:, -1].min()
 
 
+def test_chroma_is_that_of_cielab():
+    from skimage.color import rgb2lab
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    _, a, b = np.moveaxis(rgb2lab(pixels), 2, 0)
+    found = pattern._chroma(torch.from_numpy(pixels).float())
+    np.testing.assert_allclose(found, np.hypot(a, b), atol=0.05)
+
+
+def test_more_is_added_on_strong_colours_where_the_eye_sees_it_less():
+    config = PatternConfig(in_place=0)
+    delta = one_pattern(config)
+    added = []
+    for rgb in ([128, 128, 128], [190, 110, 60]):
+        clean = np.broadcast_to(np.array(rgb, np.uint8), (64, 64, 3)).copy()
+        added.append(np.abs(hide(delta, clean, config)[:, :, 1]).mean())
+    assert added[0] == pytest.approx(np.abs(delta[:, :, 1]).mean(), rel=1e-3)
+    assert 2.5 < added[1] / added[0] <= 1 / config.amplitude + 1e-6
+
+
 @pytest.mark.parametrize("channels", [1, 2])
-def test_gray_has_no_colour_to_count_in(channels):
+def test_gray_has_no_colour_to_hide(channels):
     delta = one_pattern(DISCREET)
-    assert count_in(delta, make_pixels(50, 60, channels), DISCREET) is delta
+    assert hide(delta, make_pixels(50, 60, channels), DISCREET) is delta
     gray = np.repeat(make_pixels(50, 60, 1), 3, axis=2)
-    np.testing.assert_allclose(count_in(delta, gray, DISCREET), delta, atol=1e-4)
+    np.testing.assert_allclose(hide(delta, gray, DISCREET), delta, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (2, 2), (700, 5)])
 def test_photos_smaller_than_the_pattern_are_counted_in_too(size):
-    added = count_in(one_pattern(DISCREET), make_pixels(*size), DISCREET)
+    added = hide(one_pattern(DISCREET), make_pixels(*size), DISCREET)
     assert np.isfinite(added).all()
     assert np.abs(added).max() <= 8

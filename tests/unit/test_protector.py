@@ -147,7 +147,7 @@ def test_encoder_that_computes_otherwise_is_refused(protector_folder, monkeypatc
         (
             "default",
             "codebook",
-            "a3f2d796113ef51853562e2963edf563d690cbb1a392ecfd5e80d0043f8a70c5",
+            "e7b587678cc1f13af73f758dac7a4620b46f201b30b73b875cd7265b97c4de9e",
         ),
         ("14a", "generator", "14e5b568df6ed88957b221c5261b2d3368307435823c61ef35e86d1a18f57f12"),
     ],
