@@ -2,8 +2,8 @@
 
 Everything runs on two CPU cores in minutes, from what ships in the package. That is drawings; given
 photos of your own, it shows what happens to these. They are protected twice: by the protector that
-ships, and by a codebook that was fitted to them. The report says what protected and what did not,
-by comparison with the controls, whatever the outcome.
+ships, which is hardly seen, and by a codebook that was fitted to them, in the strength that is. The
+report says what protected and what did not, by comparison with the controls, whatever the outcome.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from one4all.evaluation.labelled import read_labelled
 from one4all.protectors.card import DEFAULT_PROTECTOR
 from one4all.protectors.codebook import CodebookConfig
 from one4all.protectors.generator import GeneratorConfig
+from one4all.protectors.pattern import STRENGTHS
 from one4all.report import write_report
 from one4all.storage import open_storage
 from pipelines.demo.material import TRAINING_CORPUS, Material
@@ -57,7 +58,6 @@ from pipelines.train.job import train
 from pipelines.verify import VerifyConfig, verify
 
 BUCKET = "one4all-demo"
-_IMAGES_PER_CONCEPT, _MOST_CONCEPTS = 2, 2000  # docs/lab-notebook.md, "Budget, drawings"
 
 # For every copy: that of docs/results.md with a coarse stem, which is the default.
 _ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
@@ -108,7 +108,7 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
 
         step(f"fitting a codebook to {material.name}: no labels, no training")
         codebook = folder / "codebook"
-        _fit(source, codebook, num_images=len(clean))
+        _fit(source, codebook)
         protected = {}
         for title, protector in {SHIPPED: DEFAULT_PROTECTOR, FITTED: str(codebook)}.items():
             target = f"s3://{BUCKET}/{title.replace(' ', '-')}"
@@ -159,10 +159,9 @@ def _pack(images: Iterable[LabelledImage], folder: Path) -> None:
     pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=500)
 
 
-def _fit(source: str, output: Path, *, num_images: int) -> None:
-    """Fit a codebook to all of a corpus; small ones get fewer concepts."""
-    num_concepts = min(max(2, num_images // _IMAGES_PER_CONCEPT), _MOST_CONCEPTS)
-    codebook = CodebookConfig(num_concepts=num_concepts)
+def _fit(source: str, output: Path) -> None:
+    """Fit a codebook to all of a corpus, in the look that protects most and shows most."""
+    codebook = CodebookConfig(pattern=STRENGTHS["strong"])
     config = FitConfig(source=source, output=str(output), codebook=codebook)
     fit(config, command="one4all demo")
 

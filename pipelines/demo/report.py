@@ -23,7 +23,7 @@ from pipelines.train.progress import CURVES_FILE
 from pipelines.verify import Verification
 
 SHIPPED = "shipped protector"
-FITTED = "codebook of the corpus"
+FITTED = "strong codebook of the corpus"
 _WINDOW = 300  # pixels: three of them beside each other are as wide as the page
 _CLAIMS: dict[Verdict, str] = {
     "protects": "protects",
