@@ -85,11 +85,11 @@ def augment(
 
     Sources: "strong": Sandoval-Segura et al. 2023 (orthogonal projection attack); there, rotation
     and shear resample one after the other, and what comes in at the edges is black. "simclr": Chen
-    et al. 2020, appendix A, strength 1, as for ImageNet. "moco_v2": Chen et al. 2020 ("Improved
-    baselines"), its released code, with SimCLR's kernel of a tenth of the side. "randaugment": Cubuk et al.
-    2020, and "trivialaugment": Mueller and Hutter 2021, wide, with torchvision's defaults, after
-    shift and mirror as for CIFAR. Blur is in pixels of the image as it is trained on, whatever its
-    size.
+    et al. 2020, appendix A, strength 1, as for ImageNet; its kernel is a tenth of the side.
+    "moco_v2": Chen et al. 2020 ("Improved baselines"), its released code, with SimCLR's kernel.
+    "randaugment": Cubuk et al. 2020, and "trivialaugment": Mueller and Hutter 2021, wide, both with
+    torchvision's defaults, after shift and mirror as for CIFAR. Blur is in pixels of the image as
+    it is trained on, whatever its size.
     """
     if kind == "none":
         return to_levels(images_BHWC, device)
