@@ -180,7 +180,7 @@ def explain(table: Table) -> list[str]:
         for name, judgement in _judgements(table, column).items():
             named.setdefault(judgement, []).append(name)
         parts = [
-            f"{lead}: {', '.join(names)} ({judgement.reason})."
+            f"{lead}: {'; '.join(names)} ({judgement.reason})."
             for verdict, lead in _LEADS.items()
             for judgement, names in named.items()
             if judgement.verdict == verdict
