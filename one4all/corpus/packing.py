@@ -14,25 +14,30 @@ encoded again; only data sets that exist as bare pixels (CIFAR) are written as P
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from one4all.corpus.class_folders import (
+    OnDuplicate,
+    list_image_files,
+    split_by_class,
+    without_duplicates,
+)
 from one4all.corpus.tar import write_shard
 from one4all.errors import ConfigError, UsageError
 from one4all.extras import require
-from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.images import DecodedImage, encode
 from one4all.storage import LocalStorage, Storage
-from one4all.text import shown
 
 Split = Literal["train", "test"]
+Order = Callable[[int], Sequence[int]]
+"""An order of so many images."""
 
 _EMBEDDED = files("one4all") / "assets" / "corpora"
 TORCHVISION = (
@@ -80,8 +85,12 @@ def open_corpus(
     labels: Literal["coarse", "fine"] = "coarse",
     root: Path | None = None,
     download: bool = False,
+    test_share: float = 0,
+    shuffle: bool = False,
+    seed: int = 0,
+    on_duplicate: OnDuplicate | None = None,
 ) -> Iterator[LabelledImage]:
-    """Images of a corpus, in a fixed order.
+    """Images of a corpus, in an order that is always the same.
 
     Args:
         source: Embedded name, folder of class folders, or ``torchvision:NAME``.
@@ -89,18 +98,34 @@ def open_corpus(
         labels: Granularity of ``.cls``; only embedded corpora have fine labels.
         root: Where torchvision keeps its files.
         download: Let torchvision fetch them.
+        test_share: Share of each class of a folder that is its "test" split, 0..1; at 0 a folder
+            has no split.
+        shuffle: In random order; otherwise in that of the source, which is by class in a folder.
+        seed: Seed of the order and of ``test_share``.
+        on_duplicate: Given: files of a folder with the same bytes as an earlier one are left out,
+            on both sides of a split, and named to it.
 
     Raises:
         UsageError: Unknown source, or nothing in it.
+        ConfigError: Something that only another kind of source has.
     """
+
+    def order(count: int) -> Sequence[int]:
+        if not shuffle:
+            return range(count)
+        drawn: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+        return drawn
+
+    if test_share and not Path(source).is_dir():
+        raise ConfigError(f"{source!r} has a split of its own; only a folder is split by a share")
     if source in embedded_corpora():
-        return _embedded(source, split, labels)
+        return _embedded(source, split, labels, order)
     if labels != "coarse":
         raise ConfigError(f"{source!r} has one set of labels; only embedded corpora have 'fine'")
     if source.startswith("torchvision:"):
-        return _torchvision(source.removeprefix("torchvision:"), split, root, download)
+        return _torchvision(source.removeprefix("torchvision:"), split, root, download, order)
     if Path(source).is_dir():
-        return _image_folder(Path(source))
+        return _image_folder(Path(source), split, test_share, order, seed, on_duplicate)
     raise UsageError(
         f"no corpus {source!r}: give a folder of class folders, torchvision:NAME with NAME one of "
         f"{', '.join(TORCHVISION)}, or one of {', '.join(embedded_corpora())}"
@@ -155,14 +180,15 @@ def _members(images: Sequence[LabelledImage]) -> Iterator[tuple[str, bytes]]:
 
 
 def _embedded(
-    name: str, split: Split, labels: Literal["coarse", "fine"]
+    name: str, split: Split, labels: Literal["coarse", "fine"], order: Order
 ) -> Iterator[LabelledImage]:
     require("pyarrow", "evaluate")
     import pyarrow.parquet as parquet
 
     with as_file(_EMBEDDED / f"{name}.parquet") as path:
         table = parquet.read_table(path, filters=[("split", "=", split)])
-    for row in table.to_pylist():
+    rows = table.to_pylist()
+    for row in (rows[index] for index in order(len(rows))):
         yield LabelledImage(
             key=row["key"],
             data=row["image"],
@@ -178,46 +204,29 @@ def _embedded(
         )
 
 
-def _image_folder(root: Path) -> Iterator[LabelledImage]:
+def _image_folder(
+    root: Path,
+    split: Split,
+    test_share: float,
+    order: Order,
+    seed: int,
+    on_duplicate: OnDuplicate | None,
+) -> Iterator[LabelledImage]:
+    files = list_image_files(root)
     storage = LocalStorage(root)
-    storage.check(writable=False)
-    classes = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
-    )
-    if not classes:
-        raise UsageError(f"{root} has no sub-folders; it needs one for each class")
-    for label, name in enumerate(classes):
-        taken: set[str] = set()
-        # Not Path.rglob, which passes over folders that cannot be read.
-        for relative in sorted(PurePosixPath(info.key) for info in storage.list(f"{name}/")):
-            path = root / relative
-            extension = relative.suffix.lower().lstrip(".")
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if extension not in IMAGE_EXTENSIONS or hidden:
-                continue
-            if not _is_utf8(str(relative)):
-                raise UsageError(f"{shown(str(path))} has a name that is not UTF-8; rename it")
-            key = _safe_key(relative.with_suffix("").as_posix())
-            if key in taken:  # a.jpg beside a.png, or a.b.jpg beside a_b.jpg
-                key = _safe_key(relative.as_posix())
-            if key in taken:
-                raise UsageError(f"{path} would get a key that another image has; rename it")
-            taken.add(key)
-            image = storage.read_bytes(str(relative))
-            yield LabelledImage(key, image, extension, label, name)
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a name of the file system is text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    if on_duplicate:
+        files = without_duplicates(files, storage, on_duplicate)
+    if test_share:
+        train, test = split_by_class(files, test_share, seed=seed)
+        files = train if split == "train" else test
+    for index in order(len(files)):
+        file = files[index]
+        data = storage.read_bytes(file.name)
+        yield LabelledImage(file.key, data, file.extension, file.label, file.label_name)
 
 
 def _torchvision(
-    name: str, split: Split, root: Path | None, download: bool
+    name: str, split: Split, root: Path | None, download: bool, order: Order
 ) -> Iterator[LabelledImage]:
     """Images of a torchvision data set; files as they are where it keeps files."""
     if name not in TORCHVISION:
@@ -244,12 +253,12 @@ def _torchvision(
         ) from error
     chosen: Sequence[int] = range(len(dataset))
     if name == "SUN397":  # has no split of its own: the paper's 80/20 with its seed
-        order = np.random.default_rng(35).permutation(len(dataset))
+        drawn = np.random.default_rng(35).permutation(len(dataset))
         cut = len(dataset) * 4 // 5
-        chosen = sorted((order[:cut] if split == "train" else order[cut:]).tolist())
+        chosen = sorted((drawn[:cut] if split == "train" else drawn[cut:]).tolist())
     names = [str(n[0] if isinstance(n, tuple) else n) for n in getattr(dataset, "classes", [])]
     paths = _file_paths(dataset)
-    for index in chosen:
+    for index in (chosen[place] for place in order(len(chosen))):
         if paths is not None:
             data, extension = paths[index].read_bytes(), paths[index].suffix.lower().lstrip(".")
             label = _labels(dataset)[index]
@@ -278,9 +287,3 @@ def _labels(dataset: Any) -> Sequence[int]:
         return labels
     samples = getattr(dataset, "samples", None) or dataset._samples
     return [label for _, label in samples]
-
-
-def _safe_key(text: str) -> str:
-    """A WebDataset key: no dot in the last component, since the first dot ends the key."""
-    folder, slash, base = text.rpartition("/")
-    return folder + slash + re.sub(r"\.", "_", base)

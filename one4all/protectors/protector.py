@@ -19,9 +19,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load, save_file
+from torch import Tensor
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
@@ -111,24 +113,41 @@ class Protector:
         return self
 
     @torch.inference_mode()
-    def perturb(self, working_BHWC: Pixels) -> Levels:
+    def perturb(self, working_BHWC: Pixels, embedding_BD: Tensor | None = None) -> Levels:
         """Perturbations of working copies.
 
         Args:
             working_BHWC: (B, S, S, 3) uint8 with S = ``card.working_size``.
+            embedding_BD: Their embeddings, if they are known (`embed`).
 
         Returns:
             (B, h, w, 3) float32 in levels, within +-``card.epsilon_levels``, on the generator's
             grid; `apply` takes it to an image's own size.
         """
-        # Channels stay last in memory: (B, H, W, C) permuted is what channels_last means.
-        image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
-        image = image.permute(0, 3, 1, 2).float() / 255
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            delta = self.model(self.encoder.encode_image(image), image)
+        image = self._on_device(working_BHWC)
+        with self._autocast():
+            if embedding_BD is None:
+                embedding_BD = self.encoder.encode_image(image)
+            delta = self.model(embedding_BD.to(self._device), image)
         levels = delta.float() * self.card.epsilon_levels
         result: Levels = levels.permute(0, 2, 3, 1).cpu().numpy()
         return result
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Pixels], *, batch_size: int = 8) -> Tensor:
+        """Embeddings from which `protect` makes what it makes without: for several protectors of
+        one encoder and working size, which then encode the images once.
+
+        Returns:
+            float32 (N, D), L2-normalised, on the CPU.
+        """
+        parts = []
+        for start in range(0, len(images), batch_size):
+            working = self._working(images[start : start + batch_size])
+            with self._autocast():
+                found = self.encoder.encode_image(self._on_device(fill_batch(working, batch_size)))
+            parts.append(found[: len(working)].float().cpu())
+        return torch.cat(parts)
 
     def protect_image(self, image: Image.Image) -> Image.Image:
         """Protect a Pillow image.
@@ -208,13 +227,20 @@ class Protector:
             )
         ]
 
-    def protect(self, images: Sequence[Pixels], *, batch_size: int = 8) -> list[Pixels]:
+    def protect(
+        self,
+        images: Sequence[Pixels],
+        *,
+        batch_size: int = 8,
+        embeddings_ND: Tensor | None = None,
+    ) -> list[Pixels]:
         """Protect images of any size and layout; see `apply_perturbation` for the promise.
 
         Args:
             images: (H, W, C) uint8 each, C in 1..4: gray, gray and alpha, RGB, RGB and alpha.
             batch_size: Images a forward pass. The last batch is filled up, so that every pass has
                 the same shape and an image's result does not depend on its neighbours.
+            embeddings_ND: What `embed` gave for these images, if they are known.
 
         Raises:
             UsageError: Something else than such arrays.
@@ -224,8 +250,11 @@ class Protector:
         protected: list[Pixels] = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            working = [working_copy(pixels, self.card.working_size) for pixels in batch]
-            deltas = self.perturb(fill_batch(working, batch_size))
+            known = None
+            if embeddings_ND is not None:
+                known = embeddings_ND[start : start + batch_size]
+                known = F.pad(known, (0, 0, 0, batch_size - len(known)))
+            deltas = self.perturb(fill_batch(self._working(batch), batch_size), known)
             protected += [
                 self.apply(pixels, delta) for pixels, delta in zip(batch, deltas, strict=False)
             ]
@@ -238,6 +267,18 @@ class Protector:
         """
         delta_hwC = self.model.place(delta_hwC, clean)
         return apply_perturbation(clean, delta_hwC, epsilon_levels=self.card.epsilon_levels)
+
+    def _working(self, images: Sequence[Pixels]) -> list[Pixels]:
+        return [working_copy(pixels, self.card.working_size) for pixels in images]
+
+    def _on_device(self, working_BHWC: Pixels) -> Tensor:
+        """(B, 3, S, S) in [0, 1]. Channels stay last in memory: (B, H, W, C) permuted is that."""
+        image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
+        return image.permute(0, 3, 1, 2).float() / 255
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self._device.type == "cuda"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled)
 
     def save(self, folder: Path) -> ProtectorCard:
         """Write the artefact; returns the card with the digest of the weights filled in."""
@@ -321,7 +362,7 @@ def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:
     return batch
 
 
-def _load_weights(protector: str, card: ProtectorCard) -> dict[str, torch.Tensor]:
+def _load_weights(protector: str, card: ProtectorCard) -> dict[str, Tensor]:
     weights = read_part(protector, WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
         raise ProtectorError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def evaluate(
     from pipelines.evaluation.job import evaluate as run
     from pipelines.evaluation.job import report
     from pipelines.evaluation.records import TrialRecord
-    from pipelines.evaluation.trials import EvaluateConfig, Trial
+    from pipelines.evaluation.trials import EvaluateConfig, Trial, describe
     from pipelines.settings import load_config
 
     settings = load_config(EvaluateConfig, config, set_, output=output)
@@ -55,21 +56,24 @@ def evaluate(
         for place in export_copies(settings, export):
             show(f"written: {place}")
         return
-    progress = Progress("trial")
+    progress = Progress("epoch")
 
-    def on_plan(num_todo: int, num_trials: int) -> None:
-        if num_todo < num_trials:
-            progress.say(f"{num_trials - num_todo} of {num_trials} trials are done already")
-        progress.start(num_todo)
+    def on_plan(todo: Sequence[Trial], num_trials: int) -> None:
+        for line in describe(settings).splitlines():
+            progress.say(line)
+        num_copies = len({trial.copy.key for trial in todo})
+        progress.say(f"to do: {len(todo)} of {num_trials} trials, on {num_copies} copies")
+        progress.start(sum(trial.adversary.epochs for trial in todo))
 
     def on_trial(trial: Trial, record: TrialRecord) -> None:
-        progress.advance(note=f"{trial.title}: {100 * record.outcome.last:.1f} %")
+        progress.say(f"{trial.title}: {100 * record.outcome.last:.1f} %")
 
     with progress:
         result = run(
             settings,
             command=command_line(),
             on_plan=on_plan,
+            on_epoch=lambda line: progress.advance(note=line),
             on_trial=on_trial,
             say=progress.say,
         )

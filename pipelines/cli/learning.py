@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -149,7 +150,13 @@ def pack(
         typer.Argument(help="Embedded corpus, folder of class folders, or torchvision:NAME."),
     ],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
-    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="train or test: that part of the source; or a share, such as 0.2: write this much "
+            "of each class of a folder to DESTINATION/test, and the rest to DESTINATION/train."
+        ),
+    ] = "train",
     labels: Annotated[str, typer.Option(help="coarse or fine; embedded corpora have both.")] = (
         "coarse"
     ),
@@ -159,25 +166,53 @@ def pack(
     ] = None,
     download: Annotated[bool, typer.Option(help="Let torchvision download.")] = False,
     images_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    shuffle: Annotated[
+        bool, typer.Option(help="In random order; else a folder is packed class after class.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the order and of a split.", min=0)] = 0,
 ) -> None:
-    """Pack labelled images into WebDataset shards."""
+    """Pack labelled images into WebDataset shards; files with the same bytes only once."""
     from one4all.corpus.packing import open_corpus
     from one4all.corpus.packing import pack as run
     from one4all.storage import open_storage
 
-    images = open_corpus(
-        source,
-        split=choice("--split", split, "train", "test"),
-        labels=choice("--labels", labels, "coarse", "fine"),
-        root=root,
-        download=download,
+    granularity = choice("--labels", labels, "coarse", "fine")
+    test_share = _share(split)
+    duplicates: dict[str, str] = {}
+    sides: list[Any] = (
+        ["train", "test"] if test_share else [choice("--split", split, "train", "test")]
     )
-    storage = open_storage(destination)
-    storage.check(writable=True)
-    num_shards, num_images = run(
-        tqdm(images, unit="image", disable=None, leave=False),
-        storage,
-        prefix=split,
-        images_per_shard=images_per_shard,
-    )
-    show(f"{num_images} images in {num_shards} shards written to {storage.uri}")
+    for side in sides:
+        images = open_corpus(
+            source,
+            split=side,
+            labels=granularity,
+            root=root,
+            download=download,
+            test_share=test_share,
+            shuffle=shuffle,
+            seed=seed,
+            on_duplicate=duplicates.__setitem__,
+        )
+        storage = open_storage(f"{destination.rstrip('/')}/{side}" if test_share else destination)
+        storage.check(writable=True)
+        num_shards, num_images = run(
+            tqdm(images, unit="image", disable=None, leave=False),
+            storage,
+            prefix=side,
+            images_per_shard=images_per_shard,
+        )
+        show(f"{num_images} images in {num_shards} shards written to {storage.uri}")
+    for name, other in islice(duplicates.items(), 1):
+        show(f"left out as copies of others: {len(duplicates)}, such as {name} of {other}")
+
+
+def _share(split: str) -> float:
+    """A share of images to test on; 0 for the name of a split."""
+    try:
+        share = float(split)
+    except ValueError:
+        return 0.0
+    if not 0 < share < 1:
+        raise typer.BadParameter(f"--split as a share is between 0 and 1, not {split}")
+    return share

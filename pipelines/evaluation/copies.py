@@ -22,6 +22,8 @@ from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages, read_corpus, read_labelled
 from one4all.evaluation.methods import FittedMethod, Savable
+from one4all.evaluation.methods.base import OnFitProgress, silent
+from one4all.evaluation.methods.embeddings import kept_in
 from one4all.report import to_png
 from one4all.storage import open_storage
 from pipelines.evaluation.trials import (
@@ -67,6 +69,8 @@ def make_copy(
     *,
     epsilon_levels: int,
     cache: Path | None = None,
+    embeddings: Path | None = None,
+    on_progress: OnFitProgress = silent,
 ) -> LabelledImages:
     """Protect a data set.
 
@@ -77,6 +81,8 @@ def make_copy(
         epsilon_levels: Budget.
         cache: Folder that holds the fitted method, or will if its fit takes time. That of a
             codebook is a protector folder.
+        embeddings: Folder of embeddings of images, which methods share.
+        on_progress: See `OnFitProgress`.
 
     Returns:
         Same labels and order; within the budget if the method claims to be.
@@ -84,18 +90,31 @@ def make_copy(
     Raises:
         One4AllError: What the method is made of is not there, or does not suit the data set.
     """
-    fitted = _fitted(clean if fit_on is None else fit_on, method, epsilon_levels, cache)
-    return fitted.protect(clean, own=fit_on is None, seed=method.seed)
+    corpus = clean if fit_on is None else fit_on
+    with kept_in(embeddings):
+        fitted = _fitted(corpus, method, epsilon_levels, cache, on_progress)
+        on_progress(1.0, "protecting")
+        return fitted.protect(clean, own=fit_on is None, seed=method.seed)
 
 
 def _fitted(
-    images: LabelledImages, method: MethodConfig, epsilon_levels: int, cache: Path | None
+    images: LabelledImages,
+    method: MethodConfig,
+    epsilon_levels: int,
+    cache: Path | None,
+    on_progress: OnFitProgress,
 ) -> FittedMethod:
     """A method fitted to images, or read from where its fit was kept."""
     known = method.known
     if cache is not None and cache.exists():
         return known.load(cache)
-    fitted = known.fit(images, method.settings, epsilon_levels=epsilon_levels, seed=method.seed)
+    fitted = known.fit(
+        images,
+        method.settings,
+        epsilon_levels=epsilon_levels,
+        seed=method.seed,
+        on_progress=on_progress,
+    )
     if cache is not None and known.needs_fit and isinstance(fitted, Savable):
         # Whole or not at all: a killed run must not leave half a method.
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +137,7 @@ def load_copy(copy: Copy, config: EvaluateConfig) -> tuple[LabelledImages, Label
         copy.method,
         epsilon_levels=copy.epsilon_levels,
         cache=fitted_folder(copy, config),
+        embeddings=embeddings_folder(config),
     )
     return clean, protected
 
@@ -125,6 +145,11 @@ def load_copy(copy: Copy, config: EvaluateConfig) -> tuple[LabelledImages, Label
 def fitted_folder(copy: Copy, config: EvaluateConfig) -> Path | None:
     """Where a fitted method is kept; nowhere if the output is remote."""
     return None if "://" in config.output else Path(config.output) / "fitted" / copy.key
+
+
+def embeddings_folder(config: EvaluateConfig) -> Path | None:
+    """Where embeddings of the data sets are kept; nowhere if the output is remote."""
+    return None if "://" in config.output else Path(config.output) / "embeddings"
 
 
 def mix(copy: LabelledImages, clean: LabelledImages, *, share: float) -> LabelledImages:

@@ -29,7 +29,15 @@ from one4all.images import Pixels
 from one4all.report import Section
 from one4all.storage import Storage, open_storage
 from one4all.visibility import VisibilitySummary, measurable, visibility
-from pipelines.evaluation.copies import embed_class_names, fitted_folder, load_data, make_copy, mix
+from pipelines.evaluation.copies import (
+    embed_class_names,
+    embeddings_folder,
+    fitted_folder,
+    load_data,
+    make_copy,
+    mix,
+)
+from pipelines.evaluation.news import copy_progress, new_board, take_news
 from pipelines.evaluation.records import CopyRecord, Environment, Outcome, TrialRecord
 from pipelines.evaluation.report import write_results
 from pipelines.evaluation.trials import (
@@ -45,6 +53,7 @@ from pipelines.ray_session import ray_session
 
 _log = logging.getLogger(__name__)
 _TRIALS, _COPIES = "trials/", "copies/"
+_NEWS_SECONDS = 2.0  # how long the driver waits before it looks for news
 _PSNR_IMAGES = 256  # of a copy, for its distortion
 _SEEN_IMAGES = 24  # of a copy, for its visibility, which takes seconds a megapixel
 
@@ -73,7 +82,8 @@ def evaluate(
     config: EvaluateConfig,
     *,
     command: str,
-    on_plan: Callable[[int, int], None] = lambda num_todo, num_trials: None,
+    on_plan: Callable[[Sequence[Trial], int], None] = lambda todo, num_trials: None,
+    on_epoch: Say = lambda line: None,
     on_trial: Callable[[Trial, TrialRecord], None] = lambda trial, record: None,
     say: Say = lambda line: None,
 ) -> Evaluation:
@@ -82,7 +92,8 @@ def evaluate(
     Args:
         config: What to evaluate.
         command: Command line, for the records.
-        on_plan: Called once with the trials to do and all trials.
+        on_plan: Called once, before anything is done, with the trials to do and the number of all.
+        on_epoch: Receives a line after each epoch of an adversary.
         on_trial: Called with each trial as it ends.
         say: Receives a line for each data set that is read and each copy that is made: the first
             trial may end long after.
@@ -98,10 +109,10 @@ def evaluate(
         copies=_read_records(storage, _COPIES, {t.copy.key for t in trials}, CopyRecord),
     )
     todo = [trial for trial in trials if trial.key not in result.records]
-    on_plan(len(todo), len(trials))
+    on_plan(todo, len(trials))
     if todo:
         environment = Environment.here(command)
-        for trial, outcome in _run(todo, config, result, storage, say):
+        for trial, outcome in _run(todo, config, result, storage, on_epoch, say):
             if isinstance(outcome, str):
                 result.failed[trial.title] = outcome
                 continue
@@ -151,7 +162,13 @@ def _label_qualities(data: str, config: EvaluateConfig) -> list[ClusterQuality]:
 
 
 def run_trial(
-    copy: LabelledImages, clean: LabelledImages, test: LabelledImages, trial: Trial, merged: Labels
+    copy: LabelledImages,
+    clean: LabelledImages,
+    test: LabelledImages,
+    trial: Trial,
+    merged: Labels,
+    *,
+    on_epoch: Callable[[int, float], None] = lambda epoch, accuracy: None,
 ) -> Outcome:
     """Train one adversary; accuracies in 0..1.
 
@@ -161,6 +178,7 @@ def run_trial(
         test: Clean test images, likewise.
         trial: What to do.
         merged: New label of each class; empty keeps the labels.
+        on_epoch: See `train_adversary`.
     """
     size = trial.copy.data_config.size or clean.size
     train, test = mix(copy, clean, share=trial.share).resized(size), test.resized(size)
@@ -172,6 +190,7 @@ def run_trial(
         trial.adversary,
         attack=None if trial.attack == NO_ATTACK else find_attack(trial.attack),
         seed=trial.seed,
+        on_epoch=on_epoch,
     )
     counts = np.bincount(test.labels_N)
     return Outcome(
@@ -185,12 +204,18 @@ def run_trial(
 
 
 def _run(
-    todo: list[Trial], config: EvaluateConfig, result: Evaluation, storage: Storage, say: Say
+    todo: list[Trial],
+    config: EvaluateConfig,
+    result: Evaluation,
+    storage: Storage,
+    on_epoch: Say,
+    say: Say,
 ) -> Iterator[tuple[Trial, Outcome | str]]:
     """Trials as they end; at most two copies are in memory beside those in use."""
     import ray
     from ray.exceptions import RayError
 
+    say("starting Ray")
     with ray_session(config.ray):
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = config.gpus_per_trial
@@ -200,12 +225,20 @@ def _run(
         remote: Any = ray.remote(num_cpus=config.cpus_per_trial, num_gpus=gpus)
         copy_task, trial_task = remote(_copy_task), remote(_trial_task)
         data = _Data(config, say)
+        board = new_board()
         waiting: dict[Any, Trial] = {}
         copies: dict[Any, Copy] = {}
 
+        def relay() -> None:
+            for kind, line in take_news(board):
+                (on_epoch if kind == "epoch" else say)(line)
+
         def finished(at_most: int) -> Iterator[tuple[Trial, Outcome | str]]:
             while len(waiting) > at_most or (copies and not at_most):
-                ready, _ = ray.wait([*copies, *waiting], num_returns=1)
+                ready, _ = ray.wait([*copies, *waiting], num_returns=1, timeout=_NEWS_SECONDS)
+                relay()
+                if not ready:
+                    continue
                 try:
                     outcome: Any = ray.get(ready[0])
                 except RayError as error:
@@ -220,21 +253,28 @@ def _run(
             copy = trials[0].copy
             clean, test = data.get(copy.data)
             fit_on = data.get(copy.fitted_on)[0] if copy.fitted_on else None
-            cache = fitted_folder(copy, config)
-            say(f"making copy: {copy.title}")
             protected, facts = copy_task.options(num_returns=2).remote(
-                clean, fit_on, copy.method, copy.epsilon_levels, config.cpus_per_trial, cache
+                clean,
+                fit_on,
+                copy.method,
+                copy.title,
+                epsilon_levels=copy.epsilon_levels,
+                num_threads=config.cpus_per_trial,
+                cache=fitted_folder(copy, config),
+                embeddings=embeddings_folder(config),
+                board=board,
             )
             copies[facts] = copy
             for trial in trials:
                 merged = data.merged(copy.data, trial.labels)
                 reference = trial_task.remote(
-                    protected, clean, test, trial, merged, config.cpus_per_trial
+                    protected, clean, test, trial, merged, config.cpus_per_trial, board
                 )
                 waiting[reference] = trial
             del protected
             yield from finished(at_most=2 * num_slots)
         yield from finished(at_most=0)
+        relay()
 
 
 def _note_copy(
@@ -290,6 +330,7 @@ class _Data:
         self._say = say
         self._references: dict[str, tuple[Any, Any]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
+        self._merged: dict[tuple[str, str], Labels] = {}
 
     def get(self, name: str) -> tuple[Any, Any]:
         """References of the training and the test split."""
@@ -297,7 +338,13 @@ class _Data:
 
         if name not in self._references:
             self._say(f"reading data set: {name}")
+            start = time.monotonic()
             splits = [load_data(self._config.data[name], split) for split in ("train", "test")]
+            train, test = splits
+            self._say(
+                f"data set read: {name}, {len(train):,} images to train on and {len(test):,} to "
+                f"test on, {train.num_classes} classes, {time.monotonic() - start:.0f} s"
+            )
             self._names[name] = splits[0].class_names
             self._references[name] = (ray.put(splits[0]), ray.put(splits[1]))
         return self._references[name]
@@ -307,19 +354,26 @@ class _Data:
         if not (count := num_clusters(labels)):
             return np.zeros(0, np.int64)
         self.get(name)
-        embeddings = embed_class_names(name, self._names[name], self._config.encoder)
-        return merge_labels(embeddings, count)
+        if (name, labels) not in self._merged:
+            embeddings = embed_class_names(name, self._names[name], self._config.encoder)
+            self._merged[name, labels] = merge_labels(embeddings, count)
+        return self._merged[name, labels]
 
 
 def _copy_task(
     clean: LabelledImages,
     fit_on: LabelledImages | None,
     method: MethodConfig,
+    title: str,
+    *,
     epsilon_levels: int,
     num_threads: int,
     cache: Path | None,
+    embeddings: Path | None,
+    board: Any,
 ) -> tuple[LabelledImages, CopyRecord]:
     torch.set_num_threads(num_threads)
+    board.add.remote("line", f"making copy: {title}")
     start = time.monotonic()
     protected = make_copy(
         clean,
@@ -327,6 +381,8 @@ def _copy_task(
         method,
         epsilon_levels=epsilon_levels,
         cache=cache,
+        embeddings=embeddings,
+        on_progress=copy_progress(board, title),
     )
     seconds = round(time.monotonic() - start, 2)
     return protected, CopyRecord(
@@ -356,6 +412,12 @@ def _trial_task(
     trial: Trial,
     merged: Labels,
     num_threads: int,
+    board: Any,
 ) -> Outcome:
     torch.set_num_threads(num_threads)
-    return run_trial(copy, clean, test, trial, merged)
+
+    def on_epoch(epoch: int, accuracy: float) -> None:
+        place = f"epoch {epoch} of {trial.adversary.epochs}"
+        board.add.remote("epoch", f"{trial.title}: {place}, {100 * accuracy:.1f} %")
+
+    return run_trial(copy, clean, test, trial, merged, on_epoch=on_epoch)

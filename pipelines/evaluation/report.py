@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from one4all.evaluation.label_clusters import ClusterQuality
-from one4all.evaluation.verdict import MIN_SEEDS, PROTECTS_BELOW, Verdict, judge
+from one4all.evaluation.verdict import Judgement, Verdict, judge
 from one4all.report import Section, plot_accuracies, plot_confusion, plot_curves, write_report
 from one4all.visibility import VisibilitySummary
 from pipelines.evaluation.records import CopyRecord, Outcome, TrialRecord
@@ -32,6 +32,14 @@ from pipelines.evaluation.trials import (
 ORACLE = "class_oracle"
 VISIBILITY_COLUMNS = tuple(VisibilitySummary().cells())
 _MAX_ROWS_IN_CONFUSION = 40
+_SHARES = "Share of clean accuracy left, %"
+_LEADS: dict[Verdict, str] = {
+    "protects": "Protects",
+    "weak effect": "Weak effect",
+    "no effect": "No effect",
+    "too few seeds": "Inconclusive",
+    "oracle fails": "Inconclusive",
+}
 
 
 @dataclass(frozen=True)
@@ -137,16 +145,25 @@ def fill_table(
 
 def verdicts(table: Table, column: str) -> dict[str, Verdict]:
     """The verdict on each method of a column; empty unless it has its controls."""
+    return {name: found.verdict for name, found in _judgements(table, column).items()}
+
+
+def _judgements(table: Table, column: str) -> dict[str, Judgement]:
     names = {method.method: method.name for method in table.grid.methods}
     if table.grid.rows != "methods" or not {CLEAN, ORACLE} <= names.keys():
         return {}
     accuracies = {row: table.cell(row, column).last for row in table.rows}
     kinds = {method.name: method.known.kind for method in table.grid.methods}
-    controls = [accuracies[name] for name, kind in kinds.items() if kind == "negative control"]
+    clean = names[CLEAN]
+    controls = {
+        name: accuracies[name]
+        for name, kind in kinds.items()
+        if kind == "negative control" and name != clean
+    }
     return {
         name: judge(
             accuracies[name],
-            clean=accuracies[names[CLEAN]],
+            clean=accuracies[clean],
             oracle=accuracies[names[ORACLE]],
             controls=controls,
         )
@@ -156,44 +173,63 @@ def verdicts(table: Table, column: str) -> dict[str, Verdict]:
 
 
 def explain(table: Table) -> list[str]:
-    """What each column is evidence of, a sentence or two for each."""
+    """What each column is evidence of, and which condition decided it."""
     sentences = []
     for column in table.columns:
-        if found := verdicts(table, column):
-            lead = f"{column}: " if len(table.columns) > 1 else ""
-            sentences.append(lead + " ".join(_explain(table, column, found)))
+        named: dict[Judgement, list[str]] = {}
+        for name, judgement in _judgements(table, column).items():
+            named.setdefault(judgement, []).append(name)
+        parts = [
+            f"{lead}: {'; '.join(names)} ({judgement.reason})."
+            for verdict, lead in _LEADS.items()
+            for judgement, names in named.items()
+            if judgement.verdict == verdict
+        ]
+        if parts:
+            sentences.append(f"{column}: " * (len(table.columns) > 1) + " ".join(parts))
     return sentences
 
 
-def _explain(table: Table, column: str, found: Mapping[str, Verdict]) -> list[str]:
-    names: dict[Verdict, list[str]] = {}
-    for name, verdict in found.items():
-        names.setdefault(verdict, []).append(name)
-    sentences = []
-    if few := names.pop("too few seeds", []):
-        counts = {row: len(table.cell(row, column).last) for row in table.rows}
-        row = min(counts, key=lambda row: counts[row])
-        sentences.append(
-            f"Inconclusive for {', '.join(few)}: too few seeds. A verdict needs {MIN_SEEDS} "
-            f"finished trials of the method and of each control; {row} has {counts[row]}."
-        )
-    if blind := names.pop("oracle fails", []):
-        oracle, clean = (
-            next(m.name for m in table.grid.methods if m.method == kind) for kind in (ORACLE, CLEAN)
-        )
-        sentences.append(
-            f"Inconclusive for {', '.join(blind)}: even the class-wise oracle does not protect "
-            f"here ({table.cell(oracle, column)} % with it, {table.cell(clean, column)} % clean), "
-            "so this adversary cannot show protection."
-        )
-    if names:
-        sentences.append(
-            f"Protects (at most {100 * PROTECTS_BELOW:.0f} % of clean and far below every "
-            f"control): {', '.join(names.get('protects', ['nothing']))}. Weak effect: "
-            f"{', '.join(names.get('weak effect', ['nothing']))}. No effect beyond the controls: "
-            f"{', '.join(names.get('no effect', ['nothing']))}."
-        )
-    return sentences
+def shares_of_clean(table: Table) -> list[list[str]]:
+    """Header and rows: accuracy over that of clean images under the same treatment, in %.
+
+    With several data sets, their mean is beside them: what is chosen on one set suits that set.
+    Empty if the grid has no clean images.
+    """
+    grid = table.grid
+    clean = next((method.name for method in grid.methods if method.method == CLEAN), None)
+    columns = [
+        column
+        for column in table.columns
+        if grid.rows == "methods" or table.trials[table.rows[0], column].copy.method.name != clean
+    ]
+    if clean is None or not columns:
+        return []
+    groups: dict[str, list[str]] = {}
+    for column in columns:
+        groups.setdefault(_without_data(table, column), []).append(column)
+    means = {name: members for name, members in groups.items() if len(members) > 1}
+    lines = [[grid.rows, *columns, *(f"{name} mean of sets".strip() for name in means)]]
+    for row in table.rows:
+        shares = {column: _share_of_clean(table, row, column, clean) for column in columns}
+        averages = [float(np.mean([shares[c] for c in members])) for members in means.values()]
+        found = [*shares.values(), *averages]
+        lines.append([row, *("-" if np.isnan(share) else f"{100 * share:.0f}" for share in found)])
+    return lines
+
+
+def _share_of_clean(table: Table, row: str, column: str, clean: str) -> float:
+    if table.grid.rows == "methods":
+        base = table.cell(clean, column)
+    else:
+        method = table.trials[row, column].copy.method.name
+        base = table.cell(row, clean + column.removeprefix(method))
+    return table.cell(row, column).mean / base.mean if base.mean else float("nan")
+
+
+def _without_data(table: Table, column: str) -> str:
+    """A column less the data set that it is named by."""
+    return " ".join(_column(table.trials[table.rows[0], column], table.grid, without="data"))
 
 
 def write_results(
@@ -223,8 +259,8 @@ def write_results(
     markdown = []
     for table, sentences in zip(tables, explained, strict=True):
         markdown += [table.markdown(), *(f"* {sentence}" for sentence in sentences), ""]
-        if table.grid.rows == "attacks":
-            markdown += [_recovered(table), ""]
+        if shares := shares_of_clean(table):
+            markdown += [f"{_SHARES}: {table.grid.title}", "", *_markdown(shares), ""]
     of_copies = _copies_section(config, copies)
     markdown += [
         f"### {of_copies.title}",
@@ -236,7 +272,11 @@ def write_results(
     ]
     (folder / "results.md").write_text("\n".join(markdown), "utf-8")
     (folder / "results.csv").write_text(_csv(tables, copies), "utf-8")
-    sections = [table_section(table, records) for table in tables]
+    sections = []
+    for table in tables:
+        sections.append(table_section(table, records))
+        if shares := shares_of_clean(table):
+            sections.append(Section(f"{_SHARES}: {table.grid.title}", table=shares))
     sections += diagnoses
     if qualities:
         sections.append(_quality_section(qualities))
@@ -249,18 +289,31 @@ def write_results(
 
 def _place(trial: Trial, grid: GridConfig) -> tuple[str, str]:
     """Row and column of a trial; a column is named by what differs within the grid."""
-    parts = {
+    row = _parts(trial, grid)[grid.rows][0]
+    return row, " ".join(_column(trial, grid)) or trial.copy.data
+
+
+def _column(trial: Trial, grid: GridConfig, *, without: str = "") -> list[str]:
+    """What names the column of a trial; ``without`` a list of the grid."""
+    return [
+        text
+        for axis, (text, count) in _parts(trial, grid).items()
+        if count > 1 and axis not in (grid.rows, without)
+    ]
+
+
+def _parts(trial: Trial, grid: GridConfig) -> dict[str, tuple[str, int]]:
+    """By list of the grid: what the trial has of it, and how many there are."""
+    return {
         "methods": (trial.copy.method.name, len(grid.methods)),
         "attacks": (trial.attack, len(grid.attacks)),
+        "augmentations": (trial.adversary.augmentation, len(grid.augmentations)),
         "shares": (f"{100 * trial.share:.0f} % protected", len(grid.shares)),
         "budgets": (f"{trial.budget} levels", len(grid.budgets)),
         "data": (trial.copy.data, len(grid.data)),
         "labels": (trial.labels, len(grid.labels)),
         "adversaries": (trial.adversary_name, len(grid.adversaries)),
     }
-    row = parts.pop(grid.rows)[0]
-    column = " ".join(text for text, count in parts.values() if count > 1)
-    return row, column or trial.copy.data
 
 
 def table_section(table: Table, records: Mapping[str, TrialRecord] | None = None) -> Section:
@@ -342,21 +395,6 @@ def _purity_curve(table: Table) -> list[tuple[str, bytes]]:
         series, xlabel="purity of the concepts", ylabel="test accuracy, %", title=table.grid.title
     )
     return [("Accuracy by the purity of the concepts that choose the pattern", curve)]
-
-
-def _recovered(table: Table) -> str:
-    """Recovered fraction: accuracy over that of the clean copy under the same attack."""
-    clean = next((m.name for m in table.grid.methods if m.method == CLEAN), None)
-    if clean is None:
-        return ""
-    lines = [f"Recovered fraction, {table.grid.title}", ""]
-    columns = [column for column in table.columns if column != clean]
-    lines += ["| attacks | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    for row in table.rows:
-        base = table.cell(row, clean).mean if clean in table.columns else float("nan")
-        shares = [table.cell(row, column).mean / base for column in columns]
-        lines.append(f"| {row} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
-    return "\n".join(lines)
 
 
 def _quality_section(qualities: Mapping[str, Sequence[ClusterQuality]]) -> Section:
@@ -447,8 +485,8 @@ def _csv(tables: Sequence[Table], copies: Mapping[str, CopyRecord]) -> str:
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(
-        "table method data fitted_on labels share budget attack adversary num_seeds "
-        "last_mean last_std peak_mean majority max_levels psnr_db".split()
+        "table method data fitted_on labels share budget attack adversary augmentation "
+        "num_seeds last_mean last_std peak_mean majority max_levels psnr_db".split()
         + list(VisibilitySummary().figures())
     )
     for table in tables:
@@ -465,6 +503,7 @@ def _csv(tables: Sequence[Table], copies: Mapping[str, CopyRecord]) -> str:
                     trial.budget,
                     "" if trial.attack == NO_ATTACK else trial.attack,
                     trial.adversary_name,
+                    trial.adversary.augmentation,
                     len(cell.last),
                     f"{cell.mean:.4f}",
                     f"{cell.spread:.4f}",

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from one4all.encoders import EncoderConfig
 from one4all.errors import One4AllError, UsageError
-from one4all.evaluation.adversaries import AdversaryConfig
+from one4all.evaluation.adversaries import AdversaryConfig, Augmentation
 from one4all.evaluation.adversaries import find_preset as find_adversary
 from one4all.evaluation.attacks import find_attack
 from one4all.evaluation.methods import Method, find_method
@@ -181,12 +181,13 @@ class GridConfig(JobConfig):
         budgets: In levels of 8 bits; () is the evaluation's.
         attacks: "none", or names in `one4all.evaluation.attacks.ATTACKS`.
         adversaries: By title; a preset's name, a configuration, or a preset and what differs.
+        augmentations: Each adversary with each of these; () keeps its own.
         seeds: Seeds of the adversaries.
     """
 
     title: str
     note: str = ""
-    rows: Literal["methods", "attacks", "shares", "budgets"] = "methods"
+    rows: Literal["methods", "attacks", "augmentations", "shares", "budgets"] = "methods"
     data: tuple[str, ...]
     fitted_on: str = ""
     methods: tuple[Annotated[MethodConfig, BeforeValidator(_method)], ...]
@@ -197,6 +198,7 @@ class GridConfig(JobConfig):
     adversaries: dict[str, Annotated[AdversaryConfig, BeforeValidator(_adversary)]] = Field(
         default_factory=lambda: {"resnet18": AdversaryConfig()}
     )
+    augmentations: tuple[Augmentation, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -313,6 +315,7 @@ class Trial:
     @property
     def title(self) -> str:
         parts = [self.copy.method.name, f"on {self.copy.data}", self.adversary_name]
+        parts += [self.adversary.augmentation] if self.adversary.augmentation != "none" else []
         parts += [self.attack] if self.attack != NO_ATTACK else []
         return ", ".join([*parts, f"seed {self.seed}"])
 
@@ -334,9 +337,18 @@ def grid_trials(grid: GridConfig, config: EvaluateConfig) -> Iterator[Trial]:
             epsilon_levels=config.epsilon_levels if method.method == CLEAN else budget,
         )
         for labels, share, attack, (name, adversary), seed in itertools.product(
-            grid.labels, grid.shares, grid.attacks, grid.adversaries.items(), grid.seeds
+            grid.labels, grid.shares, grid.attacks, _augmented(grid), grid.seeds
         ):
             yield Trial(copy, labels, share, budget, attack, name, adversary, seed)
+
+
+def _augmented(grid: GridConfig) -> list[tuple[str, AdversaryConfig]]:
+    """Title and configuration of each adversary with each augmentation."""
+    return [
+        (name, adversary.model_copy(update={"augmentation": augmentation}))
+        for name, adversary in grid.adversaries.items()
+        for augmentation in grid.augmentations or (adversary.augmentation,)
+    ]
 
 
 def all_trials(config: EvaluateConfig) -> list[Trial]:

@@ -88,18 +88,24 @@ def test_copy_that_is_made_again_gets_the_visibility_its_old_record_lacks(tmp_pa
 
 
 def test_what_is_being_made_is_said_before_the_first_trial_ends(config):
-    news = []
+    news, epochs = [], []
     evaluate(
         config,
         command="test",
+        on_plan=lambda todo, num_trials: news.append(f"{len(todo)} of {num_trials}"),
+        on_epoch=epochs.append,
         on_trial=lambda trial, record: news.append("trial"),
         say=news.append,
     )
     before = news[: news.index("trial")]
-    assert before[:2] == ["reading data set: d", "making copy: clean on d"]
+    assert before[:3] == ["8 of 8", "starting Ray", "reading data set: d"]
+    assert before[3].startswith("data set read: d, 40 images to train on and 40 to test on, 3 cl")
+    assert "making copy: clean on d" in before
     assert any(line.startswith("copy made: clean on d, ") for line in news)
     assert any(line.startswith("copy made: lsp on d, ") for line in news)
     assert "making copy: lsp on d" in news
+    assert len(epochs) == 8
+    assert sum(line.startswith("lsp, on d, a, seed 1: epoch 1 of 1, ") for line in epochs) == 2
 
 
 def test_report_has_tables_curves_of_clusters_and_diagnoses(tmp_path, config):

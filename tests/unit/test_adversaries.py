@@ -1,5 +1,7 @@
 """Networks, augmentation and the training of adversaries."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from one4all.evaluation.adversaries import (
     build_network,
     train_adversary,
 )
-from one4all.evaluation.adversaries.augmentation import augment
+from one4all.evaluation.adversaries.augmentation import Augmentation, augment, prepare
 from one4all.evaluation.adversaries.classifier import build_classifier
 from one4all.evaluation.adversaries.networks import NarrowResNet18
 from one4all.evaluation.adversaries.training import learning_rate_at
@@ -120,25 +122,58 @@ def test_networks_that_cannot_be_are_refused():
 # --- augmentation ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "flip_crop", "strong"])
+@pytest.mark.parametrize("kind", get_args(Augmentation))
 def test_augmentation_is_seeded_and_draws_alike_for_each_copy(kind):
     clean = separable(32, seed=0, size=32).images_NHWC
-    copy = 255 - clean
+    copy = clean.copy()
+    copy[::2] = 255 - clean[::2]
     generators = [np.random.default_rng(5) for _ in range(3)]
+    torch.manual_seed(8)
+    state = torch.get_rng_state()
     first, again, other = (
         augment(images, kind, random, CPU)
         for images, random in zip((clean, clean, copy), generators, strict=True)
     )
-    assert first.shape == (32, 3, 32, 32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (first.shape, first.dtype) == ((32, 3, 32, 32), torch.float32)
     assert first.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(first, again)
     assert first.min() >= 0
     assert first.max() <= 255
     assert len({random.random() for random in generators}) == 1
+    assert torch.equal(first[1::2], other[1::2])  # whatever their neighbours are
+    assert not torch.equal(first, augment(clean, kind, np.random.default_rng(6), CPU)) or (
+        kind == "none"
+    )
     same = torch.from_numpy(clean).permute(0, 3, 1, 2)
     assert torch.equal(first, same.float()) == (kind == "none")
     if kind == "flip_crop":
-        assert torch.equal(255 - first, other)
+        assert torch.equal(255 - first[::2], other[::2])
+
+
+def test_each_image_has_draws_of_its_own():
+    one = separable(1, seed=0, size=32).images_NHWC
+    for kind in set(get_args(Augmentation)) - {"none", "flip_crop", "gray", "gray_0.1", "gray_0.2"}:
+        result = augment(np.repeat(one, 24, axis=0), kind, np.random.default_rng(0), CPU)
+        assert len(result.unique(dim=0)) > 12, kind
+
+
+def test_one_image_in_five_turns_gray_and_the_test_image_only_if_all_do():
+    images = separable(500, seed=0, size=8).images_NHWC
+
+    def share(kind: Augmentation) -> float:
+        return num_gray(augment(images, kind, np.random.default_rng(0), CPU)) / 500
+
+    assert share("flip_crop") == 0
+    assert 0.15 < share("gray_0.2") < 0.25
+    assert 0.06 < share("gray_0.1") < 0.14
+    assert share("gray") == 1
+    assert num_gray(prepare(images, "gray", CPU)) == 500
+    assert num_gray(prepare(images, "gray_0.2", CPU)) == 0
+
+
+def num_gray(images_BCHW: torch.Tensor) -> int:
+    return int((images_BCHW == images_BCHW[:, :1]).all(dim=(1, 2, 3)).sum())
 
 
 def test_strong_augmentation_of_a_gray_square_moves_it_a_little():

@@ -2,17 +2,20 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.builders import make_image, read_members
+from typer import BadParameter
 
 from one4all.corpus.packing import embedded_corpora, open_corpus, pack
 from one4all.errors import AccessError, ConfigError, UsageError
 from one4all.images import decode
 from one4all.storage import open_storage
+from pipelines.cli.learning import pack as pack_verb
 
 
 def pack_to(folder, images, **options):
@@ -104,6 +107,65 @@ def test_files_that_differ_only_by_extension_get_keys_of_their_own(tmp_path):
     (tmp_path / "images" / ".cache").mkdir()
     keys = [image.key for image in open_corpus(str(tmp_path / "images"))]
     assert keys == ["cat/a", "cat/a_png"]
+
+
+def photos(root: Path, **counts: int) -> Path:
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            (root / name / f"{index:02d}.png").write_bytes(
+                make_image("PNG", size=(8, 8), seed=100 * label + index)
+            )
+    return root
+
+
+def test_folder_is_split_by_class_and_twins_are_on_no_two_sides(tmp_path):
+    root = photos(tmp_path / "in", cat=10, dog=20, elk=1)
+    for twin in ("cat/99.png", "dog/99.png", "elk/99.png"):
+        (root / twin).write_bytes((root / "cat" / "03.png").read_bytes())
+    twins = {}
+
+    def side(split: str, **options) -> list:
+        options = {"test_share": 0.2, "on_duplicate": twins.__setitem__} | options
+        return list(open_corpus(str(root), split=split, **options))
+
+    train, test = side("train"), side("test")
+    assert twins == dict.fromkeys(("cat/99.png", "dog/99.png", "elk/99.png"), "cat/03.png")
+    assert Counter(image.label_name for image in test) == {"cat": 2, "dog": 4}
+    assert Counter(image.label_name for image in train) == {"cat": 8, "dog": 16, "elk": 1}
+    assert not {image.data for image in train} & {image.data for image in test}
+    assert side("test") == test
+    assert {i.key for i in side("test", seed=1)} != {i.key for i in test}
+    assert {i.key for i in side("test", shuffle=True)} == {i.key for i in test}
+    with pytest.raises(ConfigError, match="'emoji-nature' has a split of its own"):
+        open_corpus("emoji-nature", test_share=0.2)
+
+
+def test_pack_writes_both_sides_of_a_split_and_says_what_it_left_out(tmp_path, capsys):
+    root = photos(tmp_path / "in", cat=4, dog=4)
+    (root / "dog" / "twin.png").write_bytes((root / "dog" / "00.png").read_bytes())
+    pack_verb(str(root), str(tmp_path / "out"), split="0.25")
+    for side, count in (("train", 6), ("test", 2)):
+        shard = tmp_path / "out" / side / f"{side}-000000.tar"
+        members = read_members(shard.read_bytes())
+        assert sum(name.endswith(".png") for name in members) == count
+    said = capsys.readouterr().out
+    assert "left out as copies of others: 1, such as dog/twin.png of dog/00.png" in said
+    with pytest.raises(BadParameter, match="between 0 and 1, not 20"):
+        pack_verb(str(root), str(tmp_path / "two"), split="20")
+
+
+@pytest.mark.parametrize("source", ["folder", "emoji-nature"])
+def test_shuffled_corpus_is_the_same_in_another_order(tmp_path, source):
+    place = str(photos(tmp_path, cat=10, dog=10)) if source == "folder" else source
+    images, shuffled, again, other = (
+        list(open_corpus(place, **options))
+        for options in ({}, {"shuffle": True}, {"shuffle": True}, {"shuffle": True, "seed": 1})
+    )
+    assert shuffled == again
+    assert sorted(i.key for i in shuffled) == sorted(i.key for i in images)
+    assert len({tuple(i.key for i in found) for found in (images, shuffled, other)}) == 3
+    assert len({i.label for i in shuffled[:10]}) > 1
 
 
 @pytest.mark.slow

@@ -15,15 +15,17 @@ from support.builders import (
 )
 
 from one4all.clustering import k_means
+from one4all.encoders import load_encoder
 from one4all.errors import ConfigError, ShardError, UsageError
 from one4all.evaluation.label_clusters import cluster_quality, merge_labels
 from one4all.evaluation.labelled import LabelledImages, read_labelled
+from one4all.evaluation.methods import embeddings
 from one4all.evaluation.verdict import judge
 from one4all.protectors.protector import Protector
 from one4all.visibility import IDENTICAL, Visibility, VisibilitySummary
 from pipelines.evaluation.copies import export_copies, load_data, make_copy, mix
 from pipelines.evaluation.records import CopyRecord, Environment, Outcome, TrialRecord
-from pipelines.evaluation.report import explain, fill_table, write_results
+from pipelines.evaluation.report import explain, fill_table, shares_of_clean, write_results
 from pipelines.evaluation.trials import (
     DataConfig,
     EvaluateConfig,
@@ -52,12 +54,35 @@ CONFIGS = sorted((ROOT / "configs" / "evaluate").rglob("*.yaml"))
     ],
 )
 def test_verdict_claims_no_more_than_the_controls_allow(protected, oracle, expected):
-    assert judge(protected, clean=CLEAN, oracle=oracle, controls=[NOISE]) == expected
+    assert verdict_on(protected, oracle).verdict == expected
+
+
+def verdict_on(protected, oracle=ORACLE, clean=CLEAN, **controls):
+    return judge(protected, clean=clean, oracle=oracle, controls=controls or {"noise": NOISE})
 
 
 def test_gap_that_a_control_shows_too_is_no_evidence():
-    low = [0.31, 0.30, 0.32]
-    assert judge([0.30, 0.31, 0.29], clean=CLEAN, oracle=ORACLE, controls=[low]) == "no effect"
+    found = verdict_on([0.30, 0.31, 0.29], generator=[0.31, 0.30, 0.32])
+    assert found.verdict == "no effect"
+    assert found.reason == (
+        "not far enough from generator: 1.0 points below generator, the rule is more than 2.0, "
+        "twice the largest spread"
+    )
+
+
+@pytest.mark.parametrize(
+    ("judgement", "reason"),
+    [
+        (verdict_on([0.3, 0.31], clean=CLEAN[:2], oracle=ORACLE[:2], a=NOISE[:2]), "two seeds;"),
+        (verdict_on([0.3, 0.31, 0.3], clean=CLEAN[:1]), "one seed of clean images; a verdict"),
+        (verdict_on([], a=[]), "no seeds of the method and a; a verdict needs three"),
+        (verdict_on([0.42, 0.42, 0.42]), "63.6 % of clean accuracy, the rule is at most 60"),
+        (verdict_on([0.33, 0.33, 0.33]), "50.0 % of clean accuracy, the rule is at most 60; 32.7"),
+        (verdict_on([0.3, 0.3, 0.3], [0.6, 0.6, 0.6]), "even the class-wise oracle leaves 90.9 %"),
+    ],
+)
+def test_verdict_says_which_condition_decided_it(judgement, reason):
+    assert judgement.reason.startswith(reason)
 
 
 def config_of(**grid) -> EvaluateConfig:
@@ -129,7 +154,7 @@ def test_table_has_means_spreads_and_verdicts():
     table = fill_table(config.grids[0], config, records_of(config, found), {})
     assert table.text()[1] == ["clean", "66.0 ± 1.0"]
     assert table.text()[-1] == ["(most frequent class)", "10.0"]
-    assert "far below every control): lsp." in explain(table)[0]
+    assert explain(table)[0].startswith("Protects: lsp (45.5 % of clean accuracy, the rule is ")
 
 
 def test_no_verdict_says_which_condition_failed():
@@ -139,12 +164,10 @@ def test_no_verdict_says_which_condition_failed():
     records = records_of(config, good | {"class_oracle": ORACLE})
     two_seeds = {k: r for k, r in records.items() if r.outcome.last != 0.65}  # of clean and noise
     (sentence,) = explain(fill_table(grid, config, two_seeds, {}))
-    assert sentence.startswith("Inconclusive for lsp: too few seeds. A verdict needs 3 ")
-    assert sentence.endswith("; clean has 2.")
+    assert sentence.startswith("Inconclusive: lsp (two seeds of clean images and uniform_noise;")
     records = records_of(config, good | {"class_oracle": [0.6, 0.6, 0.6]})
     (sentence,) = explain(fill_table(grid, config, records, {}))
-    assert sentence.startswith("Inconclusive for lsp: even the class-wise oracle does not protect")
-    assert "60.0 ± 0.0 % with it, 66.0 ± 1.0 % clean" in sentence
+    assert sentence.startswith("Inconclusive: lsp (even the class-wise oracle leaves 90.9 % of ")
 
 
 def test_other_methods_are_judged_when_one_has_too_few_seeds():
@@ -154,8 +177,8 @@ def test_other_methods_are_judged_when_one_has_too_few_seeds():
     records = records_of(config, found | {"class_oracle": ORACLE})
     without = {k: r for k, r in records.items() if r.outcome.last != 0.41}
     (sentence,) = explain(fill_table(config.grids[0], config, without, {}))
-    assert "Inconclusive for ar: too few seeds." in sentence
-    assert "far below every control): lsp. Weak effect: nothing." in sentence
+    assert sentence.startswith("Protects: lsp (30.3 % of clean accuracy")
+    assert "Inconclusive: ar (two seeds of the method;" in sentence
 
 
 def test_records_survive_the_disk():
@@ -181,6 +204,40 @@ def test_budgets_go_down_the_table_and_clean_images_are_trained_on_once(tmp_path
     assert table.rows == ["2 levels", "8 levels"]
     assert table.text()[1][1] == table.text()[2][1] == "66.0 ± 1.0"
     assert "by budget" in write_results(tmp_path, config, records, {}, qualities={}).read_text()
+
+
+def test_augmentations_go_down_the_table_and_are_those_of_an_adversary(tmp_path):
+    kinds = ["flip_crop", "gray_0.2"]
+    config = config_of(rows="augmentations", augmentations=kinds, methods=["clean", "lsp"])
+    own = config_of(adversaries={"resnet18": {"augmentation": "gray_0.2"}}, methods=["lsp"])
+    assert {t.key for t in all_trials(own)} < {t.key for t in all_trials(config)}
+    assert len({t.title for t in all_trials(config)}) == 12
+    records = records_of(config, {"clean": CLEAN, "lsp": ORACLE})
+    write_results(tmp_path, config, records, {}, qualities={})
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| gray_0.2 | 66.0 ± 1.0 | 20.0 ± 0.0 |" in lines
+    assert "| gray_0.2 | 30 |" in lines
+    header, *rows = csv.reader((tmp_path / "results.csv").read_text().splitlines())
+    assert [row[header.index("augmentation")] for row in rows] == 2 * kinds
+
+
+def test_share_of_clean_accuracy_is_averaged_over_sets():
+    for rows, kinds in (("methods", []), ("augmentations", ["none", "gray"])):
+        config = config_of(
+            data=["a", "c"], rows=rows, augmentations=kinds, methods=["clean", "lsp"], seeds=[0]
+        )
+        records = records_of(config, {"clean": [0.8], "lsp": [0.2]})
+        for trial in all_trials(config):
+            if trial.copy.data == "c" and trial.copy.method.name == "lsp":
+                outcome = records[trial.key].outcome.model_copy(update={"last": 0.4})
+                records[trial.key] = records[trial.key].model_copy(update={"outcome": outcome})
+        shares = shares_of_clean(fill_table(config.grids[0], config, records, {}))
+        if rows == "methods":
+            assert shares[0] == ["methods", "a", "c", "mean of sets"]
+            assert shares[2] == ["lsp", "25", "50", "38"]
+        else:
+            assert shares[0] == ["augmentations", "lsp a", "lsp c", "lsp mean of sets"]
+            assert shares[2] == ["gray", "25", "50", "38"]
 
 
 SEEN = VisibilitySummary(24, Visibility(4.04, 0.1, 75.0), Visibility(6.0, 0.2, 60.0))
@@ -232,7 +289,8 @@ def test_results_are_written_also_with_trials_missing(tmp_path):
     records = records_of(config, {"clean": CLEAN, "lsp": NOISE})
     records.pop(next(iter(records)))
     report = write_results(tmp_path, config, records, {}, qualities={})
-    assert "Recovered fraction" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert "| attacks | lsp |\n|---|---|\n| none | 99 |\n| blur-1 | 99 |" in text
     assert (tmp_path / "results.csv").read_text().count("\n") == 5
     assert "<h2>T</h2>" in report.read_text()
 
@@ -311,6 +369,37 @@ def test_codebook_is_kept_as_a_protector_folder(tmp_path):
     assert np.array_equal(first.images_NHWC, protected)
     again = make_copy(clean, None, method, epsilon_levels=4, cache=tmp_path / "x")
     assert np.array_equal(first.images_NHWC, again.images_NHWC)
+
+
+@pytest.mark.slow
+def test_codebooks_of_one_corpus_encode_it_once(tmp_path, monkeypatch):
+    clean = images_of(size=32)
+    encoded = []
+    kind = type(load_encoder(TINY_ENCODER))
+    original = kind._embed_image
+
+    def count(self, image):
+        encoded.append(len(image))
+        return original(self, image)
+
+    monkeypatch.setattr(kind, "_embed_image", count)
+
+    def copy(strength: str, folder: Path | None) -> np.ndarray:
+        embeddings._recent.clear()  # as in another process
+        codebook = {"num_concepts": 3, "pattern": strength}
+        settings = {"encoder": TINY_ENCODER.model_dump(), "codebook": codebook}
+        method = MethodConfig(method="codebook", config=settings)
+        made = make_copy(clean, None, method, epsilon_levels=8, embeddings=folder)
+        return made.images_NHWC
+
+    alone = copy("strong", None)
+    num_alone = sum(size for size in encoded if size > 1)  # one: the test image of a card
+    assert num_alone == 12 + 16  # for the fit; to protect, in full batches of 8
+    encoded.clear()
+    discreet, strong = copy("discreet", tmp_path), copy("strong", tmp_path)
+    assert sum(size for size in encoded if size > 1) == num_alone
+    assert np.array_equal(strong, alone)
+    assert not np.array_equal(strong, discreet)
 
 
 def test_what_needs_no_fit_is_not_kept(tmp_path):

@@ -15,9 +15,9 @@ from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods import find_method
 from one4all.evaluation.methods.ar import Autoregressive, _run
-from one4all.evaluation.methods.clusters import encode_corpus
 from one4all.evaluation.methods.contrastive import Learner, LearnerConfig, info_nce, random_view
 from one4all.evaluation.methods.cp import _descend
+from one4all.evaluation.methods.embeddings import encode_corpus
 from one4all.evaluation.methods.emn import EmnClassConfig, EmnSampleConfig
 from one4all.evaluation.methods.surrogate import (
     Surrogate,

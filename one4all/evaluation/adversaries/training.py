@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor, nn
 
 from one4all.errors import ConfigError, One4AllError, UsageError
-from one4all.evaluation.adversaries.augmentation import Augmentation, augment, to_levels
+from one4all.evaluation.adversaries.augmentation import Augmentation, augment, prepare
 from one4all.evaluation.adversaries.classifier import Classifier, build_classifier, is_published
 from one4all.evaluation.adversaries.networks import FULL_WIDTH, NETWORKS
 from one4all.evaluation.attacks import Attack, Loss, Purifier
@@ -41,7 +41,8 @@ class AdversaryConfig(BaseModel):
         input_size: Side in pixels to which images are resized for a published model; 0 is its own.
         width: 64 is the network as published, see `build_network`; published models ignore it.
         stem_stride: Below 128 pixels: 1 for 32-pixel images, 2 halves the cost at 64 pixels.
-        augmentation: "none", the paper's own protocol; "flip_crop"; "strong"; see `augment`.
+        augmentation: "none", the paper's own protocol; "flip_crop"; or one of everyday training,
+            see `augment`.
         epochs, batch_size: The last, incomplete batch of an epoch is left out.
         optimizer: "sgd" with ``momentum``, or "adamw".
         learning_rate, final_learning_rate: Cosine from one to the other, by step. 0.1 is the
@@ -322,7 +323,7 @@ class _Trainer:
             return torch.from_numpy(batch).to(self._device)
         if training:
             return augment(batch, self._config.augmentation, self._random, self._device)
-        return to_levels(batch, self._device)
+        return prepare(batch, self._config.augmentation, self._device)
 
     def _network_for(self, inputs: npt.NDArray[Any]) -> nn.Module:
         return self._classifier.head if inputs.ndim == 2 else self._classifier

@@ -5,25 +5,19 @@ Shape suffixes: N images, K clusters, D features, C colour channels, h w perturb
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from one4all.clustering import Assignment, nearest
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import Arrays, FittedCard, SavablePerturbations
-from one4all.evaluation.methods.surrogate import chunks
+from one4all.evaluation.methods.embeddings import encode_corpus
 from one4all.perturbation import Levels
-
-_ENCODE_BATCH = 64
-_MOST_RECENT = 4
-_recent: dict[tuple[str, str, str], Tensor] = {}
 
 
 class ClusterWise(SavablePerturbations):
@@ -87,27 +81,3 @@ def _load_encoder_of(card: FittedCard) -> Encoder:
             f"{encoder.content_hash()[:12]}; install the one it was fitted with, or fit again"
         )
     return encoder
-
-
-def encode_corpus(encoder: Encoder, images: LabelledImages, device: torch.device) -> Tensor:
-    """L2-normalised features of all images, float32 (N, D) on the CPU.
-
-    The last few are remembered: the methods of a grid see the same images through one encoder.
-    """
-    pixels = hashlib.sha256(np.ascontiguousarray(images.images_NHWC).data).hexdigest()
-    key = (encoder.content_hash(), pixels, str(device))
-    if key not in _recent:
-        while len(_recent) >= _MOST_RECENT:
-            del _recent[next(iter(_recent))]
-        _recent[key] = _encode(encoder, images, device)
-    return _recent[key].clone()
-
-
-@torch.inference_mode()
-def _encode(encoder: Encoder, images: LabelledImages, device: torch.device) -> Tensor:
-    encoder.to(device)
-    parts = []
-    for part in chunks(len(images), _ENCODE_BATCH):
-        batch = torch.from_numpy(images.images_NHWC[part]).permute(0, 3, 1, 2)
-        parts.append(encoder.encode_image(batch.to(device)).cpu())
-    return torch.cat(parts)

@@ -18,7 +18,7 @@ from one4all.encoders import EncoderConfig, load_encoder
 from one4all.evaluation.label_clusters import cluster_purity
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, silent
-from one4all.evaluation.methods.clusters import encode_corpus
+from one4all.evaluation.methods.embeddings import encode_corpus
 from one4all.evaluation.methods.protectors import SMALLEST_WORKING_SIZE, FittedProtector
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.codebook import (
@@ -81,8 +81,12 @@ def fit(
     """
     check_epsilon(epsilon_levels)
     encoder = load_encoder(config.encoder)
-    features = encode_corpus(encoder, images, torch.device(device))
-    on_progress(0.9, "encoded")
+    features = encode_corpus(
+        encoder,
+        images,
+        torch.device(device),
+        on_share=lambda share: on_progress(0.9 * share, "encoding"),
+    )
     bank = ConceptBank.build(config.vocabulary, encoder) if config.vocabulary else None
     if bank:
         codebook = name_codebook(bank.embeddings, config.codebook, seed=seed)

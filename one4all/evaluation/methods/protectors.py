@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from one4all.errors import UsageError
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import FittedMethod, Savable
+from one4all.evaluation.methods.embeddings import encode_to_protect
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
 from one4all.protectors.protector import Protector
@@ -47,7 +48,8 @@ class FittedProtector(FittedMethod, Savable):
 
     def protect(self, images: LabelledImages, *, own: bool, seed: int) -> LabelledImages:
         """See the base class; nothing is drawn, so neither ``own`` nor ``seed`` matters."""
-        protected = self.protector.protect(list(images.images_NHWC))
+        embeddings = encode_to_protect(self.protector, images)
+        protected = self.protector.protect(list(images.images_NHWC), embeddings_ND=embeddings)
         return replace(images, images_NHWC=np.stack(protected))
 
     def save(self, folder: Path) -> None:

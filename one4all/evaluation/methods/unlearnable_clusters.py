@@ -31,7 +31,8 @@ from one4all.encoders import Encoder, EncoderConfig, load_encoder
 from one4all.evaluation.label_clusters import cluster_purity
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, make_card, seeded, silent
-from one4all.evaluation.methods.clusters import ClusterWise, encode_corpus
+from one4all.evaluation.methods.clusters import ClusterWise
+from one4all.evaluation.methods.embeddings import encode_corpus
 from one4all.evaluation.methods.surrogate import batches, flip_and_shift, to_levels
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
 from one4all.protectors.generator import Generator, GeneratorConfig
