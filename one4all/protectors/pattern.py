@@ -26,6 +26,7 @@ from one4all.perturbation import Levels
 VALUES_PER_CELL = 8
 COLOUR = (-1.0, 1.0, -1.0)  # red, green, blue of a bit that is 1
 _PHOTO_BLUR = 0.25  # cells
+_SAMPLES_A_SIDE = 8  # of a value of the grid; more would not change what is left after the blur
 _CHROMA_WEIGHT = 0.045  # of CIEDE2000
 # sRGB to XYZ relative to the white point D65 (IEC 61966-2-1).
 _RGB_TO_XYZ = torch.tensor(
@@ -141,11 +142,7 @@ def hide(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
     pixels = colour(clean)
     if not (config.masking or config.in_place) or pixels.shape[2] == 1:
         return delta_hwC
-    height, width = delta_hwC.shape[:2]
-    small = Image.fromarray(np.ascontiguousarray(pixels)).resize(
-        (width, height), Image.Resampling.BOX
-    )
-    own_hwC = torch.from_numpy(np.array(small)).float()
+    own_hwC = torch.from_numpy(_shrunk(pixels, *delta_hwC.shape[:2])).float()
     painted_hw = torch.from_numpy(delta_hwC[:, :, 1])
     most_hw = painted_hw.abs() / config.amplitude
     seen_less_hw = 1 + config.masking * _CHROMA_WEIGHT * _soften(_chroma(own_hwC))
@@ -156,6 +153,13 @@ def hide(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
     added_hw = added_hw.minimum(2 * wanted_hw).minimum(most_hw) * painted_hw.sign()
     result: Levels = (added_hw[:, :, None] * torch.tensor(COLOUR)).numpy()
     return result
+
+
+def _shrunk(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Mean colours on a grid; of a large photo, those of its every second pixel, or third ..."""
+    apart = min(pixels.shape[0] // height, pixels.shape[1] // width) // _SAMPLES_A_SIDE
+    sampled = np.ascontiguousarray(pixels[:: max(apart, 1), :: max(apart, 1)])
+    return np.array(Image.fromarray(sampled).resize((width, height), Image.Resampling.BOX))
 
 
 def _soften(image_hw: Tensor) -> Tensor:

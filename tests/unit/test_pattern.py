@@ -127,3 +127,11 @@ def test_photos_smaller_than_the_pattern_are_counted_in_too(size):
     added = hide(one_pattern(DISCREET), make_pixels(*size), DISCREET)
     assert np.isfinite(added).all()
     assert np.abs(added).max() <= 8
+
+
+def test_large_photo_is_looked_at_here_and_there_with_the_same_outcome():
+    small = make_pixels(256, 320)
+    large = np.kron(small, np.ones((10, 10, 1), np.uint8))
+    delta = np.tile(one_pattern(DISCREET), (1, 2, 1))[:, :40]
+    exact, sampled = hide(delta, small, DISCREET), hide(delta, large, DISCREET)
+    np.testing.assert_allclose(sampled, exact, atol=0.15)
