@@ -129,8 +129,8 @@ def _fit(
         on_fit(f"fitted to {found.num_images:,} images, with {concepts} concepts", 0)
         return found.card
     on_fit(
-        f"no protector is named, and {count} images are too few to fit one to (it takes "
-        f"{FEWEST_IMAGES}): takes the shipped one, which protects less",
+        f"no protector is named, and a corpus of {count} is too small to fit one to (it takes "
+        f"{FEWEST_IMAGES} images): takes the shipped one, which protects less",
         0,
     )
     return None

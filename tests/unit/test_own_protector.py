@@ -46,7 +46,7 @@ def test_small_corpus_gets_the_shipped_one_in_the_strength_that_was_asked_for(
     write_corpus(tmp_path / "in", num_shards=2)
     (tmp_path / "in" / "damaged.tar").write_bytes(b"no tar" * 100)
     card, place, said = own(strength=strength)
-    assert "10 images are too few to fit one to" in said[0]
+    assert "a corpus of 10 is too small to fit one to" in said[0]
     assert card.generator.pattern == STRENGTHS[strength or "discreet"]
     assert card.weights_sha256 == load_card("default").weights_sha256
     assert place.endswith(f"out/_one4all/protectors/{card.content_hash}")
