@@ -137,13 +137,12 @@ def protect(
     source, destination = open_source(source_uri), open_storage(destination_uri)
     _refuse_overlap(source, destination)
     since = start_of(config)
-    if config.protector:
-        if config.strength:
-            raise UsageError(
-                "a strength is for a protector of the destination's own; leave out --strength, or "
-                "--protector"
-            )
-        check_protector(config.protector)
+    if config.protector and config.strength:
+        raise UsageError(
+            "a strength is for a protector of the destination's own; leave out --strength, or "
+            "--protector"
+        )
+    card = check_protector(config.protector) if config.protector else None
     source.check(writable=False)
     destination.check(writable=True)
     if next(list_units(source), None) is None:
@@ -156,13 +155,12 @@ def protect(
     if config.moved_from and bound_to is None:
         raise UsageError(f"--moved-from {config.moved_from}: nothing was protected there yet")
     with ExitStack() as stack:
-        if not config.protector:
-            if bound_to is None:
-                check_cluster(config.ray)
-                _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
+        if bound_to is None:  # there is nothing to compare with first
+            _try_places(destination, config)
+        if card is None:
             own = own_protector(source, destination, bound_to, config, stack, on_fit)
             config = config.model_copy(update={"protector": own})
-        card = check_protector(config.protector)
+            card = check_protector(own)
         # Workers run in another directory: no relative path reaches them.
         config = config.model_copy(update={"protector": locate(config.protector)})
         binding = Binding(
@@ -175,9 +173,9 @@ def protect(
         )
         if config.moved_from:
             _follow_move(source, ledger, binding, config.moved_from)
-        ledger.is_bound(binding)  # before the probe, which writes
-        check_cluster(config.ray)  # before the lease, which must not be held by a run that waits
-        _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
+        if bound_to is not None:
+            ledger.is_bound(binding)  # before the probe, which writes
+            _try_places(destination, config)
         ledger.bind(binding)
         run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
         try:
@@ -189,6 +187,13 @@ def protect(
                     run.sweep()  # after an interrupt, which kills workers in mid-write
         except AccessError as error:  # the request was fine when it was checked
             raise StorageError(f"{error}; in mid-run: run the same command again") from error
+
+
+def _try_places(destination: Storage, config: ProtectConfig) -> None:
+    """Whether cluster and store keep what is needed of them; before the lease, which must not be
+    held by a run that waits."""
+    check_cluster(config.ray)
+    _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
 
 
 class _Run:

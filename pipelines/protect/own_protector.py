@@ -76,7 +76,8 @@ def own_protector(
     """
     if bound_to:
         place = find_own(destination, bound_to)
-        _refuse_another_strength(load_card(place), config.strength)
+        if config.strength:
+            _refuse_another_strength(load_card(place), config.strength)
         return place
     with tempfile.TemporaryDirectory(prefix="one4all-fit-") as scratch:
         folder = Path(scratch) / NAME
@@ -162,7 +163,7 @@ def _shipped(folder: Path, strength: str) -> ProtectorCard:
 
 def _refuse_another_strength(card: ProtectorCard, strength: str) -> None:
     look = getattr(card.generator, "pattern", None)
-    if strength and look != STRENGTHS[strength]:
+    if look != STRENGTHS[strength]:
         bound = next((name for name, known in STRENGTHS.items() if known == look), "another")
         raise UsageError(
             f"this destination is protected with strength {bound}, and strength {strength} was "
