@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any
 
 from one4all.corpus import (
+    CONTAINERS,
     DEFAULT_MAX_SAMPLE_BYTES,
+    Container,
     Member,
+    ReadOptions,
     Sample,
     Unit,
     is_exempt,
@@ -34,7 +37,7 @@ from one4all.images import (
     pillow_orientation,
 )
 from one4all.ledger.records import Binding, Manifest
-from one4all.storage import Reader, Storage
+from one4all.storage import Attributes, Reader, Storage
 from one4all.visibility import Visibility, visibility
 
 _MAX_PROBLEMS = 20  # of a unit, in the report; the count is always complete
@@ -108,16 +111,19 @@ def audit_unit(
     """
     audit = UnitAudit(unit.name)
     written = _Measured(destination)
+    reading = ReadOptions(max_sample_bytes, binding.image_columns, binding.others)
     # A protected image may be larger than the clean one; see `rewrite_unit`.
     grown = 2 * max(max_sample_bytes, DEFAULT_MAX_SAMPLE_BYTES)
+    comparison = _Comparison(
+        audit, manifest, binding, CONTAINERS[unit.container], measure_visibility
+    )
+    again = replace(reading, max_sample_bytes=grown, dropped=comparison.dropped)
     try:
         with (
-            closing(read_samples(source, unit, max_sample_bytes=max_sample_bytes)) as clean,
-            closing(
-                read_samples(written, manifest.output_unit.latest, max_sample_bytes=grown)
-            ) as protected,
+            closing(read_samples(source, unit, reading)) as clean,
+            closing(read_samples(written, manifest.output_unit.latest, again)) as protected,
         ):
-            _Comparison(audit, manifest, binding, measure_visibility).run(clean, protected)
+            comparison.run(clean, protected)
             found = written.read_to_end()
         for output in manifest.outputs:
             size, sha256 = found.get(output.key, (0, ""))
@@ -136,13 +142,22 @@ class _Measured:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._readers: dict[str, _HashingReader] = {}
+        self._read_in_parts: set[str] = set()
 
     def open(self, key: str, *, etag: str | None = None) -> Reader:
         self._readers[key] = _HashingReader(self._storage.open(key, etag=etag))
         return self._readers[key]
 
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes:
+        self._read_in_parts.add(key)
+        return self._storage.read_range(key, start, size, etag=etag)
+
     def read_to_end(self) -> dict[str, tuple[int, str]]:
-        """Size and sha256 of every object that was opened, by key."""
+        """Size and sha256 of every object that was read, by key."""
+        for key in self._read_in_parts:
+            with closing(self.open(key)) as reader:
+                while reader.read(1 << 20):
+                    pass
         return {key: reader.read_to_end() for key, reader in self._readers.items()}
 
 
@@ -153,6 +168,10 @@ class _HashingReader:
         self._reader = reader
         self._sha256 = hashlib.sha256()
         self._num_bytes, self._ended = 0, False
+
+    @property
+    def attributes(self) -> Attributes:
+        return self._reader.attributes
 
     def read(self, size: int, /) -> bytes:
         data = self._reader.read(size)
@@ -174,19 +193,24 @@ class _Comparison:
     """Walks both sides of a unit in step."""
 
     def __init__(
-        self, audit: UnitAudit, manifest: Manifest, binding: Binding, measure_visibility: bool
+        self,
+        audit: UnitAudit,
+        manifest: Manifest,
+        binding: Binding,
+        container: Container,
+        measure_visibility: bool,
     ) -> None:
-        self._audit = audit
+        self._audit, self._container = audit, container
         self._measure_visibility = measure_visibility
         self._manifest = manifest
         self._binding = binding
         self._bad = {entry.member: entry.action for entry in manifest.bad_images}
-        self._dropped = {e.key for e in manifest.bad_images if e.action == "dropped"}
+        self.dropped = {e.key for e in manifest.bad_images if e.action == "dropped"}
 
     def run(self, clean: Iterator[Sample], written: Iterator[Sample]) -> None:
         audit, manifest = self._audit, self._manifest
         for before, after in zip_longest(self._without_dropped(clean), written):
-            if before is None or after is None or not _meet(before, after):
+            if before is None or after is None or not self._container.meet(before, after):
                 audit.report(
                     f"sample {before.key if before else None!r} of the source meets "
                     f"{after.key if after else None!r} in the output"
@@ -203,8 +227,10 @@ class _Comparison:
 
     def _without_dropped(self, clean: Iterator[Sample]) -> Iterator[Sample]:
         for sample in clean:
+            if not sample.members:
+                continue
             self._audit.num_samples += any(member.is_file for member in sample.members)
-            if sample.members[0].is_file and printable(sample.key) in self._dropped:
+            if sample.members[0].is_file and printable(sample.key) in self.dropped:
                 self._audit.num_dropped += 1
             else:
                 yield sample
@@ -229,10 +255,8 @@ class _Comparison:
                 self._compare_image(clean, written)
 
     def _expect_identical(self, clean: Member, written: Member) -> None:
-        if clean.envelope != written.envelope:
-            self._audit.report(f"{clean.name}: its header is not the source's")
-        if clean.payload != written.payload:
-            self._audit.report(f"{clean.name}: its bytes are not the source's")
+        for change in clean.changes(written):
+            self._audit.report(f"{clean.name}: {change}")
 
     def _expect_no_image(self, sidecar: Member) -> None:
         """Ask another library than the one that decided what is an image."""
@@ -248,6 +272,8 @@ class _Comparison:
             return
         output_format = self._binding.output_format
         expected = extension_for(clean.name, before, output_format)
+        if expected != clean.name:
+            expected = self._container.renamed(clean.name, expected)
         if written.name != expected:
             self._audit.report(f"{clean.name}: written as {written.name!r}, not {expected!r}")
         if before.pixels.shape != after.pixels.shape:
@@ -255,6 +281,8 @@ class _Comparison:
                 f"{clean.name}: {before.pixels.shape} pixels became {after.pixels.shape}"
             )
             return
+        for change in clean.changes_beside(written, replaced=True):
+            self._audit.report(f"{clean.name}: {change}")
         self._compare_descriptions(clean, written, before, after)
         levels = max_difference(before.pixels, after.pixels)
         if is_exact(before, output_format) and levels > self._binding.epsilon_levels:
@@ -294,13 +322,6 @@ class _Comparison:
             self._audit.report(
                 f"{clean.name}: lies on another side: orientation {turned[0]} became {turned[1]}"
             )
-
-
-def _meet(before: Sample, after: Sample) -> bool:
-    """Whether two samples are one before and after; names are compared later, for each member."""
-    # The key of a dot file is its whole name, of which JPEG that becomes PNG changes the end.
-    dot_files = before.members[0].is_dot_file and after.members[0].is_dot_file
-    return before.key == after.key or dot_files
 
 
 _PARTS = {

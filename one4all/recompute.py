@@ -15,6 +15,7 @@ import numpy as np
 from one4all.corpus import (
     DEFAULT_MAX_SAMPLE_BYTES,
     Member,
+    ReadOptions,
     Unit,
     is_protectable,
     printable,
@@ -78,9 +79,10 @@ def _differences(
     binding: Binding,
 ) -> list[str]:
     problems: list[str] = []
+    options = ReadOptions(image_columns=binding.image_columns)
     with (
-        closing(read_samples(again, expected.output_unit)) as right,
-        closing(read_samples(destination, manifest.output_unit.latest)) as written,
+        closing(read_samples(again, expected.output_unit, options)) as right,
+        closing(read_samples(destination, manifest.output_unit.latest, options)) as written,
     ):
         for wanted, found in zip_longest(right, written):
             if wanted is None or found is None or wanted.key != found.key:

@@ -23,9 +23,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from one4all.corpus import (
+    CONTAINERS,
     DEFAULT_MAX_SAMPLE_BYTES,
+    Container,
     Member,
     OutputObject,
+    ReadOptions,
     Sample,
     Unit,
     UnitWriter,
@@ -77,7 +80,11 @@ class RewriteConfig(BaseModel):
             train AI (IPTC's Data Mining property), unless it states a reservation already. BMP
             cannot hold it.
         max_image_pixels: Larger images are bad images; refused before they are decoded.
-        max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory.
+        max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory, and a row
+            group of a Parquet file.
+        image_columns: Columns of Parquet files of which every value is an image. Others are found
+            by what the file says, or by the content of their values.
+        others: For loose objects that are no images: "copy" or "skip" them.
         batch_size: Images in one forward pass. Another size may round a pixel here
             and there to its other neighbour.
         batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight. An
@@ -92,6 +99,8 @@ class RewriteConfig(BaseModel):
     mark_no_ai_training: bool = False
     max_image_pixels: Annotated[int, Field(ge=1, le=500_000_000)] = DEFAULT_MAX_PIXELS
     max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    image_columns: tuple[str, ...] = ()
+    others: Literal["copy", "skip"] = "copy"
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     batch_pixels: Annotated[int, Field(ge=1)] = 24_000_000
 
@@ -99,6 +108,11 @@ class RewriteConfig(BaseModel):
     def bound(self) -> dict[str, Any]:
         """Settings of these that a destination is bound to, by their names in `Binding`."""
         return {name: getattr(self, name) for name in _BOUND}
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How units are read under these settings."""
+        return ReadOptions(self.max_sample_bytes, self.image_columns, self.others)
 
     @classmethod
     def of_binding(cls, binding: Binding, **others: Any) -> RewriteConfig:
@@ -186,11 +200,12 @@ def rewrite_unit(
                 on_batch=on_batch,
                 on_step=on_step,
             )
-    rewrite = _UnitRewrite(protector, config, pool, on_batch, on_step)
+    container = CONTAINERS[unit.container]
+    rewrite = _UnitRewrite(protector, config, container, pool, on_batch, on_step)
     # The writer first: it replaces only what stands now. If the source is replaced after it was
     # opened, then whatever is made of its new version stands later than that, and is safe from us.
     with write_unit(destination, unit) as output:
-        samples = read_samples(source, unit, max_sample_bytes=config.max_sample_bytes)
+        samples = read_samples(source, unit, config.read_options)
         with closing(samples):
             rewrite.run(samples, output)
         with rewrite.timer("write"):
@@ -205,12 +220,13 @@ class _UnitRewrite:
         self,
         protector: Protector,
         config: RewriteConfig,
+        container: Container,
         pool: ThreadPoolExecutor,
         on_batch: OnBatch,
         on_step: OnStep,
     ) -> None:
         self._protector = protector
-        self._config = config
+        self._config, self._container = config, container
         self._pool = pool
         self._on_batch, self._on_step = on_batch, on_step
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -376,7 +392,10 @@ class _UnitRewrite:
             )
         except BudgetError as error:
             raise BudgetError(f"{name}: {error}") from error
-        return _Protected(extension_for(name, clean, config.output_format), clean.converted, file)
+        written = extension_for(name, clean, config.output_format)
+        if written != name:
+            written = self._container.renamed(name, written)
+        return _Protected(written, clean.converted, file)
 
     def _write(self, batch: _Batch, output: UnitWriter) -> None:
         """Wait for the encoded images and write the samples, in the order of the source."""

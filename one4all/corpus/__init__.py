@@ -6,8 +6,15 @@
 * `packing`: labelled images from many places, made into shards.
 """
 
-from one4all.corpus.container import Container, OutputObject, UnitWriter
+from one4all.corpus.container import (
+    DEFAULT_READ,
+    Container,
+    OutputObject,
+    ReadOptions,
+    UnitWriter,
+)
 from one4all.corpus.containers import (
+    CONTAINERS,
     find_container,
     list_units,
     open_corpora,
@@ -27,11 +34,14 @@ from one4all.corpus.sources import Selection, open_source
 from one4all.corpus.units import ObjectVersion, Unit, filed_name
 
 __all__ = [
+    "CONTAINERS",
     "DEFAULT_MAX_SAMPLE_BYTES",
+    "DEFAULT_READ",
     "Container",
     "Member",
     "ObjectVersion",
     "OutputObject",
+    "ReadOptions",
     "Sample",
     "Selection",
     "Unit",

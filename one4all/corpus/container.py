@@ -9,10 +9,10 @@ container is a module of its own and a line in `one4all.corpus.containers`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
@@ -21,18 +21,51 @@ from one4all.storage import ObjectInfo, Reader, Storage
 
 @dataclass(frozen=True, slots=True)
 class OutputObject:
-    """One object that was written: key, bytes, ETag and digest of its content."""
+    """One object that was written.
+
+    Attributes:
+        key: Its key.
+        size: Bytes.
+        etag: ETag.
+        sha256: Digest of its content.
+        num_protected: Images in it that were protected; None in records of older programs.
+    """
 
     key: str
     size: int
     etag: str
     sha256: str
+    num_protected: int | None = None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What is asked of whoever reads a unit.
+
+    Attributes:
+        max_sample_bytes: A larger sample makes a bad unit; a sample has to fit in memory. In a
+            Parquet file this goes for a row group.
+        image_columns: Columns of tables of which every value is an image, whatever it looks like.
+        others: Whether loose objects that are no images are there ("copy") or passed over ("skip").
+        dropped: Keys of samples of the source that were not written. Where a key is a place, such
+            as the number of a row, they are counted in.
+    """
+
+    max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+    image_columns: tuple[str, ...] = ()
+    others: Literal["copy", "skip"] = "copy"
+    dropped: Collection[str] = frozenset()
+
+
+DEFAULT_READ = ReadOptions()
 
 
 class Opener(Protocol):
     """What reading needs of a `Storage`."""
 
     def open(self, key: str, *, etag: str | None = None) -> Reader: ...
+
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes: ...
 
 
 class UnitWriter(AbstractContextManager["UnitWriter"], ABC):
@@ -63,11 +96,16 @@ class Container(ABC):
 
     Attributes:
         name: Name in units and manifests.
-        unit_name: Word for one unit, for people: "tar shard".
+        unit_name: Words for one unit, for people: ".tar shard".
+        noun: Word for what is counted, of which the plural has an s: "shard".
+        has_units: Whether units are there before anybody looks, as files are. Otherwise they are
+            groups of objects, made up as it suits, and objects are what is counted and recorded.
     """
 
     name: ClassVar[str]
     unit_name: ClassVar[str]
+    noun: ClassVar[str]
+    has_units: ClassVar[bool] = True
 
     @abstractmethod
     def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
@@ -80,14 +118,29 @@ class Container(ABC):
         """Whether an object of this key may be part of a unit, as far as its name says."""
         return True
 
+    def renamed(self, name: str, converted: str) -> str:
+        """Name of a member whose file format changes.
+
+        Args:
+            name: Its name.
+            converted: The same with another extension.
+        """
+        return converted
+
+    def meet(self, before: Sample, after: Sample) -> bool:
+        """Whether two samples are one before and after, as far as their keys say."""
+        # The key of a dot file is its whole name, of which JPEG that becomes PNG changes the end.
+        dot_files = before.members[0].is_dot_file and after.members[0].is_dot_file
+        return before.key == after.key or dot_files
+
     @abstractmethod
     def read(
-        self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+        self, store: Opener, unit: Unit, options: ReadOptions = DEFAULT_READ
     ) -> Generator[Sample]:
         """Samples of a unit, in order; the end is reached only if the unit is whole.
 
         Raises:
-            ShardError: The unit is damaged, or holds a larger sample.
+            ShardError: The unit is damaged, or holds a larger sample than is allowed.
             SourceChangedError: An object was replaced since the unit was listed.
         """
 

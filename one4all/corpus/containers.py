@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 
-from one4all.corpus.container import Container, Opener, UnitWriter
-from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Sample
+from one4all.corpus.container import DEFAULT_READ, Container, Opener, ReadOptions, UnitWriter
+from one4all.corpus.samples import Sample
 from one4all.corpus.sources import Selection, open_source
 from one4all.corpus.tar import TarContainer
 from one4all.corpus.units import Unit
@@ -16,21 +16,28 @@ from one4all.storage import Storage
 CONTAINERS: dict[str, Container] = {container.name: container for container in (TarContainer(),)}
 
 
-def find_container(source: Storage) -> Container:
+def find_container(source: Storage, name: str = "") -> Container:
     """The container of a corpus: the first that finds a unit in it; the first of all, if none does.
+
+    Args:
+        source: Corpus.
+        name: The container, if it is known.
 
     Raises:
         AccessError: The source cannot be listed.
     """
+    if name:
+        return CONTAINERS[name]
     for container in CONTAINERS.values():
         if any(isinstance(found, Unit) for found in container.scan(source)):
             return container
     return next(iter(CONTAINERS.values()))
 
 
-def list_units(source: Storage) -> Iterator[Unit]:
-    """Units of a corpus, in name order."""
-    return (found for found in find_container(source).scan(source) if isinstance(found, Unit))
+def list_units(source: Storage, container: str = "") -> Iterator[Unit]:
+    """Units of a corpus, in name order; see `find_container`."""
+    found = find_container(source, container).scan(source)
+    return (unit for unit in found if isinstance(unit, Unit))
 
 
 def open_corpora(uris: Sequence[str]) -> list[tuple[str, Unit]]:
@@ -56,10 +63,10 @@ def open_corpora(uris: Sequence[str]) -> list[tuple[str, Unit]]:
 
 
 def read_samples(
-    store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+    store: Opener, unit: Unit, options: ReadOptions = DEFAULT_READ
 ) -> Generator[Sample]:
     """Samples of a unit, whatever it is made of; see `Container.read`."""
-    return CONTAINERS[unit.container].read(store, unit, max_sample_bytes=max_sample_bytes)
+    return CONTAINERS[unit.container].read(store, unit, options)
 
 
 def write_unit(destination: Storage, unit: Unit) -> UnitWriter:

@@ -6,7 +6,7 @@ Names are data: nothing is extracted, nothing is unpickled, no name is ever used
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from one4all.image_kinds import is_image
@@ -25,6 +25,8 @@ class Member:
         envelope: All that a copy must keep beside the content, byte for byte, such as a tar header.
         is_file: Whether it is a regular file; a folder or a link is not.
         link_target: Name that a link, hard or symbolic, stands for; "" for everything else.
+        is_declared_image: Whether its container says that it is an image, such as a column of a
+            table; then it is one, whatever its name and content.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Member:
     envelope: bytes = field(default=b"", repr=False)
     is_file: bool = True
     link_target: str = ""
+    is_declared_image: bool = False
 
     @property
     def stored_bytes(self) -> int:
@@ -57,12 +60,28 @@ class Member:
         folder, slash, base = self.name.rpartition("/")
         return folder + slash + (base.partition(".")[0] or base)
 
+    def changes_beside(self, written: Member, *, replaced: bool) -> Iterator[str]:
+        """How the envelope of what was written differs: a sentence each, that begins with "its".
+
+        Args:
+            written: What was written for this member.
+            replaced: Whether it is a protected image, whose envelope may tell its size and name.
+        """
+        if not replaced and self.envelope != written.envelope:
+            yield "its header is not the source's"
+
+    def changes(self, written: Member) -> Iterator[str]:
+        """How a copy differs from this member: a sentence each, that begins with "its"."""
+        yield from self.changes_beside(written, replaced=False)
+        if self.payload != written.payload:
+            yield "its bytes are not the source's"
+
 
 @dataclass(frozen=True)
 class Sample:
     """Consecutive members that share a key, and files without one that stand between them.
 
-    A member that is no file stands alone.
+    A member that is no file stands alone. Without members, it is an object that is passed over.
     """
 
     key: str
@@ -100,7 +119,11 @@ def is_protectable(member: Member, sidecar_patterns: Sequence[str] = ()) -> bool
     """
     if not member.is_file or is_exempt(member, sidecar_patterns):
         return False
-    return is_image(member.name, member.payload) or bool(why_wrapped(member.payload))
+    return (
+        member.is_declared_image
+        or is_image(member.name, member.payload)
+        or bool(why_wrapped(member.payload))
+    )
 
 
 def images_of(sample: Sample, sidecar_patterns: Sequence[str] = ()) -> list[Member]:

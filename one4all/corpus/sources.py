@@ -16,7 +16,15 @@ from urllib.parse import unquote
 
 from one4all.corpus.tar import SUFFIX
 from one4all.errors import NotFoundError, UsageError
-from one4all.storage import LocalStorage, ObjectInfo, Reader, Storage, Writer, open_storage
+from one4all.storage import (
+    Attributes,
+    LocalStorage,
+    ObjectInfo,
+    Reader,
+    Storage,
+    Writer,
+    open_storage,
+)
 from one4all.text import shown
 
 LIST_SUFFIX = ".txt"
@@ -103,7 +111,18 @@ class Selection(Storage):
         """See the base class."""
         return self.root.age_seconds(key)
 
-    def writer(self, key: str, *, guarded: bool = True) -> Writer:
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes:
+        """See the base class."""
+        return self.root.read_range(key, start, size, etag=etag)
+
+    def writer(
+        self,
+        key: str,
+        *,
+        guarded: bool = True,
+        replaces: str | None = None,
+        attributes: Attributes | None = None,
+    ) -> Writer:
         """Refused."""
         self._refuse()
 

@@ -23,7 +23,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
-from one4all.corpus.container import Container, Opener, OutputObject, UnitWriter
+from one4all.corpus.container import (
+    DEFAULT_READ,
+    Container,
+    Opener,
+    OutputObject,
+    ReadOptions,
+    UnitWriter,
+)
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
 from one4all.errors import NotFoundError, ShardError
@@ -120,6 +127,7 @@ class TarContainer(Container):
 
     name = "tar"
     unit_name = ".tar shard"
+    noun = "shard"
 
     def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
         """See the base class."""
@@ -132,12 +140,12 @@ class TarContainer(Container):
         return key.endswith(SUFFIX)
 
     def read(
-        self, store: Opener, unit: Unit, *, max_sample_bytes: int = DEFAULT_MAX_SAMPLE_BYTES
+        self, store: Opener, unit: Unit, options: ReadOptions = DEFAULT_READ
     ) -> Generator[Sample]:
         """See the base class."""
         (shard,) = unit.objects
         with closing(store.open(shard.key, etag=shard.etag or None)) as reader:
-            yield from read_tar(reader, max_sample_bytes=max_sample_bytes)
+            yield from read_tar(reader, max_sample_bytes=options.max_sample_bytes)
 
     def write(self, destination: Storage, unit: Unit) -> TarUnitWriter:
         """See the base class."""
@@ -156,6 +164,7 @@ class TarUnitWriter(UnitWriter):
     def __init__(self, sink: Writer, key: str) -> None:
         self._sink, self._key = sink, key
         self._tar = TarWriter(sink)
+        self._num_protected = 0
 
     def __enter__(self) -> Self:
         self._sink.__enter__()
@@ -171,13 +180,15 @@ class TarUnitWriter(UnitWriter):
     def replace(self, member: Member, *, name: str, payload: bytes) -> None:
         """See the base class."""
         self._tar.replace(member, name=name, payload=payload)
+        self._num_protected += 1
 
     def commit(self) -> tuple[OutputObject, ...]:
         """See the base class."""
         self._tar.close()
         etag = self._sink.commit()
         sha256 = self._sink.sha256.hexdigest()
-        return (OutputObject(self._key, self._sink.num_bytes, etag, sha256),)
+        size = self._sink.num_bytes
+        return (OutputObject(self._key, size, etag, sha256, self._num_protected),)
 
 
 def read_tar(

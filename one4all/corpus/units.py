@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 from one4all.storage import ObjectInfo
 
+_IN_MEMORY = 8 << 20  # bytes of a list of units
 _MAX_FILED_BYTES = 180  # of the last part of a name; the longest record adds 55 to it
 
 
@@ -56,6 +61,12 @@ class Unit:
         return sum(part.size for part in self.objects)
 
     @property
+    def label(self) -> str:
+        """Name for people, which says how many objects there are."""
+        others = len(self.objects) - 1
+        return f"{self.name} and {others} more" if others else self.name
+
+    @property
     def version(self) -> str:
         """Digest of sizes and ETags, and of keys if there are several: another source, another."""
         lines = [f"{part.size} {part.etag}" for part in self.objects]
@@ -90,10 +101,54 @@ class Unit:
         return json.dumps([self.name, parts, self.container])
 
     @classmethod
-    def from_json(cls, text: str) -> Unit:
+    def from_json(cls, text: str | bytes) -> Unit:
         """The inverse of `to_json`."""
         name, parts, container = json.loads(text)
         return cls(name, tuple(ObjectVersion(*part) for part in parts), container)
+
+
+class UnitList(Sequence[Unit]):
+    """Units in a temporary file, where there are more than fit into a little memory.
+
+    Attributes:
+        num_objects: Objects of all of them.
+        num_bytes: Bytes of all of them.
+        largest: Bytes of the largest.
+    """
+
+    def __init__(self, units: Iterable[Unit] = ()) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - kept open
+        self._ends = array("Q", [0])
+        self.num_objects = self.num_bytes = self.largest = 0
+        for unit in units:
+            self.append(unit)
+
+    def append(self, unit: Unit) -> None:
+        """Add a unit."""
+        text = unit.to_json().encode()
+        self._file.seek(self._ends[-1])
+        self._file.write(text)
+        self._ends.append(self._ends[-1] + len(text))
+        self.num_objects += len(unit.objects)
+        self.num_bytes += unit.size
+        self.largest = max(self.largest, unit.size)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        self._file.seek(self._ends[place])
+        return Unit.from_json(self._file.read(self._ends[place + 1] - self._ends[place]))
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (self[place] for place in range(len(self)))
 
 
 def filed_name(name: str) -> str:

@@ -17,11 +17,13 @@ class _Record(BaseModel):
 class Binding(_Record):
     """What a destination prefix is bound to: all that determines the bytes written to it.
 
-    ``transform_version`` stands for the code: another one writes other bytes.
+    ``transform_version`` stands for the code: another one writes other bytes. ``container`` says
+    what the corpus is made of; should a tar file come to lie among loose images, they stay images.
     """
 
     format: Literal[1] = 1
     source_uri: str
+    container: str = "tar"
     protector: str
     protector_sha256: str
     epsilon_levels: int
@@ -30,6 +32,8 @@ class Binding(_Record):
     max_image_pixels: int
     sidecar_patterns: tuple[str, ...]
     mark_no_ai_training: bool = False
+    image_columns: tuple[str, ...] = ()
+    others: Literal["copy", "skip"] = "copy"
     transform_version: int
 
 

@@ -22,12 +22,13 @@ from urllib.parse import unquote
 
 from one4all.errors import UsageError
 from one4all.extras import require
-from one4all.storage.base import INTERNAL, ObjectInfo, Reader, Storage, Writer
+from one4all.storage.base import INTERNAL, Attributes, ObjectInfo, Reader, Storage, Writer
 from one4all.storage.local import LocalStorage
 from one4all.storage.probe import conditional_write_defects
 
 __all__ = [
     "INTERNAL",
+    "Attributes",
     "LocalStorage",
     "ObjectInfo",
     "Reader",

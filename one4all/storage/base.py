@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
-from one4all.errors import One4AllError
+from one4all.errors import NotFoundError, One4AllError
 
 _log = logging.getLogger(__name__)
 
@@ -35,9 +36,48 @@ class ObjectInfo:
     modified: float | None = None
 
 
-class Reader(Protocol):
-    """A byte stream; `read` may return fewer bytes than asked for, and ``b""`` at the end."""
+@dataclass(frozen=True)
+class Attributes:
+    """What a store keeps beside the bytes of an object. A folder keeps other things than S3 does.
 
+    Attributes:
+        headers: Of S3, by the names of its API, such as ``{"ContentType": "image/jpeg"}``.
+        metadata: User metadata of S3.
+        tags: Tags of S3.
+        mode: Permissions of a file; None on S3.
+        modified_ns: When a file was modified, in nanoseconds since 1970; None on S3.
+    """
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    mode: int | None = None
+    modified_ns: int | None = None
+
+    @property
+    def is_of_file(self) -> bool:
+        """Whether they come from a folder."""
+        return self.mode is not None
+
+    def to_bytes(self) -> bytes:
+        """Text that is equal for equal attributes."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Attributes:
+        """The inverse of `to_bytes`."""
+        return cls(**json.loads(data))
+
+
+class Reader(Protocol):
+    """A byte stream; `read` may return fewer bytes than asked for, and ``b""`` at the end.
+
+    Attributes:
+        attributes: What the store keeps beside the bytes.
+    """
+
+    @property
+    def attributes(self) -> Attributes: ...
     def read(self, size: int, /) -> bytes: ...
     def close(self) -> None: ...
 
@@ -115,13 +155,58 @@ class Storage(ABC):
             SourceChangedError: ``etag`` is given and is not the current version; also from `read`.
         """
 
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes:
+        """A part of one version of an object; shorter only where the object ends.
+
+        Args:
+            key: The object.
+            start: Place of the first byte.
+            size: Number of bytes.
+            etag: The version.
+
+        Raises:
+            NotFoundError, SourceChangedError: As `open`.
+        """
+        reader = self.open(key, etag=etag)
+        try:
+            while start and (skipped := len(reader.read(min(start, 1 << 20)))):
+                start -= skipped
+            parts: list[bytes] = []
+            while size and (part := reader.read(size)):
+                parts.append(part)
+                size -= len(part)
+            return b"".join(parts)
+        finally:
+            reader.close()
+
+    def standing(self, key: str) -> str:
+        """ETag of what stands under a key; "" if nothing does."""
+        try:
+            return self.head(key).etag
+        except NotFoundError:
+            return ""
+
     @abstractmethod
-    def writer(self, key: str, *, guarded: bool = True) -> Writer:
+    def writer(
+        self,
+        key: str,
+        *,
+        guarded: bool = True,
+        replaces: str | None = None,
+        attributes: Attributes | None = None,
+    ) -> Writer:
         """Write an object that becomes visible at `Writer.commit`, whole.
 
         A guarded writer replaces only what stood there when it was opened: one that was paused for
         an hour must not write over what others have done since. A store may ignore that condition
         where an upload of many parts is completed (Ceph 16 does), so nothing may rest on it alone.
+
+        Args:
+            key: The object.
+            guarded: See above.
+            replaces: What a guarded writer replaces, if that is known: see `standing`.
+            attributes: What to keep beside the bytes, of what this store can; on S3 the type of
+                content is told from the key, if they do not say it.
         """
 
     @abstractmethod

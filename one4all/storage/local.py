@@ -27,10 +27,11 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage.base import ObjectInfo, Reader, Storage, Writer
+from one4all.storage.base import Attributes, ObjectInfo, Reader, Storage, Writer
 
 ABANDONED_SECONDS = 24 * 3600  # on another host: of this age, a write has nobody behind it
 TEMPORARY_SUFFIX = ".one4all-tmp"
+_PERMISSIONS = 0o777
 _LOST_AND_FOUND = "lost+found"  # what fsck found; root's alone, at the root of a file system
 _NO_HARD_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 _NO_SYNC_OF_FOLDERS = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
@@ -68,8 +69,32 @@ class LocalStorage(Storage):
             raise SourceChangedError(f"{self._path(key)} changed since it was listed")
         return _LocalReader(self._path(key), info)
 
-    def writer(self, key: str, *, guarded: bool = True) -> Writer:
-        return _LocalWriter(self._path(key), guarded=guarded)
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes:
+        path = self._path(key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                parts: list[bytes] = []
+                while size and (part := os.pread(file.fileno(), size, start)):
+                    parts.append(part)
+                    start, size = start + len(part), size - len(part)
+                changed = etag is not None and _file_info(path, key).etag != etag
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"no such file: {path}") from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if changed:
+            raise SourceChangedError(f"{path} changed since it was listed")
+        return b"".join(parts)
+
+    def writer(
+        self,
+        key: str,
+        *,
+        guarded: bool = True,
+        replaces: str | None = None,
+        attributes: Attributes | None = None,
+    ) -> Writer:
+        return _LocalWriter(self._path(key), guarded, replaces, attributes or Attributes())
 
     def create(self, key: str, data: bytes) -> str:
         path = self._path(key)
@@ -153,6 +178,11 @@ class _LocalReader:
             raise _unreadable(path, error) from error
         self._left = info.size
 
+    @property
+    def attributes(self) -> Attributes:
+        status = os.fstat(self._file.fileno())
+        return Attributes(mode=status.st_mode & _PERMISSIONS, modified_ns=status.st_mtime_ns)
+
     def read(self, size: int, /) -> bytes:
         try:
             data = self._file.read(size)
@@ -176,11 +206,15 @@ class _LocalReader:
 
 
 class _LocalWriter(Writer):
-    def __init__(self, path: Path, *, guarded: bool) -> None:
+    def __init__(
+        self, path: Path, guarded: bool, replaces: str | None, attributes: Attributes
+    ) -> None:
         super().__init__()
-        self._path = path
+        self._path, self._attributes = path, attributes
         with _local_errors(path):
-            self._replaces = _current_etag(path) if guarded else None
+            if guarded and replaces is None:
+                replaces = _current_etag(path)
+            self._replaces = replaces if guarded else None
             self._temporary = _temporary_path(path)
             self._file = self._temporary.open("xb", buffering=1 << 20)
 
@@ -191,6 +225,7 @@ class _LocalWriter(Writer):
     def _commit(self) -> str:
         with _local_errors(self._path):
             self._file.flush()
+            self._set_attributes(self._file.fileno())
             os.fsync(self._file.fileno())
             self._file.close()
             if self._replaces is None:
@@ -201,6 +236,13 @@ class _LocalWriter(Writer):
                         f"{self._path} was written by somebody else meanwhile; theirs is kept"
                     )
                 return self._publish()
+
+    def _set_attributes(self, file: int) -> None:
+        wanted = self._attributes
+        if wanted.mode is not None:
+            os.fchmod(file, wanted.mode)
+        if wanted.modified_ns is not None:
+            os.utime(file, ns=(wanted.modified_ns, wanted.modified_ns))
 
     def _publish(self) -> str:
         self._temporary.replace(self._path)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import mimetypes
 import os
 import random
 import time
@@ -19,6 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlencode
 
 from one4all.errors import (
     AccessError,
@@ -28,7 +30,7 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.storage.base import INTERNAL, ObjectInfo, Reader, Storage, Writer
+from one4all.storage.base import INTERNAL, Attributes, ObjectInfo, Reader, Storage, Writer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -38,6 +40,14 @@ PARTS_IN_FLIGHT = 2
 READ_ATTEMPTS = 8
 REQUEST_PAYER = "AWS_REQUEST_PAYER"  # the variable; GDAL has the same
 _WRITER = "one4all-writer"  # object metadata: which upload made it
+_HEADERS = (
+    "ContentType",
+    "CacheControl",
+    "ContentDisposition",
+    "ContentEncoding",
+    "ContentLanguage",
+)
+_EXPIRES = "Expires"  # a date; S3 gives it as text, too
 _READ_BYTES = 1 << 20  # a broken body loses at most this much of what had arrived
 
 _Result = TypeVar("_Result")
@@ -85,8 +95,26 @@ class S3Storage(Storage):
     def open(self, key: str, *, etag: str | None = None) -> Reader:
         return _S3Reader(self, key, etag)
 
-    def writer(self, key: str, *, guarded: bool = True) -> Writer:
-        return _S3Writer(self, key, guarded=guarded)
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes:
+        if not size:
+            return b""
+        reader = _S3Reader(self, key, etag, start=start, end=start + size)
+        try:
+            return b"".join(iter(lambda: reader.read(size), b""))
+        finally:
+            reader.close()
+
+    def writer(
+        self,
+        key: str,
+        *,
+        guarded: bool = True,
+        replaces: str | None = None,
+        attributes: Attributes | None = None,
+    ) -> Writer:
+        if guarded and replaces is None:
+            replaces = self.standing(key)
+        return _S3Writer(self, key, replaces if guarded else None, attributes)
 
     def create(self, key: str, data: bytes) -> str:
         with self._errors(key):
@@ -265,14 +293,46 @@ def _let_the_requester_pay(params: dict[str, Any], **_: Any) -> None:
 
 
 class _S3Reader:
-    """One GET, resumed from the last good byte when the body breaks; pinned by If-Match."""
+    """One GET, resumed from the last good byte when the body breaks; pinned by If-Match.
 
-    def __init__(self, storage: S3Storage, key: str, etag: str | None) -> None:
+    Args:
+        storage, key, etag: Object, and its version.
+        start: Place of the first byte.
+        end: Place behind the last one, if it is not that of the object.
+    """
+
+    def __init__(
+        self,
+        storage: S3Storage,
+        key: str,
+        etag: str | None,
+        *,
+        start: int = 0,
+        end: int | None = None,
+    ) -> None:
         self._storage, self._key, self._etag = storage, key, etag
-        self._position = 0
+        self._position, self._end = start, end
         self._size = -1
         self._body: Any = None
+        self._response: dict[str, Any] = {}
         self._connect()
+
+    @property
+    def attributes(self) -> Attributes:
+        found = self._response
+        headers = {name: found[name] for name in _HEADERS if found.get(name)}
+        if expires := found.get("ExpiresString") or found.get(_EXPIRES):
+            headers[_EXPIRES] = str(expires)
+        metadata = {name: text for name, text in found["Metadata"].items() if name != _WRITER}
+        return Attributes(headers, metadata, self._tags() if found.get("TagCount") else {})
+
+    def _tags(self) -> dict[str, str]:
+        storage = self._storage
+        with storage._errors(self._key):
+            found = storage._client.get_object_tagging(
+                Bucket=storage._bucket, Key=storage._prefix + self._key
+            )
+        return {tag["Key"]: tag["Value"] for tag in found["TagSet"]}
 
     def read(self, size: int, /) -> bytes:
         import urllib3.exceptions
@@ -312,11 +372,12 @@ class _S3Reader:
             "Bucket": storage._bucket,
             "Key": storage._prefix + self._key,
         }
-        if self._position:
-            if self._position == self._size:
-                self._body = io.BytesIO()
-                return
-            request["Range"] = f"bytes={self._position}-"
+        if self._position == self._size:
+            self._body = io.BytesIO()
+            return
+        if self._position or self._end is not None:
+            last = "" if self._end is None else self._end - 1
+            request["Range"] = f"bytes={self._position}-{last}"
 
         def get(condition: str | None = None) -> Any:
             if condition is not None:
@@ -335,7 +396,8 @@ class _S3Reader:
             ) from error
         self._etag = response["ETag"]
         self._size = self._position + response["ContentLength"]
-        self._body = response["Body"]
+        self._body = response.pop("Body")
+        self._response = response
 
     def _drop(self) -> None:
         if self._body is not None:
@@ -346,16 +408,21 @@ class _S3Reader:
 class _S3Writer(Writer):
     """A multipart upload with a bounded number of parts in flight; one PUT if it is small."""
 
-    def __init__(self, storage: S3Storage, key: str, *, guarded: bool) -> None:
+    def __init__(
+        self, storage: S3Storage, key: str, replaces: str | None, attributes: Attributes | None
+    ) -> None:
         super().__init__()
         self._storage, self._key = storage, key
-        self._replaces = self._current_etag() if guarded else None
+        self._replaces = replaces  # None: whatever stands
         self._request: dict[str, Any] = {
             "Bucket": storage._bucket,
             "Key": storage._prefix + key,
         }
         self._buffer = bytearray()
         self._token = uuid.uuid4().hex
+        self._described: dict[str, Any] = {"Metadata": {_WRITER: self._token}}
+        if attributes is not None:
+            self._described = _described(attributes, key, self._token)
         self._upload_id = ""
         self._pool: ThreadPoolExecutor | None = None
         self._in_flight: deque[Future[str]] = deque()
@@ -373,7 +440,7 @@ class _S3Writer(Writer):
             self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, "upload")
             with self._storage._errors(self._key):
                 created = self._storage._client.create_multipart_upload(
-                    **self._request, Metadata={_WRITER: self._token}
+                    **self._request, **self._described
                 )
             self._upload_id = created["UploadId"]
         while len(self._in_flight) >= PARTS_IN_FLIGHT:
@@ -399,13 +466,6 @@ class _S3Writer(Writer):
         etag = self._publish(self._complete)
         self._pool.shutdown()
         return etag
-
-    def _current_etag(self) -> str:
-        """ETag of what stands under our key; "" if nothing does."""
-        try:
-            return self._storage.head(self._key).etag
-        except NotFoundError:
-            return ""
 
     def _publish(self, send: Callable[[dict[str, Any]], str]) -> str:
         """Send the request that makes the object visible, under its condition."""
@@ -433,8 +493,8 @@ class _S3Writer(Writer):
             return self._storage._client.put_object(
                 **self._request,
                 **condition,
+                **self._described,
                 Body=bytes(self._buffer),
-                Metadata={_WRITER: self._token},
             )["ETag"]
 
     def _complete(self, condition: dict[str, Any]) -> str:
@@ -469,6 +529,19 @@ class _S3Writer(Writer):
                 self._storage._client.abort_multipart_upload(
                     **self._request, UploadId=self._upload_id
                 )
+
+
+def _described(attributes: Attributes, key: str, token: str) -> dict[str, Any]:
+    """Attributes as a request to write an object has them."""
+    headers = dict(attributes.headers)
+    if "ContentType" not in headers and (guessed := mimetypes.guess_type(key)[0]):
+        headers["ContentType"] = guessed
+    request: dict[str, Any] = {**headers, "Metadata": {**attributes.metadata, _WRITER: token}}
+    if expires := headers.get(_EXPIRES):
+        request[_EXPIRES] = parsedate_to_datetime(expires)
+    if attributes.tags:
+        request["Tagging"] = urlencode(attributes.tags)
+    return request
 
 
 def _pause(attempt: int) -> None:

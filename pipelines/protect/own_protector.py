@@ -142,7 +142,7 @@ def _count_images(source: Storage, config: ProtectConfig) -> int:
     count = 0
     for unit in list_units(source):
         try:
-            for sample in read_samples(source, unit, max_sample_bytes=config.max_sample_bytes):
+            for sample in read_samples(source, unit, config.read_options):
                 count += len(images_of(sample, config.sidecar_patterns))
                 if count >= FEWEST_IMAGES:
                     return count

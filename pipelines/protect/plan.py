@@ -264,7 +264,7 @@ def _copy_sample(source: Storage, shard: Unit, folder: Path, config: ProtectConf
     samples: list[Sample] = []
     num_bytes = 0
     start = time.perf_counter()
-    with closing(read_samples(source, shard, max_sample_bytes=config.max_sample_bytes)) as found:
+    with closing(read_samples(source, shard, config.read_options)) as found:
         try:
             for sample in found:
                 samples.append(sample)

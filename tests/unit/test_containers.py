@@ -11,6 +11,7 @@ from support.builders import TINY_ENCODER, make_binding, make_image
 import one4all
 from one4all.audit import audit_unit
 from one4all.corpus import (
+    DEFAULT_READ,
     Container,
     Member,
     ObjectVersion,
@@ -59,6 +60,7 @@ class Pairs(Container):
 
     name = "pairs"
     unit_name = "pair of .jpg and .cls"
+    noun = "pair"
 
     def scan(self, source):
         found = {info.key: info for info in source.list() if not info.key.startswith(INTERNAL)}
@@ -71,7 +73,7 @@ class Pairs(Container):
             elif not (extension == "cls" and f"{stem}.jpg" in found):
                 yield info
 
-    def read(self, store, unit, *, max_sample_bytes=1 << 30):
+    def read(self, store, unit, options=DEFAULT_READ):
         members = []
         for part in unit.objects:
             with closing(store.open(part.key, etag=part.etag or None)) as reader:

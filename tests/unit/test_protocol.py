@@ -85,7 +85,7 @@ class View(Storage):
             raise SourceChangedError(key)
         return io.BytesIO(data)
 
-    def writer(self, key: str, *, guarded: bool = True) -> Writer:
+    def writer(self, key: str, *, guarded: bool = True, **others) -> Writer:
         return ViewWriter(self, key, guarded=guarded)
 
     def create(self, key: str, data: bytes) -> str:
@@ -219,7 +219,9 @@ def schedules(*steps: int) -> Iterator[tuple[int, ...]]:
 def test_no_order_of_steps_makes_the_ledger_lie(monkeypatch, etags, obeys, stands):
     """And where the store obeys conditions, what was done stays done when all have ended."""
     monkeypatch.setattr(rewrite, "ThreadPoolExecutor", Inline)
-    monkeypatch.setattr(census, "find_container", lambda source: TarContainer())  # one step less
+    monkeypatch.setattr(
+        census, "find_container", lambda source, name="": TarContainer()
+    )  # one step less
     num_undone = num_schedules = 0
     # The late writer has taken its census; to look at the output, to open the source, to commit and
     # to record are before it. The other does all of a run. In between the source is replaced.
