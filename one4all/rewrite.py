@@ -169,8 +169,9 @@ def rewrite_unit(
 ) -> Manifest:
     """Write the protected copy of one unit and return its manifest, not yet recorded.
 
-    Nothing is visible at the destination until the whole unit is written. For programs of your own;
-    `one4all protect` adds the ledger, which says what is done and tries again.
+    Nothing is visible at the destination until the whole unit is written; of a group of loose
+    objects, until the whole object is. For programs of your own; `one4all protect` adds the ledger,
+    which says what is done and tries again.
 
     Args:
         unit: What to protect; see `one4all.list_units`.
@@ -231,6 +232,7 @@ class _UnitRewrite:
         self._on_batch, self._on_step = on_batch, on_step
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
+        self._seen: set[str] = set()  # keys of samples, where they are those of objects
         self._converted: Counter[str] = Counter()
         self._bad: list[BadImage] = []
         # Of samples that are not written yet, by member name; more than a batch holds of one only.
@@ -272,10 +274,13 @@ class _UnitRewrite:
     def manifest(self, unit: Unit, outputs: tuple[OutputObject, ...], *, run_id: str) -> Manifest:
         """The manifest of what was written."""
         num_protected = self._counts["protected"]
+        source = unit.objects
+        if not self._container.has_units:  # of a group, some may have gone meanwhile
+            source = tuple(part for part in source if part.key in self._seen)
         return Manifest(
             name=unit.name,
             container=unit.container,
-            source=unit.objects,
+            source=source,
             outputs=outputs,
             num_samples=self._counts["samples"],
             num_images=self._counts["images"],
@@ -430,6 +435,8 @@ class _UnitRewrite:
         bad: dict[str, str],
         output: UnitWriter,
     ) -> None:
+        if not self._container.has_units:
+            self._seen.add(sample.key)
         self._counts["samples"] += any(member.is_file for member in sample.members)
         # A link may share its name with a file: only files are ever replaced.
         files = [member.name for member in sample.members if member.is_file]

@@ -29,6 +29,7 @@ _COMPRESSED = (
     (b"\x04\x22\x4d\x18", "lz4"),
 )
 _ZIP = b"PK\x03\x04"
+_USTAR = b"ustar"  # at byte 257 of a tar
 _ZIP_ENTRY = b"PK\x01\x02"  # of the directory at the end; the name stands 46 bytes behind
 _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
@@ -40,6 +41,15 @@ def why_wrapped(data: bytes) -> str:
         data: A whole file.
     """
     return _reason(data, 1)
+
+
+def is_archive(data: bytes) -> bool:
+    """Whether a file is compressed, or an archive, as far as its beginning tells.
+
+    Args:
+        data: 512 bytes of it at least, if it has so many.
+    """
+    return bool(compression(data)) or data.startswith(_ZIP) or data[257:262] == _USTAR
 
 
 def compression(data: bytes) -> str:

@@ -58,8 +58,10 @@ class FitConfig(JobConfig):
     """`one4all fit`.
 
     Attributes:
-        source: Corpus of WebDataset shards, folder or s3://; or several, as a list or separated by
-            commas; or ``vocabulary:NAME``, for a codebook that sees no image.
+        source: Corpus of WebDataset shards, Parquet files or loose images, folder or s3://; or
+            several, as a list or separated by commas; or ``vocabulary:NAME``, for a codebook that
+            sees no image.
+        container: What the corpus is made of, as for protect; empty to find out.
         output: Protector folder or s3:// prefix to write.
         encoder: Encoder whose embeddings are clustered; docs/results.md was measured at 224
             pixels.
@@ -75,6 +77,7 @@ class FitConfig(JobConfig):
     """
 
     source: str | tuple[str, ...] = ""
+    container: str = ""
     output: str = "protector"
     encoder: EncoderConfig = DEFAULT_ENCODER
     codebook: CodebookConfig = DEFAULT_CODEBOOK
@@ -210,7 +213,7 @@ class _Part:
 def _choose_parts(config: FitConfig) -> list[_Part]:
     """Units to read, evenly over the corpus."""
     sources = config.source.split(",") if isinstance(config.source, str) else config.source
-    listed = open_corpora(sources)
+    listed = open_corpora(sources, config.container)
     count = min(len(listed), max(1, config.num_images // _FEWEST_PER_SHARD))
     images = min(config.images_per_shard, -(-config.num_images // count))
     thumbnails = -(-_THUMBNAILS // count)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
-from one4all.corpus import Unit, images_of, read_samples
+from one4all.corpus import images_of, list_units, open_source, read_samples
 from one4all.errors import BadImageError, NotFoundError, UsageError
 from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.images import decode
 from one4all.protectors.protector import Protector
 from one4all.report import contact_sheet
-from one4all.storage import open_storage
+from one4all.storage import LocalStorage, open_storage
 from one4all.visibility import measurable, visibility
 
 
@@ -24,7 +23,8 @@ def preview(source: str, output: Path, *, protector: str, num_images: int) -> in
     protection of the whole image is, if the extra `visibility` is installed.
 
     Args:
-        source: An image, a folder of images, or a .tar shard; local or s3://.
+        source: An image, or a corpus: a folder of images, a .tar shard, a Parquet file; local or
+            s3://.
         output: PNG file.
         protector: Name, folder or URI.
         num_images: At most; the first ones found.
@@ -64,17 +64,13 @@ def preview(source: str, output: Path, *, protector: str, num_images: int) -> in
 def _images(source: str) -> Iterator[tuple[str, bytes]]:
     """(name, file) of the images of a source, in order."""
     parent, _, base = source.rstrip("/").rpartition("/")
-    extension = base.rpartition(".")[2].lower()
-    if extension == "tar" or extension in IMAGE_EXTENSIONS:
+    if base.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
         storage = open_storage(parent or ("/" if source.startswith("/") else "."))
-        if extension != "tar":
+        if not (isinstance(storage, LocalStorage) and (storage.root / base).is_dir()):
             yield base, storage.read_bytes(base)
             return
-        for sample in read_samples(storage, Unit.of_object(storage.head(base))):
+    corpus = open_source(source)
+    corpus.check(writable=False)
+    for unit in list_units(corpus):
+        for sample in read_samples(corpus, unit):
             yield from ((member.name, member.payload) for member in images_of(sample))
-        return
-    storage = open_storage(source)
-    storage.check(writable=False)
-    keys = (i.key for i in storage.list() if i.key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
-    for key in islice(keys, 1000):
-        yield key, storage.read_bytes(key)

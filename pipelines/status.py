@@ -8,9 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from one4all.corpus import Unit, open_source
+from one4all.corpus import CONTAINERS, Unit, UnitList, open_source
 from one4all.errors import NotFoundError, One4AllError, SourceChangedError
-from one4all.ledger import BadImage, Entry, Ledger, Manifest, read_binding, take_census
+from one4all.ledger import (
+    BadImage,
+    Entry,
+    Ledger,
+    Manifest,
+    done_manifests,
+    read_binding,
+    take_census,
+)
 from one4all.storage import Storage, open_storage
 
 MAX_TOTALS = 20_000  # manifests that are read without being asked to
@@ -24,7 +32,11 @@ class Status:
 
     ``output_bytes`` and ``num_protected`` are totals over manifests, None if these were not read.
 
+    Shards are what is counted; of loose images, files are.
+
     Attributes:
+        container: What the corpus is made of.
+        noun: Word for what is counted: "shard" or "file".
         num_damaged: Pending shards that were done, until an output went missing or was replaced.
         num_orphans: Outputs whose source is gone.
         num_bad: Images of done shards that could not be protected.
@@ -36,6 +48,8 @@ class Status:
     source: str
     protector: str
     output_format: str
+    container: str = "tar"
+    noun: str = "shard"
     num_shards: int = 0
     num_done: int = 0
     num_pending: int = 0
@@ -80,23 +94,31 @@ def read_status(destination_uri: str, *, totals: bool | None = None) -> Status:
     binding = read_binding(destination)
     ledger = Ledger(destination)
     status = Status(destination.uri, binding.source_uri, binding.protector, binding.output_format)
-    census = take_census(_open_source(binding.source_uri), ledger)
+    source = _open_source(binding.source_uri)
+    census = take_census(source, ledger, container=binding.container)
+    status.container, status.noun = census.container.name, census.container.noun
     status.num_shards, status.num_done = census.num_units, census.num_done
-    status.num_pending, status.num_damaged = len(census.pending), len(census.damaged)
-    status.pending_bytes = sum(unit.size for unit in census.pending)
+    status.num_pending, status.num_damaged = census.num_pending, census.num_damaged
+    status.pending_bytes = _num_bytes(census.pending)
     status.num_bad, status.num_orphans = census.num_bad, len(census.orphans)
     status.quarantined = ledger.reasons(census.quarantined)
     status.failing = ledger.reasons(census.failing)
     status.last_success = ledger.last_success()
-    if totals or (totals is None and status.num_done <= MAX_TOTALS):
+    if not census.container.has_units:
+        status.output_bytes, status.num_protected = census.output_bytes, census.num_protected
+    elif totals or (totals is None and status.num_done <= MAX_TOTALS):
         stale = {*census.superseded, *census.orphan_records}
-        stale |= {entry.key for entry in census.damaged.values()}
+        stale |= {entry.key for entry in census.damaged.values() if entry}
         keys = (entry.key for entry in ledger.entries() if entry.key not in stale)
         status.output_bytes = status.num_protected = 0
         for manifest in _read_manifests(ledger, keys):
             status.output_bytes += manifest.output_size
             status.num_protected += manifest.num_protected
     return status
+
+
+def _num_bytes(units: Sequence[Unit]) -> int:
+    return units.num_bytes if isinstance(units, UnitList) else sum(unit.size for unit in units)
 
 
 def read_bad_images(destination_uri: str) -> Iterator[tuple[str, BadImage]]:
@@ -109,14 +131,19 @@ def read_bad_images(destination_uri: str) -> Iterator[tuple[str, BadImage]]:
     """
     destination = open_storage(destination_uri)
     destination.check(writable=False)
-    source, ledger = _open_source(read_binding(destination).source_uri), Ledger(destination)
+    binding, ledger = read_binding(destination), Ledger(destination)
+    source = _open_source(binding.source_uri)
+    if not CONTAINERS[binding.container].has_units:
+        for _, manifest in done_manifests(source, ledger):
+            yield from ((image.key, image) for image in manifest.bad_images)
+        return
     with_some: dict[str, Entry] = {}
 
     def note(unit: Unit, entry: Entry) -> None:
         if entry.num_bad:
             with_some[unit.name] = entry
 
-    census = take_census(source, ledger, on_recorded=note)
+    census = take_census(source, ledger, container=binding.container, on_recorded=note)
     keys = (entry.key for name, entry in with_some.items() if name not in census.damaged)
     for manifest in _read_manifests(ledger, keys):
         for image in manifest.bad_images:
@@ -132,16 +159,32 @@ def watch(
     """
     ledger = Ledger(open_storage(destination_uri))
     growth: _GrowthRate | None = None
+    first: tuple[Status, float] | None = None
     while True:
         before = time.monotonic()
         status = read_status(destination_uri, totals=totals)
-        done, now = {entry.key for entry in ledger.entries()}, time.monotonic()
-        growth = growth or _GrowthRate(done, now)
-        news = _read_manifests(ledger, islice(done - growth.known, _NEWS))
-        yield status, growth.rate(done, list(news), status.pending_bytes, now)
+        if CONTAINERS[status.container].has_units:
+            done, now = {entry.key for entry in ledger.entries()}, time.monotonic()
+            growth = growth or _GrowthRate(done, now)
+            news = _read_manifests(ledger, islice(done - growth.known, _NEWS))
+            yield status, growth.rate(done, list(news), status.pending_bytes, now)
+        else:
+            first = first or (status, time.monotonic())
+            yield status, _rate_of_objects(*first, status, time.monotonic())
         if not status.num_pending:
             return
         time.sleep(max(every_seconds, time.monotonic() - before))
+
+
+def _rate_of_objects(first: Status, start: float, status: Status, now: float) -> Rate:
+    """The rate since the first look, where records say how many images are protected."""
+    num_new = status.num_done - first.num_done
+    if num_new <= 0 or now <= start:
+        return Rate(max(num_new, 0))
+    num_images = (status.num_protected or 0) - (first.num_protected or 0)
+    read = max(first.pending_bytes - status.pending_bytes, 1)
+    left = status.pending_bytes * (now - start) / read
+    return Rate(num_new, num_images / (now - start), left)
 
 
 class _GrowthRate:

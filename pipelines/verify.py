@@ -6,14 +6,24 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from one4all.audit import UnitAudit, audit_unit
 from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit, open_source
+from one4all.corpus.loose import GROUP_OBJECTS
 from one4all.errors import One4AllError, UsageError
-from one4all.ledger import Binding, Ledger, read_binding, take_census
+from one4all.ledger import (
+    Binding,
+    Census,
+    Ledger,
+    Manifest,
+    done_manifests,
+    read_binding,
+    take_census,
+)
 from one4all.protectors.card import locate
 from one4all.protectors.protector import Protector, check_protector
 from one4all.recompute import recompute_unit
@@ -22,6 +32,8 @@ from one4all.visibility import VisibilitySummary, require_packages
 from pipelines.protect.own_protector import find_own
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig
+
+MAX_NAMED = 10_000  # shards or files that are not protected
 
 
 class VerifyConfig(JobConfig):
@@ -52,7 +64,10 @@ class VerifyConfig(JobConfig):
 class Verification:
     """The audit of a corpus; ``problems`` empty means every promise holds.
 
+    Shards are what is counted; of loose images, files are.
+
     Attributes:
+        noun: Word for what is counted: "shard" or "file".
         max_levels: Largest |difference| of a decoded image, in levels.
         num_recomputed: Shards that were protected again and compared.
         visibility: Of all images, if it was measured.
@@ -62,6 +77,7 @@ class Verification:
     destination: str
     output_format: str
     epsilon_levels: int
+    noun: str = "shard"
     num_shards: int = 0
     num_samples: int = 0
     num_images: int = 0
@@ -143,32 +159,32 @@ def verify(
         source.uri, destination.uri, binding.output_format, binding.epsilon_levels
     )
     ledger = Ledger(destination)
-    todo: list[tuple[Unit, str]] = []
+    recorded: list[tuple[Unit, str]] = []
     census = take_census(
-        source, ledger, on_recorded=lambda unit, entry: todo.append((unit, entry.key))
+        source,
+        ledger,
+        container=binding.container,
+        on_recorded=lambda unit, entry: recorded.append((unit, entry.key)),
     )
-    result.num_shards = census.num_units
-    reasons = ledger.reasons(census.quarantined)
-    problems = [f"{name}: not protected ({reason})" for name, reason in reasons.items()]
-    problems += [
-        f"{unit.name}: not protected (no manifest)"
-        for unit in census.pending
-        if unit.name not in census.damaged
-    ]
-    problems += [
-        f"{key}: is no shard of the source" for key in (*census.orphans, *census.strangers)
-    ]
-    result.problems, result.num_problems = problems, len(problems)
-    chosen = _choose(len(todo), config.recompute)
+    result.noun, result.num_shards = census.container.noun, census.num_units
+    _report_what_is_not_done(result, census, ledger)
+    num_tasks, tasks = len(recorded), iter(recorded)
+    if not census.container.has_units:
+        num_tasks = -(-census.num_done // GROUP_OBJECTS)
+        tasks = (
+            (unit, manifest.model_dump_json()) for unit, manifest in done_manifests(source, ledger)
+        )
+    chosen = _choose(num_tasks, config.recompute)
     if chosen:
         own = config.protector or find_own(destination, binding)
         config = config.model_copy(update={"protector": own})
         _refuse_another_protector(config.protector, binding)
-    tasks = [
-        AuditTask(unit, key, recompute=index in chosen) for index, (unit, key) in enumerate(todo)
-    ]
-    on_plan(len(tasks))
-    for audit in _audit_all(tasks, source.uri, destination.uri, binding, config):
+    to_audit = (
+        AuditTask(unit, manifest, recompute=index in chosen)
+        for index, (unit, manifest) in enumerate(tasks)
+    )
+    on_plan(num_tasks)
+    for audit in _audit_all(to_audit, num_tasks, source.uri, destination.uri, binding, config):
         result.num_recomputed += audit.recomputed
         result.add(audit)
         on_audit(audit)
@@ -182,13 +198,33 @@ def verify(
     return result
 
 
+def _report_what_is_not_done(result: Verification, census: Census, ledger: Ledger) -> None:
+    """The problems that can be told without reading any data."""
+    if census.num_pending <= MAX_NAMED:
+        pending = (part.key for unit in census.pending for part in unit.objects)
+        names = pending if not census.container.has_units else (u.name for u in census.pending)
+        unreported = [name for name in names if name not in census.damaged]
+        problems = [f"{name}: not protected (no manifest)" for name in unreported]
+    else:
+        first = census.pending[0].name
+        problems = [f"{census.num_pending:,} {result.noun}s are not protected, such as {first}"]
+    if not census.container.has_units:
+        problems += [f"{name}: its output is missing or was replaced" for name in census.damaged]
+    reasons = ledger.reasons(census.quarantined)
+    problems += [f"{name}: not protected ({reason})" for name, reason in reasons.items()]
+    problems += [
+        f"{key}: is no {result.noun} of the source" for key in (*census.orphans, *census.strangers)
+    ]
+    result.problems, result.num_problems = problems, len(problems)
+
+
 @dataclass(frozen=True)
 class AuditTask:
     """One unit to audit.
 
     Attributes:
         unit: The unit, in the version that was protected.
-        manifest: Key of its manifest.
+        manifest: Key of its manifest; or the manifest itself, as JSON.
         recompute: Whether it is protected again, too, and compared.
     """
 
@@ -214,13 +250,14 @@ def _refuse_another_protector(protector: str, binding: Binding) -> None:
 
 
 def _audit_all(
-    tasks: list[AuditTask],
+    tasks: Iterator[AuditTask],
+    num_tasks: int,
     source_uri: str,
     destination_uri: str,
     binding: Binding,
     config: VerifyConfig,
 ) -> Iterator[UnitAudit]:
-    if not tasks:
+    if not num_tasks:
         return
     protector = locate(config.protector) if config.protector else ""
 
@@ -243,8 +280,7 @@ def _audit_all(
         from ray.data import TaskPoolStrategy
 
         workers, _, _ = worker_layout(config.num_workers, 1, 0)
-        for start in range(0, len(tasks), config.wave_shards):
-            wave = tasks[start : start + config.wave_shards]
+        while wave := list(islice(tasks, config.wave_shards)):
             rows = [
                 {"unit": t.unit.to_json(), "manifest": t.manifest, "recompute": t.recompute}
                 for t in wave
@@ -270,7 +306,10 @@ def audit_one(
     unit = task.unit
     source, destination = open_source(source_uri), open_storage(destination_uri)
     try:
-        manifest = Ledger(destination).manifest(task.manifest)
+        if task.manifest.startswith("{"):
+            manifest = Manifest.model_validate_json(task.manifest)
+        else:
+            manifest = Ledger(destination).manifest(task.manifest)
     except One4AllError as error:
         lost = UnitAudit(unit.name)
         lost.report(str(error))
@@ -309,7 +348,8 @@ def _notes(result: Verification) -> list[str]:
     """What holds but a reader should know."""
     notes = []
     if result.num_recomputed:
-        notes.append(f"{result.num_recomputed} shards were protected again and compared")
+        what = "shards" if result.noun == "shard" else f"units of {result.noun}s"
+        notes.append(f"{result.num_recomputed} {what} were protected again and compared")
     if result.num_dropped:
         notes.append(f"{result.num_dropped} samples were dropped, as the manifests record")
     if result.num_passed_through:

@@ -1,4 +1,4 @@
-"""What a corpus may be given as: a folder or prefix, one shard, a pattern or a list of shards.
+"""What a corpus may be given as: a folder or prefix, one file, a pattern or a list of files.
 
 WebDataset names shards by patterns such as ``train-{0000..0099}.tar``, in its own notation. A list
 is a text file among the shards, or above them.
@@ -14,7 +14,6 @@ from itertools import product
 from typing import NoReturn
 from urllib.parse import unquote
 
-from one4all.corpus.tar import SUFFIX
 from one4all.errors import NotFoundError, UsageError
 from one4all.storage import (
     Attributes,
@@ -27,6 +26,7 @@ from one4all.storage import (
 )
 from one4all.text import shown
 
+SUFFIXES = (".tar", ".parquet")  # of files that are a corpus by themselves
 LIST_SUFFIX = ".txt"
 _MAX_SHARDS = 1_000_000
 _MAX_LIST_BYTES = 1 << 28
@@ -37,17 +37,17 @@ def open_source(uri: str) -> Storage:
     """The storage of a corpus, which may be one shard or some of the shards of a folder.
 
     Args:
-        uri: As `open_storage` takes it; or one that ends in ``.tar``, or in a pattern with braces:
-            ``{0000..0099}``, ``{train,test}``; or in ``.txt``, a file with a shard in each line, as
-            a path below the folder of the file or a whole URI there; ``#`` begins a comment. What
-            is a folder counts as one, whatever its name.
+        uri: As `open_storage` takes it; or one that ends in ``.tar`` or ``.parquet``, or in a
+            pattern with braces: ``{0000..0099}``, ``{train,test}``; or in ``.txt``, a list with one
+            of them in each line, as a path below the folder of the list or a whole URI there; ``#``
+            begins a comment. What is a folder counts as one, whatever its name.
 
     Raises:
         UsageError: As `open_storage`; or the pattern or the list cannot be read.
     """
     storage = open_storage(uri)
     braces = _BRACES.search(uri)
-    if not braces and not uri.endswith((SUFFIX, LIST_SUFFIX)):
+    if not braces and not uri.endswith((*SUFFIXES, LIST_SUFFIX)):
         return storage
     if isinstance(storage, LocalStorage) and storage.root.is_dir():
         return storage
@@ -146,34 +146,68 @@ class Selection(Storage):
         raise UsageError(f"{self.uri} are shards: nothing can be written there; give a folder")
 
 
+def read_list(uri: str, source: Storage) -> Iterator[str]:
+    """Keys below a source that a list names.
+
+    Args:
+        uri: A file, local or on S3; a key or the whole URI of an object in each line, ``#`` begins
+            a comment.
+        source: Where they are.
+
+    Raises:
+        UsageError: It is not there, cannot be read, or names something else.
+    """
+    folder, slash, name = uri.rpartition("/")
+    root = open_storage(folder or slash or ".")
+    place = source.root if isinstance(source, Selection) else source
+    for number, line in _lines(root, name):
+        if (key := _key_below(place, line)) is None:
+            raise UsageError(
+                f"line {number} of {uri} is {shown(line)!r}; a line is the path of a file below "
+                f"{place.uri}, or its whole URI there"
+            )
+        yield key
+
+
 def _listed(root: Storage, name: str) -> Iterator[str]:
     """Keys in a list, which is itself an object of their storage."""
+    for number, line in _lines(root, name):
+        key = _key_below(root, line)
+        if key is None or not key.endswith(SUFFIXES):
+            raise UsageError(
+                f"line {number} of {root.uri.rstrip('/')}/{name} is {shown(line)!r}; a line is the "
+                f"path of a {' or '.join(SUFFIXES)} file below the folder of the list"
+            )
+        yield key
+
+
+def _lines(root: Storage, name: str) -> Iterator[tuple[int, str]]:
+    """Lines of a list that say something, with their numbers."""
     place = f"{root.uri.rstrip('/')}/{name}"
     try:
         size = root.head(name).size
         if size > _MAX_LIST_BYTES:
-            raise UsageError(f"{place} has {size:,} bytes, too many for a list of shards")
+            raise UsageError(f"{place} has {size:,} bytes, too many for a list of files")
         lines = root.read_bytes(name).decode("utf-8").splitlines()
     except NotFoundError as error:
-        raise UsageError(f"{place} is not there; it would be a list of shards") from error
+        raise UsageError(f"{place} is not there; it would be a list of files") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{place} is no list of shards: it is not UTF-8") from error
-    keys = {number: line.strip() for number, line in enumerate(lines, 1)}
-    keys = {number: key for number, key in keys.items() if key and not key.startswith("#")}
-    if not keys:
-        raise UsageError(f"{place} names no shard; write the path of one in each line")
+        raise UsageError(f"{place} is no list of files: it is not UTF-8") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    found = [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    if not found:
+        raise UsageError(f"{place} names nothing; write the path of a file in each line")
+    yield from found
+
+
+def _key_below(root: Storage, line: str) -> str | None:
+    """The key that a line of a list names; None if it names nothing below this place."""
     folders = [f"{root.uri.rstrip('/')}/"]
     if isinstance(root, LocalStorage):
         folders.append(f"{root.root}/")
-    for number, line in keys.items():
-        key = next((line.removeprefix(f) for f in folders if line.startswith(f)), line)
-        inside = not key.startswith("/") and "://" not in key and ".." not in key.split("/")
-        if not key.endswith(SUFFIX) or not inside:
-            raise UsageError(
-                f"line {number} of {place} is {shown(line)!r}; a line is the path of a {SUFFIX} "
-                "file below the folder of the list"
-            )
-        yield key
+    key = next((line.removeprefix(f) for f in folders if line.startswith(f)), line)
+    inside = not key.startswith("/") and "://" not in key and ".." not in key.split("/")
+    return key if inside else None
 
 
 def _expand(pattern: str) -> Iterator[str]:

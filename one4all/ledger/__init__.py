@@ -5,7 +5,7 @@
 * `lease`: one run at a time.
 """
 
-from one4all.ledger.census import Census, Move, compare_places, take_census
+from one4all.ledger.census import Census, Move, compare_places, done_manifests, take_census
 from one4all.ledger.lease import Lease
 from one4all.ledger.ledger import MAX_ATTEMPTS, MAX_KILLED, Attempts, Entry, Ledger, read_binding
 from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
@@ -24,6 +24,7 @@ __all__ = [
     "Move",
     "UnitDistances",
     "compare_places",
+    "done_manifests",
     "read_binding",
     "take_census",
 ]

@@ -7,6 +7,8 @@ Everything lives below ``_one4all/`` of the destination, as small objects:
     attempts/<id>/<n>-<run>.running    an attempt that is at work, or was when its run died
     attempts/<id>/<n>-<run>.killed     one that a later run found like that
     attempts/<id>/<n>-<run>.failed     one that failed; its content is the reason
+    objects/<digest>.parquet        what became of loose objects, see `objects`; no manifests then
+    groups/<version>-<run>.json     loose objects that are at work together, or were
     starts/<run>/<worker>           a worker that is loading the protector, or died of it
     last-success.json               the last run that left nothing to do
 
@@ -29,10 +31,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from pydantic import BaseModel
 
-from one4all.corpus import OutputObject, Unit
+from one4all.corpus import CONTAINERS, OutputObject, Unit, is_group
 from one4all.errors import (
     BindingError,
     ConflictError,
@@ -41,6 +44,7 @@ from one4all.errors import (
     SourceChangedError,
     UsageError,
 )
+from one4all.ledger.objects import ObjectRecords
 from one4all.ledger.records import Binding, Manifest
 from one4all.storage import INTERNAL, ObjectInfo, Storage
 
@@ -51,6 +55,7 @@ _BINDING = f"{INTERNAL}binding.json"
 _SHARDS = f"{INTERNAL}shards/"
 _ATTEMPTS = f"{INTERNAL}attempts/"
 _STARTS = f"{INTERNAL}starts/"
+_GROUPS = f"{INTERNAL}groups/"
 _LAST_SUCCESS = f"{INTERNAL}last-success.json"
 _DIGEST = "[0-9a-f]{16}"
 _ENTRY = re.compile(
@@ -128,6 +133,16 @@ class Ledger:
 
     def __init__(self, destination: Storage) -> None:
         self._storage = destination
+
+    @property
+    def storage(self) -> Storage:
+        """The destination."""
+        return self._storage
+
+    @cached_property
+    def objects(self) -> ObjectRecords:
+        """Records of objects that are worked on in groups."""
+        return ObjectRecords(self._storage)
 
     def is_bound(self, binding: Binding) -> bool:
         """Whether the destination is bound to this configuration, or may be; writes nothing.
@@ -243,9 +258,13 @@ class Ledger:
         If the record is there already, its name says the same: somebody was faster, perhaps this
         very process before a retry.
         """
-        with suppress(ConflictError):
-            self._storage.create(Entry.of_manifest(manifest).key, _to_json(manifest))
-        self._delete_all(_attempts_prefix(manifest.unit))
+        if not CONTAINERS[manifest.container].has_units:
+            self.objects.add(manifest)
+        else:
+            with suppress(ConflictError):
+                self._storage.create(Entry.of_manifest(manifest).key, _to_json(manifest))
+        if not is_group(manifest.unit):
+            self._delete_all(_attempts_prefix(manifest.unit))
 
     def restate(self, key: str) -> Manifest | None:
         """Record anew what stands under other ETags, such as a destination that was copied.
@@ -319,6 +338,40 @@ class Ledger:
     def withdraw_attempt(self, unit: Unit, number: int, run_id: str) -> None:
         """Forget an attempt that failed through no fault of the unit."""
         self._storage.delete(_attempt_key(unit, number, run_id, "running"))
+
+    def begin_group(self, unit: Unit, run_id: str) -> str:
+        """Record durably that an attempt at a group of objects starts.
+
+        Objects of a group that was not finished are suspects, and are tried one by one from then
+        on: so one that kills its process or stalls it spoils no other, and is the one to be given
+        up.
+
+        Returns:
+            Key of the record, for `end_group`; "" if this run has begun the group before, and died.
+        """
+        key = f"{_GROUPS}{unit.version}-{run_id}.json"
+        keys = [part.key for part in unit.objects]
+        try:
+            self._storage.create(key, json.dumps(keys).encode())
+        except ConflictError:
+            return ""
+        return key
+
+    def end_group(self, key: str) -> None:
+        """Forget the attempt at a group: it succeeded, or failed through no fault of the group."""
+        self._storage.delete(key)
+
+    def suspects(self) -> set[str]:
+        """Keys of objects of groups that were begun and not finished."""
+        found: set[str] = set()
+        for info in self._storage.list(_GROUPS):
+            with suppress(NotFoundError, SourceChangedError):
+                found.update(json.loads(self._storage.read_bytes(info.key)))
+        return found
+
+    def forget_suspects(self) -> None:
+        """Forget all groups: what is wrong with one of their objects is recorded by now."""
+        self._delete_all(_GROUPS)
 
     def begin_start(self, run_id: str, worker: str) -> int:
         """Record that a worker begins to load; returns how many of the run are doing so, or died.

@@ -114,7 +114,7 @@ class ImageStream:
         sidecar_patterns: Sequence[str] = (),
         num_threads: int = 1,
     ) -> None:
-        self._units: list[tuple[str, Unit]] = open_corpora(uris)
+        self._units: Sequence[tuple[str, Unit]] = open_corpora(uris)
         self._size, self._seed = size, seed
         self._shuffle_buffer = shuffle_buffer
         self._sidecar_patterns = tuple(sidecar_patterns)

@@ -26,6 +26,7 @@ from pipelines.cli.terminal import (
 )
 
 _WATCH_SECONDS = 5.0
+_KINDS = {"tar": ".tar shards", "parquet": "Parquet files", "images": "loose images"}
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -40,8 +41,8 @@ def protect(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or s3:// prefix of .tar shards; one shard, 'train-{0000..0099}.tar', or "
-            "a list of shards (.txt)."
+            help="Folder or s3:// prefix of images, .tar shards or Parquet files; one such file, "
+            "'train-{0000..0099}.tar', or a list of them (.txt)."
         ),
     ],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write to.")],
@@ -63,9 +64,25 @@ def protect(
         str | None,
         typer.Option(help="drop, fail or passthrough."),
     ] = None,
+    container: Annotated[
+        str | None,
+        typer.Option(help="What the source is made of: tar, parquet or images; else found out."),
+    ] = None,
+    image_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of Parquet files that holds images, if it is not found out."),
+    ] = None,
+    others: Annotated[
+        str | None,
+        typer.Option(help="What lies among loose images and is none: copy or skip."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="File or s3:// object that lists what to do, a path in each line."),
+    ] = None,
     since: Annotated[
         str | None,
-        typer.Option(help="Only shards written since: 2026-11-01T00:00Z, or 36h before now."),
+        typer.Option(help="Only what was written since: 2026-11-01T00:00Z, or 36h before now."),
     ] = None,
     mark_no_ai_training: Annotated[
         bool | None,
@@ -73,11 +90,11 @@ def protect(
     ] = None,
     prune: Annotated[
         bool | None,
-        typer.Option("--prune", help="Remove protected shards whose source is gone."),
+        typer.Option("--prune", help="Remove outputs whose source is gone."),
     ] = None,
     retry_quarantined: Annotated[
         bool | None,
-        typer.Option("--retry-quarantined", help="Try shards again that were given up."),
+        typer.Option("--retry-quarantined", help="Try again what was given up."),
     ] = None,
     moved_from: Annotated[
         str | None,
@@ -90,7 +107,7 @@ def protect(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Protect every shard of a corpus that is not protected yet. Safe to kill and to repeat."""
+    """Protect all of a corpus that is not protected yet. Safe to kill and to repeat."""
     from pipelines.protect.config import ProtectConfig
     from pipelines.protect.job import protect as run
     from pipelines.settings import load_config
@@ -103,6 +120,10 @@ def protect(
         strength=strength,
         output_format=output_format,
         on_bad_image=on_bad_image,
+        container=container,
+        image_columns=image_column,
+        others=others,
+        only=only,
         since=since,
         mark_no_ai_training=mark_no_ai_training,
         prune=prune,
@@ -121,18 +142,20 @@ def protect(
             progress.advance()
 
     def on_plan(census: Any) -> None:
+        noun = census.container.noun
+        progress.say(f"{source} is read as {_KINDS[census.container.name]}")
         if census.num_done:
-            progress.say(f"{census.num_done} of {census.num_units} shards are done already")
-        if census.damaged:
+            progress.say(f"{census.num_done:,} of {census.num_units:,} {noun}s are done already")
+        if census.num_damaged:
             progress.say(
-                f"{len(census.damaged)} shards were done, and their outputs are missing or were "
+                f"{census.num_damaged:,} {noun}s were done, and their outputs are missing or were "
                 f"replaced since, such as {next(iter(census.damaged))}; they are written again"
             )
-        progress.start(len(census.pending))
+        progress.start(census.num_pending, noun)
 
     def on_progress(status: Any) -> None:
         if status.outcome in ("done", "restated"):
-            progress.advance()
+            progress.advance(status.num_objects)
         else:
             progress.say(f"{status.outcome}: {status.name}: {status.error}")
 
@@ -146,45 +169,61 @@ def protect(
             on_wait=progress.say,
             on_fit=on_fit,
         )
-    show(
-        f"{result.num_done} of {result.num_shards} shards protected "
+    show(*_result_lines(result, settings, destination))
+    raise typer.Exit(result.exit_code)
+
+
+def _result_lines(result: Any, settings: Any, destination: str) -> list[str]:
+    """What a run did, in lines."""
+    noun = result.noun
+    lines = [
+        f"{result.num_done} of {result.num_shards} {noun}s protected "
         f"({result.num_protected_now} now, {result.num_images} images); "
         f"{result.num_bad_images} bad images{_fate(result.num_bad_images, settings.on_bad_image)}"
-    )
+    ]
     if result.num_bad_images:
-        show(f"  one4all status {destination} --bad lists them with their reasons")
+        lines.append(f"  one4all status {destination} --bad lists them with their reasons")
     if result.converted:
         changes = ", ".join(f"{count} {change}" for change, count in result.converted.most_common())
-        show(f"  converted now: {changes}")
-        show(
+        lines += [
+            f"  converted now: {changes}",
             "  label maps and masks do not survive that; sidecar_patterns copies them, such as "
-            "--set 'sidecar_patterns=[\"*.seg.png\"]'"
-        )
-    for name, reason in (result.failed | result.quarantined).items():
-        show(f"  not protected: {name}: {reason}")
+            "--set 'sidecar_patterns=[\"*.seg.png\"]'",
+        ]
+    lines += [
+        f"  not protected: {name}: {reason}"
+        for name, reason in (result.failed | result.quarantined).items()
+    ]
     if result.quarantined:
-        show(
-            f"  {len(result.quarantined)} of these shards are given up; --retry-quarantined tries "
+        lines.append(
+            f"  {len(result.quarantined)} of these {noun}s are given up; --retry-quarantined tries "
             "them again"
         )
     if result.num_older:
-        show(
-            f"  {result.num_older} shards are older than {settings.since} and were left out; "
+        lines.append(
+            f"  {result.num_older} {noun}s are older than {settings.since} and were left out; "
             f"{result.num_older_undone} of them are not protected"
         )
+    if result.num_left_out:
+        lines.append(f"  {result.num_left_out} {noun}s are not in {settings.only}: left out")
+    if result.num_absent:
+        lines.append(
+            f"  {result.num_absent} names in {settings.only} are not at the source, such as "
+            f"{result.absent}"
+        )
     if result.num_pruned:
-        show(f"  {result.num_pruned} outputs were removed, because their source is gone")
+        lines.append(f"  {result.num_pruned} outputs were removed, because their source is gone")
     if result.num_orphans:
-        show(
+        lines.append(
             f"  {result.num_orphans} outputs have no source any more, such as {result.orphan}; "
             "--prune removes them"
         )
     if result.num_others:
-        show(
-            f"  {result.num_others} objects are no .tar shards and were left alone, such as "
-            f"{result.other}"
+        lines.append(
+            f"  {result.num_others} objects are no {_KINDS[result.container]} and were left "
+            f"alone, such as {result.other}"
         )
-    raise typer.Exit(result.exit_code)
+    return lines
 
 
 def _fate(num_bad: int, policy: str) -> str:
@@ -259,7 +298,7 @@ def verify(
 def _print_verification(result: Any) -> None:
     verdict = "every promise holds" if result.ok else f"{result.num_problems} PROBLEMS"
     show(
-        f"{verdict}: {result.num_shards} shards, {result.num_samples} samples, "
+        f"{verdict}: {result.num_shards} {result.noun}s, {result.num_samples} samples, "
         f"{result.num_images} images, {result.num_sidecars} sidecars"
     )
     if result.num_images:
@@ -343,13 +382,13 @@ def _watch(looks: Any) -> None:
     """Redraw on a terminal; elsewhere one plain line for each look."""
     height = 0
     for found, rate in looks:
-        pace = "no shard was done since this watch began"
+        pace = f"no {found.noun} was done since this watch began"
         if rate.images_per_second is not None:
             pace = f"{rate.images_per_second:.3g} images/s since this watch began"
         if rate.seconds_left is not None and found.num_pending:
             pace += f", about {in_words(rate.seconds_left)} left"
         if not sys.stdout.isatty():
-            done = f"{found.num_done:,} of {found.num_shards:,} shards done"
+            done = f"{found.num_done:,} of {found.num_shards:,} {found.noun}s done"
             show(f"{done}, {found.num_pending:,} pending; {pace}")
             continue
         lines = [*_status_lines(found), f"  {pace}"]
@@ -362,8 +401,8 @@ def _status_lines(found: Any) -> list[str]:
     to_read = size_in_words(found.pending_bytes)
     lines = [
         f"{found.destination}  <-  {found.source}  ({found.protector}, {found.output_format})",
-        f"  done         {found.num_done:>9,} of {found.num_shards:,} shards{written}",
-        f"  pending      {found.num_pending:>9,} shards, {to_read} to read",
+        f"  done         {found.num_done:>9,} of {found.num_shards:,} {found.noun}s{written}",
+        f"  pending      {found.num_pending:>9,} {found.noun}s, {to_read} to read",
     ]
     if found.num_damaged:
         lines.append(
@@ -379,7 +418,7 @@ def _status_lines(found: Any) -> list[str]:
     if found.num_orphans:
         lines.append(f"  orphans      {found.num_orphans:>9,} outputs whose source is gone")
     lines.append(f"  last success {_ago(found.last_success)}")
-    lines.append(f"  quarantined  {len(found.quarantined):>9,} shards")  # the reasons follow
+    lines.append(f"  quarantined  {len(found.quarantined):>9,} {found.noun}s")  # the reasons follow
     return lines + [
         f"    {name}: {reason}" for name, reason in (found.failing | found.quarantined).items()
     ]
@@ -393,7 +432,9 @@ def _ago(seconds: float | None) -> str:
 
 
 def preview(
-    source: Annotated[str, typer.Argument(help="An image, a folder of images, or a .tar shard.")],
+    source: Annotated[
+        str, typer.Argument(help="An image; or images, .tar shards or Parquet files.")
+    ],
     output: Annotated[Path, typer.Argument(help="PNG file to write.")] = Path("preview.png"),
     protector: Annotated[str, typer.Option(help="Name, folder or s3:// URI.")] = "default",
     num_images: Annotated[int, typer.Option(min=1, max=64)] = 6,

@@ -119,7 +119,8 @@ class Progress:
         self._unit = unit
         self._bar: Any = None
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = "") -> None:
+        self._unit = unit or self._unit
         if self._bar is not None:  # of what was done before
             self._bar.close()
         if sys.stderr.isatty():

@@ -37,6 +37,10 @@ class ProtectConfig(RewriteConfig, JobConfig):
             fits to a sample of the corpus and keeps below it.
         strength: Look of that one: discreet (hardly seen, the default), balanced, or strong.
         fit_images: About so many images are looked at to fit it; 0 takes the shipped one.
+        container: What the corpus is made of: tar, parquet or images; empty for what most of its
+            bytes are. A destination is bound to it.
+        only: A file, local or on S3, that names what to do: the path below the source, or the whole
+            URI, of a shard or file in each line. The rest is left out.
         since: Only shards written since then are planned: a time such as 2026-11-01T00:00Z, or a
             duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
             upload from when it was begun. Empty means all.
@@ -64,6 +68,8 @@ class ProtectConfig(RewriteConfig, JobConfig):
     protector: str = ""
     strength: Annotated[str, BeforeValidator(_strength)] = ""
     fit_images: Annotated[int, Field(ge=0)] = 6000
+    container: str = ""
+    only: str = ""
     since: Annotated[str, BeforeValidator(_since)] = ""
     log_json: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 0

@@ -12,12 +12,13 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from one4all.corpus import Unit, find_container, list_units, open_source
+from one4all.corpus import Unit, find_container, is_empty, open_source, what_is_read
+from one4all.corpus.sources import read_list
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
 from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.ledger import (
@@ -59,7 +60,11 @@ OnPlan = Callable[[Census], None]
 class ProtectResult:
     """What a run did, and what stands at the destination when it ends.
 
+    Shards are what is counted; of loose images, files are.
+
     Attributes:
+        container: What the corpus is made of.
+        noun: Word for what is counted: "shard" or "file".
         num_shards: Shards of the source; only those written since ``config.since``.
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
@@ -76,9 +81,14 @@ class ProtectResult:
         num_orphans: Outputs whose source is gone; those that were pruned do not count.
         orphan: The first of them.
         num_pruned: Outputs that were removed, because their source is gone.
+        num_left_out: Shards that ``config.only`` does not name.
+        num_absent: Names in it that are not at the source.
+        absent: The first of them.
     """
 
     run_id: str
+    container: str = "tar"
+    noun: str = "shard"
     num_shards: int = 0
     num_done: int = 0
     num_protected_now: int = 0
@@ -95,6 +105,9 @@ class ProtectResult:
     num_orphans: int = 0
     orphan: str = ""
     num_pruned: int = 0
+    num_left_out: int = 0
+    num_absent: int = 0
+    absent: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -120,7 +133,8 @@ def protect(
     and done only when its manifest stands.
 
     Args:
-        source_uri: Folder or s3:// prefix of ``.tar`` shards, or a pattern; see `open_source`.
+        source_uri: Folder or s3:// prefix of ``.tar`` shards, Parquet files or loose images; or a
+            pattern, see `open_source`.
         destination_uri: Folder or prefix; bound to this configuration by its first run.
         config: See there.
         on_plan: Called once with what there is, what is done, and what is to do.
@@ -145,13 +159,16 @@ def protect(
     card = check_protector(config.protector) if config.protector else None
     source.check(writable=False)
     destination.check(writable=True)
-    if next(list_units(source), None) is None:
-        raise UsageError(
-            f"source {source.uri} holds no {find_container(source).unit_name}"
-            + _what_is_there(source)
-        )
     ledger = Ledger(destination)
     bound_to = ledger.bound_to()
+    container = find_container(source, config.container or (bound_to.container if bound_to else ""))
+    config = config.model_copy(update={"container": container.name})
+    if is_empty(source, container):
+        kind = container.unit_name if config.container and bound_to else what_is_read()
+        raise UsageError(f"source {source.uri} holds no {kind}{_what_is_there(source)}")
+    if config.others == "skip" and container.has_units:
+        raise UsageError(f"others=skip is for loose images, and {source.uri} is of another kind")
+    only = frozenset(read_list(config.only, source)) if config.only else None
     if config.moved_from and bound_to is None:
         raise UsageError(f"--moved-from {config.moved_from}: nothing was protected there yet")
     with ExitStack() as stack:
@@ -165,6 +182,7 @@ def protect(
         config = config.model_copy(update={"protector": locate(config.protector)})
         binding = Binding(
             source_uri=source.uri,
+            container=container.name,
             protector=card.name,
             protector_sha256=card.content_hash,
             epsilon_levels=card.epsilon_levels,
@@ -177,7 +195,7 @@ def protect(
             ledger.is_bound(binding)  # before the probe, which writes
             _try_places(destination, config)
         ledger.bind(binding)
-        run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
+        run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since, only)
         try:
             with run.lease(on_wait):
                 run.sweep()
@@ -208,8 +226,9 @@ class _Run:
         ledger: Ledger,
         run_id: str,
         since: float | None,
+        only: frozenset[str] | None,
     ) -> None:
-        self._binding, self._since = binding, since
+        self._binding, self._since, self._only = binding, since, only
         self._source, self._destination = source, destination
         self._config, self._ledger, self._run_id = config, ledger, run_id
         self._lease: Lease | None = None
@@ -237,37 +256,45 @@ class _Run:
         self._ledger.forget_starts()
         if self._config.retry_quarantined:
             self._ledger.forget_quarantined()
-        census = take_census(self._source, self._ledger, since=self._since)
-        todo, barren_passes = census.pending, 0
-        result.num_damaged = len(census.damaged)
+        census, barren_passes = self._census(), 0
+        result.container, result.noun = census.container.name, census.container.noun
+        result.num_damaged = census.num_damaged
         on_plan(census)
-        while todo and barren_passes < MAX_ATTEMPTS:
+        while (num_todo := _count(census, refused)) and barren_passes < MAX_ATTEMPTS:
             with ray_session(self._config.ray):
-                num_pending = len(todo)
+                num_pending = census.num_pending
                 telemetry.show("one4all_pending_shards", num_pending)
-                recorded = {name: entry.key for name, entry in census.damaged.items()}
-                for status in self._waves([(unit, recorded.get(unit.name, "")) for unit in todo]):
+                for status in self._waves(census, refused):
                     done = status.outcome == "done"
-                    num_pending -= status.outcome in ("done", "restated")
+                    num_pending -= status.num_objects * (status.outcome in ("done", "restated"))
                     telemetry.show("one4all_pending_shards", num_pending)
                     if self._config.log_json:
                         _shards_log.info(_log_line(status, self._run_id))
                     on_progress(status)
-                    result.num_protected_now += done
+                    result.num_protected_now += status.num_objects * done
                     result.num_images += status.num_protected
                     result.converted.update(status.converted)
-                    errors[status.name] = status.error
+                    if not done:
+                        errors[status.name] = status.error
                     if status.outcome == "refused":
                         refused.add(status.name)
             # A new census: a unit that changed while it was read is planned anew.
-            census = take_census(self._source, self._ledger, since=self._since)
-            before, todo = len(todo), [u for u in census.pending if u.name not in refused]
-            barren_passes = 0 if len(todo) < before else barren_passes + 1
+            census = self._census()
+            barren_passes = 0 if _count(census, refused) < num_todo else barren_passes + 1
         self._account(result, census, errors)
         self._tidy(result, census)
         if not result.failed:
             self._ledger.record_success(self._run_id)
         return result
+
+    def _census(self) -> Census:
+        return take_census(
+            self._source,
+            self._ledger,
+            container=self._binding.container,
+            since=self._since,
+            only=self._only,
+        )
 
     def _account(self, result: ProtectResult, census: Census, errors: dict[str, str]) -> None:
         """Complete the result by what the ledger says, whatever the workers reported."""
@@ -276,8 +303,10 @@ class _Run:
         result.num_older, result.num_older_undone = census.num_older, census.num_older_undone
         result.num_bad_images = census.num_bad
         result.quarantined = self._ledger.reasons(census.quarantined, limit=MAX_REASONS)
+        result.num_left_out = census.num_left_out
+        result.num_absent, result.absent = census.num_absent, census.absent
         result.failed = {
-            unit.name: errors.get(unit.name) or "no worker reported on it"
+            unit.label: errors.get(unit.label) or "no worker reported on it"
             for unit in census.pending
         }
 
@@ -287,6 +316,9 @@ class _Run:
         The outputs first: without a record nobody could tell that they are ours.
         """
         self._ledger.remove(census.superseded)
+        if not census.container.has_units:
+            self._ledger.forget_suspects()
+            self._ledger.objects.merge(self._ledger.outputs)
         if self._config.prune:
             self._ledger.remove([*census.orphans, *census.orphan_records])
             result.num_pruned = len(census.orphans)
@@ -303,11 +335,15 @@ class _Run:
         except One4AllError as error:
             _log.warning("left-overs of killed runs could not be removed: %s", error)
 
-    def _waves(self, todo: Sequence[tuple[Unit, str]]) -> Iterator[UnitStatus]:
+    def _waves(self, census: Census, refused: Collection[str]) -> Iterator[UnitStatus]:
         size = self._config.wave_shards
-        for start in range(0, len(todo), size):
+        recorded = {name: entry.key for name, entry in census.damaged.items() if entry}
+        for start in range(0, len(census.pending), size):
+            wave = [u for u in census.pending[start : start + size] if u.label not in refused]
+            if not wave:
+                continue
             for status in _run_wave(
-                todo[start : start + size],
+                [(unit, recorded.get(unit.name, "")) for unit in wave],
                 self._source,
                 self._destination,
                 self._config,
@@ -318,6 +354,13 @@ class _Run:
                 if self._lease is not None:
                     self._lease.check()
                     self._lease.progressed()
+
+
+def _count(census: Census, refused: Collection[str]) -> int:
+    """Units and objects that are pending and were not refused."""
+    if not refused:
+        return census.num_pending
+    return sum(unit.label not in refused for unit in census.pending)
 
 
 def _follow_move(source: Storage, ledger: Ledger, binding: Binding, moved_from: str) -> None:
@@ -331,7 +374,7 @@ def _follow_move(source: Storage, ledger: Ledger, binding: Binding, moved_from: 
         return
     if moved_from != bound_to:  # perhaps it is given relative to this folder
         moved_from = open_source(moved_from).uri
-    move = compare_places(source, ledger)
+    move = compare_places(source, ledger, binding.container)
     if move.other or (move.num_missing and not move.num_same + move.num_touched):
         found = f"{move.other} has another size" if move.other else "no shard of it is there"
         raise UsageError(f"{source.uri} is not the corpus that was at {bound_to}: {found}")
@@ -378,7 +421,7 @@ def _what_is_there(source: Storage) -> str:
         if name.endswith(_PACKED):
             return f", but {info.key}; only plain .tar files are read: unpack such files to .tar"
         if name.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            return f", but images, such as {info.key}; one4all pack makes shards of a folder"
+            return f", but images, such as {info.key}; --container=images reads them"
     other = next(source.list_data(), None)
     return "" if other is None else f", but files such as {other.key}"
 

@@ -109,6 +109,7 @@ def _fit(
         session.enter_context(ray_session(config.ray))
         settings = FitConfig(
             source=(source.uri,),
+            container=config.container,
             output=str(folder),
             codebook=CodebookConfig(pattern=STRENGTHS[config.strength or DEFAULT_STRENGTH]),
             num_images=config.fit_images,
@@ -140,7 +141,7 @@ def _fit(
 def _count_images(source: Storage, config: ProtectConfig) -> int:
     """Images of a corpus; counting ends when they are enough."""
     count = 0
-    for unit in list_units(source):
+    for unit in list_units(source, config.container):
         try:
             for sample in read_samples(source, unit, config.read_options):
                 count += len(images_of(sample, config.sidecar_patterns))

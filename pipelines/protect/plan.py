@@ -173,7 +173,7 @@ def _shards_to_do(
     """Shards that count, largest first, and the number of those that are done."""
     if destination_uri is not None:
         census = take_census(source, Ledger(open_storage(destination_uri)), since=since)
-        return census.pending, census.num_done
+        return list(census.pending), census.num_done
     units = (unit for unit in list_units(source) if not unit.is_older(since))
     return sorted(units, key=lambda unit: -unit.size), 0
 

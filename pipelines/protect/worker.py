@@ -10,12 +10,13 @@ import resource
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from one4all.corpus import Unit, open_source, printable
+from one4all.corpus import Unit, is_group, open_source, printable
 from one4all.errors import (
     One4AllError,
     PerturbationError,
@@ -34,6 +35,10 @@ from pipelines.protect.cpu_limit import CpuLimit
 
 _log = logging.getLogger(__name__)
 
+_NO_PROTECTOR = "workers die while they load the protector"
+# Faults that are not of the unit: it may be fine tomorrow.
+_ELSEWHERE = (StorageError, UsageError, SourceChangedError, PerturbationError, OSError)
+
 Outcome = Literal["done", "restated", "failed", "refused", "quarantined"]
 
 
@@ -42,7 +47,8 @@ class UnitStatus:
     """What became of one attempt at one unit.
 
     Attributes:
-        name: Name of the unit.
+        name: Name of the unit; for a group of objects, that of the first and how many follow.
+        num_objects: Objects of a group; 1 for every other unit.
         outcome: "done"; "restated": what stands is right, and was recorded anew; "failed";
             "refused" by the bad-image policy; "quarantined" before.
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
@@ -56,6 +62,7 @@ class UnitStatus:
 
     name: str
     outcome: Outcome = "done"
+    num_objects: int = 1
     num_images: int = 0
     num_bad: int = 0
     num_protected: int = 0
@@ -134,10 +141,11 @@ class ProtectWorker:
         return replace(status, peak_bytes=_peak_bytes())
 
     def _attempt(self, unit: Unit, recorded: str, limit: CpuLimit) -> UnitStatus:
+        if is_group(unit):
+            return self._attempt_group(unit, limit)
         status = UnitStatus(unit.name, num_bytes=unit.size)
         if self._protector is None:
-            reason = "workers die while they load the protector"
-            return replace(status, outcome="failed", error=reason)
+            return replace(status, outcome="failed", error=_NO_PROTECTOR)
         number = 0
         try:
             attempt = self._ledger.begin_attempt(unit, self._run_id)
@@ -147,37 +155,59 @@ class ProtectWorker:
             number = attempt
             if recorded and self._ledger.restate(recorded) is not None:
                 return replace(status, outcome="restated")
-            manifest = rewrite_unit(
-                unit,
-                self._source,
-                self._destination,
-                self._protector,
-                self._config,
-                pool=self._pool,
-                run_id=self._run_id,
-                on_batch=lambda seconds: telemetry.observe("one4all_batch_seconds", seconds),
-                on_step=limit.next_step,
-            )
-            self._ledger.record(manifest)
-            _tell(manifest)
-            return replace(
-                status,
-                num_images=manifest.num_images,
-                num_bad=len(manifest.bad_images),
-                num_protected=manifest.num_protected,
-                converted=manifest.converted,
-                num_bytes_written=manifest.output_size,
-                seconds=manifest.seconds,
-            )
+            return self._rewrite(unit, limit, status)
         except Exception as error:  # one unit must not end the run, whatever is wrong with it
-            reason = printable(f"{error}" or type(error).__name__)
-            if not isinstance(error, One4AllError):
-                reason = f"{type(error).__name__}: {reason}"
+            reason = _reason(error)
             if number:
                 self._close_attempt(unit, number, error, reason)
-            telemetry.count("one4all_failures", kind=type(error).__name__)
             refused = isinstance(error, BadImagePolicyError)
             return replace(status, outcome="refused" if refused else "failed", error=reason)
+
+    def _attempt_group(self, unit: Unit, limit: CpuLimit) -> UnitStatus:
+        """Attempt loose objects together; what spoils the attempt is found one by one, later."""
+        status = UnitStatus(unit.label, num_objects=len(unit.objects), num_bytes=unit.size)
+        if self._protector is None:
+            return replace(status, outcome="failed", error=_NO_PROTECTOR)
+        record = ""
+        try:
+            record = self._ledger.begin_group(unit, self._run_id)
+            if not record:
+                return replace(status, outcome="failed", error="the worker process died")
+            status = self._rewrite(unit, limit, status)
+            self._ledger.end_group(record)
+            return status
+        except Exception as error:
+            if record and isinstance(error, _ELSEWHERE):
+                with suppress(One4AllError, OSError):
+                    self._ledger.end_group(record)
+            return replace(status, outcome="failed", error=_reason(error))
+
+    def _rewrite(self, unit: Unit, limit: CpuLimit, status: UnitStatus) -> UnitStatus:
+        """Write and record a unit."""
+        assert self._protector is not None
+        manifest = rewrite_unit(
+            unit,
+            self._source,
+            self._destination,
+            self._protector,
+            self._config,
+            pool=self._pool,
+            run_id=self._run_id,
+            on_batch=lambda seconds: telemetry.observe("one4all_batch_seconds", seconds),
+            on_step=limit.next_step,
+        )
+        self._ledger.record(manifest)
+        _tell(manifest)
+        return replace(
+            status,
+            num_objects=len(manifest.source) if is_group(unit) else 1,
+            num_images=manifest.num_images,
+            num_bad=len(manifest.bad_images),
+            num_protected=manifest.num_protected,
+            converted=manifest.converted,
+            num_bytes_written=manifest.output_size,
+            seconds=manifest.seconds,
+        )
 
     def _close_attempt(self, unit: Unit, number: int, error: Exception, reason: str) -> None:
         """Count the attempt against the unit, unless the fault lies elsewhere.
@@ -185,16 +215,8 @@ class ProtectWorker:
         An outage of a store, expired credentials, a full disk or the policy "fail" must not end in
         quarantine: the same unit may be fine tomorrow.
         """
-        elsewhere = (
-            StorageError,
-            UsageError,
-            SourceChangedError,
-            BadImagePolicyError,
-            PerturbationError,
-            OSError,
-        )
         try:
-            if isinstance(error, elsewhere):
+            if isinstance(error, (*_ELSEWHERE, BadImagePolicyError)):
                 self._ledger.withdraw_attempt(unit, number, self._run_id)
             else:
                 self._ledger.fail_attempt(unit, number, self._run_id, reason)
@@ -210,6 +232,13 @@ def _tell(manifest: Manifest) -> None:
     telemetry.count("one4all_bytes_written", manifest.output_size)
     for stage, seconds in manifest.seconds.items():
         telemetry.observe("one4all_stage_seconds", seconds, stage=stage)
+
+
+def _reason(error: Exception) -> str:
+    """Why an attempt failed, in a line; it is counted in the metrics."""
+    telemetry.count("one4all_failures", kind=type(error).__name__)
+    reason = printable(f"{error}" or type(error).__name__)
+    return reason if isinstance(error, One4AllError) else f"{type(error).__name__}: {reason}"
 
 
 def _load(protector: str, sha256: str) -> Protector:
