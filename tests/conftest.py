@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,14 @@ from support.ray_cluster import Node, RayCluster, ray_cluster
 
 from one4all.protectors.protector import Protector
 from one4all.storage import Storage, open_storage
+from pipelines import verify as verifying
 from pipelines.local_s3 import local_s3
+from pipelines.protect import job as protecting
+from pipelines.protect.config import ProtectConfig
+from pipelines.protect.worker import ProtectWorker
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
+from pipelines.verify import VerifyConfig
 
 BUCKET = "one4all-tests"
 
@@ -40,6 +45,53 @@ def protector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def protector(protector_folder: Path) -> Protector:
     return Protector.load(str(protector_folder))
+
+
+@pytest.fixture
+def protect(monkeypatch, protector_folder):
+    """`pipelines.protect.job.protect` with its workers in this process."""
+
+    def run_wave(wave, source, destination, config, run_id, *, protector_sha256):
+        worker = ProtectWorker(
+            config,
+            source.uri,
+            destination.uri,
+            run_id,
+            protector_sha256=protector_sha256,
+            num_threads=2,
+        )
+        yield from (worker.protect(unit, recorded=recorded) for unit, recorded in wave)
+
+    monkeypatch.setattr(protecting, "_run_wave", run_wave)
+    monkeypatch.setattr(protecting, "ray_session", lambda config: nullcontext())
+
+    def protect(source, destination, **options):
+        options = {"protector": str(protector_folder), "batch_size": 4} | options
+        return protecting.protect(str(source), str(destination), ProtectConfig(**options))
+
+    return protect
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """What `verify` finds wrong, its tasks in this process; and uploads left open."""
+
+    def audit_all(tasks, num_tasks, source_uri, destination_uri, binding, config):
+        for task in tasks:
+            yield verifying.audit_one(task, source_uri, destination_uri, binding, config.protector)
+
+    monkeypatch.setattr(verifying, "_audit_all", audit_all)
+
+    def problems(source, destination, **options):
+        config = VerifyConfig(**options)
+        found = list(verifying.verify(str(source), str(destination), config).problems)
+        if (storage := open_storage(str(destination))).uri.startswith("s3"):
+            listed = storage._client.list_multipart_uploads(Bucket=storage._bucket)
+            uploads = [u["Key"] for u in listed.get("Uploads", [])]
+            found += [f"open upload: {k}" for k in uploads if k.startswith(storage._prefix)]
+        return found
+
+    return problems
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,6 +119,7 @@ class UnitList(Sequence[Unit]):
 
     def __init__(self, units: Iterable[Unit] = ()) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - kept open
+        weakref.finalize(self, self._file.close)
         self._ends = array("Q", [0])
         self.num_objects = self.num_bytes = self.largest = 0
         for unit in units:

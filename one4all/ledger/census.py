@@ -178,11 +178,13 @@ class _Found:
         info: The object, as it stands.
         row: The line of this version that describes what stands; or else one of this version.
         is_done: Whether it is the former.
+        left: Keys of outputs that still stand and are of other versions, where this one has none.
     """
 
     info: ObjectInfo
     row: ObjectRow | None
     is_done: bool
+    left: tuple[str, ...] = ()
 
 
 class _ObjectWalk:
@@ -212,7 +214,9 @@ class _ObjectWalk:
             standing = {name: next(iter(self._outputs.take(name, name)), None) for name in names}
             of_version = [row for row in recorded if row.is_of(info)]
             done = [row for row in of_version if row.describes(standing.get(row.output))]
-            yield _Found(info, next(iter(done or of_version), None), bool(done))
+            row = next(iter(done or of_version), None)
+            left = [k for k, output in standing.items() if output and row and k != row.output]
+            yield _Found(info, row, bool(done), tuple(left) if done else ())
 
     def rest(self) -> tuple[dict[str, list[ObjectRow]], dict[str, list[ObjectInfo]]]:
         """Lines of which the source is gone, and outputs that no object of it stands for."""
@@ -241,6 +245,7 @@ def _census_of_objects(
         census.num_units += 1
         if found.is_done and row is not None:
             census.num_done += 1
+            census.orphans += found.left
             census.num_bad += bool(row.bad)
             census.num_protected = (census.num_protected or 0) + row.num_protected
             census.output_bytes = (census.output_bytes or 0) + row.output_size

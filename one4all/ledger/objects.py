@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from one4all.corpus import ObjectVersion, OutputObject, printable
 from one4all.corpus.loose import names_of_output
-from one4all.errors import ConflictError, ShardError
+from one4all.errors import ConflictError, NotFoundError, ShardError
 from one4all.extras import require
 from one4all.ledger.records import BadImage, Manifest, UnitDistances
 from one4all.ledger.walk import Walk
@@ -124,6 +124,8 @@ class ObjectRecords:
     ) -> Merge:
         """Merge parts of like size, if there are many; lines whose output is gone are left out.
 
+        If another program merges at the same time, and is ahead, this is left to it.
+
         Args:
             standing: Lists what stands at the destination, in the order of keys.
             everything: Merge all parts, whatever their sizes and number.
@@ -134,7 +136,10 @@ class ObjectRecords:
         rows = _without_lost(self._merged(parts), standing())
         with tempfile.TemporaryFile(prefix="one4all-objects-") as merged:
             digest = hashlib.sha256()
-            num_rows = _write(rows, merged)
+            try:
+                num_rows = _write(rows, merged)
+            except NotFoundError:
+                return Merge()
             merged.seek(0)
             while block := merged.read(1 << 20):
                 digest.update(block)

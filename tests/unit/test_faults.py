@@ -12,7 +12,6 @@ import os
 import pickle
 import subprocess
 import tarfile
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,66 +41,17 @@ from one4all.images import decode, encode, extension_for
 from one4all.ledger import Ledger, take_census
 from one4all.storage import INTERNAL, LocalStorage, open_storage
 from one4all.storage.s3 import PART_BYTES
-from pipelines import verify as verifying
 from pipelines.cli import protecting as verbs
 from pipelines.protect import job as protecting
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker
 from pipelines.status import read_status
-from pipelines.verify import VerifyConfig
 
 pytestmark = pytest.mark.slow
 
 fault = pytest.mark.fault
 SHARD = r"/in/shard-\d+\.tar"
 OUTPUT = r"/out/shard-\d+\.tar"
-
-
-@pytest.fixture
-def protect(monkeypatch, protector_folder):
-    """`pipelines.protect.job.protect` with its workers in this process."""
-
-    def run_wave(wave, source, destination, config, run_id, *, protector_sha256):
-        worker = ProtectWorker(
-            config,
-            source.uri,
-            destination.uri,
-            run_id,
-            protector_sha256=protector_sha256,
-            num_threads=2,
-        )
-        yield from (worker.protect(unit, recorded=recorded) for unit, recorded in wave)
-
-    monkeypatch.setattr(protecting, "_run_wave", run_wave)
-    monkeypatch.setattr(protecting, "ray_session", lambda config: nullcontext())
-
-    def protect(source, destination, **options):
-        options = {"protector": str(protector_folder), "batch_size": 4} | options
-        return protecting.protect(str(source), str(destination), ProtectConfig(**options))
-
-    return protect
-
-
-@pytest.fixture
-def problems(monkeypatch):
-    """What `verify` finds wrong, its tasks in this process; and uploads left open."""
-
-    def audit_all(tasks, source_uri, destination_uri, binding, config):
-        for task in tasks:
-            yield verifying.audit_one(task, source_uri, destination_uri, binding, config.protector)
-
-    monkeypatch.setattr(verifying, "_audit_all", audit_all)
-
-    def problems(source, destination, **options):
-        config = VerifyConfig(**options)
-        found = list(verifying.verify(str(source), str(destination), config).problems)
-        if (storage := open_storage(str(destination))).uri.startswith("s3"):
-            listed = storage._client.list_multipart_uploads(Bucket=storage._bucket)
-            uploads = [u["Key"] for u in listed.get("Uploads", [])]
-            found += [f"open upload: {k}" for k in uploads if k.startswith(storage._prefix)]
-        return found
-
-    return problems
 
 
 @pytest.fixture

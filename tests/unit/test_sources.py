@@ -57,7 +57,7 @@ def test_pattern_that_cannot_be_meant_is_refused(pattern, message, tmp_path):
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        (b"\n# a.tar\n", "names no shard; write the path"),
+        (b"\n# a.tar\n", "names nothing; write the path"),
         (b"a.tar\n../b.tar\n", r"line 2 of .*is '\.\./b\.tar'; a line is the path"),
         (b"s3://elsewhere/a.tar", "line 1 of .*is 's3://elsewhere/a.tar'"),
         (b"a.tar\nphoto.jpg", "line 2 of .*'photo.jpg'"),
