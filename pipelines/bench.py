@@ -8,6 +8,7 @@ rates cannot.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -33,9 +34,10 @@ from one4all.distances import max_difference, psnr_db
 from one4all.images import decode, encode, extension_for, working_copy
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger, digest_of
+from one4all.ledger.objects import ObjectRow, write_rows
 from one4all.protectors.card import DEFAULT_PROTECTOR
 from one4all.protectors.protector import Protector
-from one4all.storage import INTERNAL, ObjectInfo, Storage, open_storage
+from one4all.storage import INTERNAL, ObjectInfo, Reader, Storage, open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.protect.worker import UnitStatus
@@ -43,6 +45,7 @@ from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
 
 ROUNDS = 3
+LISTED_AT_ONCE = 1000  # objects, by one request to S3
 BATCH_SIZE = ProtectConfig().batch_size
 
 
@@ -136,37 +139,41 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
     )
 
 
-def bench_plan(num_shards: int, output: Path, *, say: Callable[[str], None]) -> str:
+def bench_plan(count: int, output: Path, *, what: str, say: Callable[[str], None]) -> str:
     """Time and memory of planning over simulated listings, when nothing and when 99 % is done.
 
-    The simulated stores can only be listed: reading any object would end the measurement.
+    The simulated stores can only be listed: reading any shard or image would end the measurement.
+    Records of images are real ones.
 
     Args:
-        num_shards: Of the source; a quarter and a half of it are measured too.
+        count: Of the source; a quarter and a half of it are measured too.
         output: JSON file.
+        what: What the source holds: "shards" or "images".
         say: Receives a line for each measurement.
 
     Returns:
         The result in one line.
     """
+    measure = _measure_plan if what == "shards" else _measure_plan_of_images
     record: list[dict[str, float]] = []
     for percent_done in (0, 99):
-        for count in (num_shards // 4, num_shards // 2, num_shards):
+        for part in (count // 4, count // 2, count):
             # In a fresh process, for its peak of memory.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                entry = pool.apply(_measure_plan, (count, percent_done))
+                entry = pool.apply(measure, (part, percent_done))
             record.append(entry)
             say(
-                f"planning {count:,} shards, {percent_done} % done: {entry['seconds']:.1f} s, "
-                f"{entry['bytes'] / 1e6:.0f} MB, {entry['num_pending']:,} pending"
+                f"planning {part:,} {what}, {percent_done} % done: {entry['seconds']:.1f} s, "
+                f"{entry['bytes'] / 1e6:.0f} MB, {entry['num_pending']:,} pending, "
+                f"{entry['requests']:,} requests on S3"
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n")
     worst = max(record, key=lambda entry: entry["bytes"])
     growth = [record[i + 2]["seconds"] / record[i]["seconds"] for i in (0, 3)]
     return (
-        f"planning {num_shards:,} shards: {worst['bytes'] / 1e6:.0f} MB at most, four times the "
-        f"shards take {growth[0]:.1f} and {growth[1]:.1f} times as long; {output}"
+        f"planning {count:,} {what}: {worst['bytes'] / 1e6:.0f} MB at most, four times as many "
+        f"take {growth[0]:.1f} and {growth[1]:.1f} times as long; {output}"
     )
 
 
@@ -174,23 +181,77 @@ def _measure_plan(num_shards: int, percent_done: int) -> dict[str, float]:
     """One census; seconds beside those of walking through both listings, and growth in bytes."""
     source = _SimulatedStorage(lambda: _simulated_source(num_shards))
     destination = _SimulatedStorage(lambda: _simulated_destination(num_shards, percent_done))
+    return _measure_census(source, destination, num_shards, percent_done)
+
+
+def _measure_plan_of_images(num_images: int, percent_done: int) -> dict[str, float]:
+    """`_measure_plan` of loose images; their records lie in a folder."""
+
+    def standing() -> Iterator[ObjectInfo]:
+        for index, info in enumerate(_simulated_images(num_images)):
+            if index % 100 < percent_done:
+                yield replace(info, etag='"' + info.etag[2:-1] + 'f"')
+
+    def rows() -> Iterator[ObjectRow]:
+        outputs = iter(standing())
+        for index, info in enumerate(_simulated_images(num_images)):
+            if index % 100 < percent_done:
+                written = next(outputs)
+                yield ObjectRow(
+                    key=info.key,
+                    size=info.size,
+                    etag=info.etag,
+                    output=info.key,
+                    output_size=written.size,
+                    output_etag=written.etag,
+                    output_sha256=hashlib.sha256(info.key.encode()).hexdigest(),
+                    num_protected=1,
+                    bad="",
+                    max_before_encoding=8,
+                    max_decoded=21,
+                    mean_psnr_db=36.5,
+                    run_id="0123456789ab",
+                )
+
+    with tempfile.TemporaryDirectory() as folder:
+        records = open_storage(folder)
+        with (Path(folder) / "part").open("wb") as part:
+            write_rows(rows(), part)
+        records.write_bytes(f"{INTERNAL}objects/all.parquet", (Path(folder) / "part").read_bytes())
+        source = _SimulatedStorage(lambda: _simulated_images(num_images))
+        destination = _SimulatedStorage(standing, records)
+        return _measure_census(source, destination, num_images, percent_done)
+
+
+def _measure_census(
+    source: _SimulatedStorage, destination: _SimulatedStorage, count: int, percent_done: int
+) -> dict[str, float]:
     listing = time.perf_counter()
     for storage in (source, destination):
         for _ in storage.list(""):
             pass
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    source.num_listed = destination.num_listed = destination.num_read = 0
     start = time.perf_counter()
     census = take_census(source, Ledger(destination))
     end = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "num_shards": num_shards,
+        "count": count,
         "percent_done": percent_done,
-        "num_pending": len(census.pending),
+        "num_pending": census.num_pending,
         "seconds": end - start,
         "listing_seconds": start - listing,
         "bytes": peak - before,
+        "requests": destination.num_read
+        + sum(-(-storage.num_listed // LISTED_AT_ONCE) for storage in (source, destination)),
     }
+
+
+def _simulated_images(num_images: int) -> Iterator[ObjectInfo]:
+    for index in range(num_images):
+        key = f"photos/{index // 5000:06d}/IMG_{index:09d} {index * 2654435761 % 2**32:08x}.jpg"
+        yield ObjectInfo(key, 120_000 + index % 9973, f'"{index * 0x9E3779B97F4A7C15:032x}"')
 
 
 def _simulated_source(num_shards: int) -> Iterator[ObjectInfo]:
@@ -215,20 +276,49 @@ def _simulated_destination(num_shards: int, percent_done: int) -> Iterator[Objec
 
 
 class _SimulatedStorage(Storage):
-    """Lists what a generator says, and nothing else."""
+    """Lists what a generator says; only records can be read.
+
+    Args:
+        entries: What is listed.
+        records: Where records lie; None if there are none to be read.
+
+    Attributes:
+        num_listed, num_read: Objects that were listed, and requests that read a part of one.
+    """
 
     uri = "simulated://"
 
-    def __init__(self, entries: Callable[[], Iterator[ObjectInfo]]) -> None:
-        self._entries = entries
+    def __init__(
+        self, entries: Callable[[], Iterator[ObjectInfo]], records: Storage | None = None
+    ) -> None:
+        self._entries, self._records = entries, records
+        self.num_listed = self.num_read = 0
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        return (info for info in self._entries() if info.key.startswith(prefix))
+        if self._records is not None and prefix.startswith(INTERNAL):
+            found = self._records.list(prefix)
+        else:
+            found = (info for info in self._entries() if info.key.startswith(prefix))
+        for info in found:
+            self.num_listed += 1
+            yield info
+
+    def read_range(self, key: str, start: int, size: int, *, etag: str | None = None) -> bytes:
+        if self._records is None or not key.startswith(INTERNAL):
+            self._refuse()
+        self.num_read += 1
+        return self._records.read_range(key, start, size, etag=etag)
+
+    def open(self, key: str, *, etag: str | None = None) -> Reader:
+        if self._records is None or not key.startswith(INTERNAL):
+            self._refuse()
+        self.num_read += 1
+        return self._records.open(key, etag=etag)
 
     def _refuse(self, *arguments: object, **options: object) -> NoReturn:
         raise AssertionError("planning looked into an object")
 
-    head = open = writer = create = replace = age_seconds = delete = check = sweep = _refuse
+    head = writer = create = replace = age_seconds = delete = check = sweep = _refuse
 
 
 def make_photo_corpus(

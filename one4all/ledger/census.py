@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from one4all.corpus import Container, Unit, UnitList, filed_name, find_container
 from one4all.corpus.loose import GROUP_OBJECTS, Grouping, names_of_output
@@ -170,8 +171,7 @@ def _census_of_units(
     return census
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """An object of the source, and what is known of it.
 
     Attributes:
@@ -210,13 +210,17 @@ class _ObjectWalk:
         only = self._only
         for info in self._source.list_data() if only is None else _some(self._source, only):
             recorded = self._rows.take(info.key, info.key)
-            names = {info.key, *(row.output for row in recorded)} - {""}
-            standing = {name: next(iter(self._outputs.take(name, name)), None) for name in names}
+            standing = {info.key: self._outputs.take(info.key, info.key)}
+            for row in recorded:
+                if row.output not in standing:
+                    standing[row.output] = self._outputs.take(row.output, row.output)
             of_version = [row for row in recorded if row.is_of(info)]
-            done = [row for row in of_version if row.describes(standing.get(row.output))]
-            row = next(iter(done or of_version), None)
-            left = [k for k, output in standing.items() if output and row and k != row.output]
-            yield _Found(info, row, bool(done), tuple(left) if done else ())
+            done = [row for row in of_version if row.describes(standing[row.output])]
+            left: tuple[str, ...] = ()
+            if done and len(recorded) > 1:
+                written = {row.output for row in recorded if standing[row.output]}
+                left = tuple(written - {done[0].output})
+            yield _Found(info, next(iter(done or of_version), None), bool(done), left)
 
     def rest(self) -> tuple[dict[str, list[ObjectRow]], dict[str, list[ObjectInfo]]]:
         """Lines of which the source is gone, and outputs that no object of it stands for."""
@@ -238,7 +242,7 @@ def _census_of_objects(
     for found in walk:
         info, row = found.info, found.row
         absent.discard(info.key)
-        if Unit.of_object(info).is_older(since):
+        if since is not None and Unit.of_object(info).is_older(since):
             census.num_older += 1
             census.num_older_undone += not found.is_done
             continue

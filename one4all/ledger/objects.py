@@ -19,7 +19,7 @@ import hashlib
 import heapq
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -81,14 +81,11 @@ class ObjectRow(NamedTuple):
         """Whether it is about this version of an object."""
         return self.size == source.size and _bare(self.etag) == _bare(source.etag)
 
-    def describes(self, standing: ObjectInfo | None) -> bool:
-        """Whether its output is what stands; True for one without output."""
-        if not self.output:
-            return True
-        return (
-            standing is not None
-            and standing.size == self.output_size
-            and _bare(standing.etag) == _bare(self.output_etag)
+    def describes(self, standing: Sequence[ObjectInfo]) -> bool:
+        """Whether its output is what stands under that key, if anything; True if it has none."""
+        return not self.output or any(
+            info.size == self.output_size and _bare(info.etag) == _bare(self.output_etag)
+            for info in standing
         )
 
 
@@ -137,7 +134,7 @@ class ObjectRecords:
         with tempfile.TemporaryFile(prefix="one4all-objects-") as merged:
             digest = hashlib.sha256()
             try:
-                num_rows = _write(rows, merged)
+                num_rows = write_rows(rows, merged)
             except NotFoundError:
                 return Merge()
             merged.seek(0)
@@ -157,7 +154,7 @@ class ObjectRecords:
         if not rows:
             return
         part = io.BytesIO()
-        _write(iter(rows), part)
+        write_rows(iter(rows), part)
         digest = hashlib.sha256(part.getvalue()).hexdigest()[:32]
         with suppress(ConflictError):  # the same lines are there already
             self._storage.create(f"{_OBJECTS}{digest}{_SUFFIX}", part.getvalue())
@@ -179,7 +176,7 @@ class ObjectRecords:
             rows.sort(key=itemgetter(0))
             paths.append(folder / str(len(paths)))
             with paths[-1].open("wb") as file:
-                _write(iter(rows), file)
+                write_rows(iter(rows), file)
             rows.clear()
 
         with ThreadPoolExecutor(_READERS, "parts") as pool:
@@ -281,7 +278,7 @@ def _without_lost(rows: Iterable[ObjectRow], standing: Iterator[ObjectInfo]) -> 
         outputs.forget_passed(key)
         distinct = dict.fromkeys(lines)
         found = {name: outputs.take(name, name) for name in {row.output for row in distinct}}
-        yield from (row for row in distinct if row.describes(next(iter(found[row.output]), None)))
+        yield from (row for row in distinct if row.describes(found[row.output]))
 
 
 _TEXTS = ("key", "output")  # may hold bytes that are no UTF-8
@@ -297,8 +294,8 @@ def _schema() -> pa.Schema:
     )
 
 
-def _write(rows: Iterator[ObjectRow], sink: Any) -> int:
-    """Write lines to a Parquet file; returns how many."""
+def write_rows(rows: Iterator[ObjectRow], sink: Any) -> int:
+    """Write lines, in the order of keys, to a Parquet file; returns how many."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 

@@ -23,9 +23,14 @@ class Walk(Generic[_Value]):
 
     def take(self, name: str, last_key: str) -> list[_Value]:
         """All values of a name; none of them has a key behind ``last_key``."""
+        found = self._passed.pop(name, None) or []
         while self._head is not None and self._head[0] <= last_key:
-            self._pass()
-        return self._passed.pop(name, [])
+            if self._head[1] == name:
+                found.append(self._head[2])
+                self._head = next(self._found, None)
+            else:
+                self._pass()
+        return found
 
     def rest(self) -> dict[str, list[_Value]]:
         """What nobody asked for, by name."""

@@ -116,13 +116,18 @@ def bench(
         int,
         typer.Option(help="Measure planning over this many simulated shards instead.", min=0),
     ] = 0,
+    plan_images: Annotated[
+        int,
+        typer.Option(help="Measure planning over this many simulated images instead.", min=0),
+    ] = 0,
 ) -> None:
     """Measure protect against a plain loop that does the same work."""
     from pipelines.bench import bench as run
     from pipelines.bench import bench_memory, bench_plan
 
-    if plan_shards:
-        show_text(bench_plan(plan_shards, output, say=show))
+    if plan_shards or plan_images:
+        what = "shards" if plan_shards else "images"
+        show_text(bench_plan(plan_shards or plan_images, output, what=what, say=show))
     elif shard_gb > 0:
         show_text(bench_memory(shard_gb, output, say=show))
     else:
