@@ -147,7 +147,10 @@ def training_note(entry: dict[str, float]) -> str:
 def pack(
     source: Annotated[
         str,
-        typer.Argument(help="Embedded corpus, folder of class folders, or torchvision:NAME."),
+        typer.Argument(
+            help="Folder of class folders, any folder or s3:// prefix of images, an embedded "
+            "corpus, or torchvision:NAME."
+        ),
     ],
     destination: Annotated[str, typer.Argument(help="Folder or s3:// prefix for the shards.")],
     split: Annotated[
@@ -157,9 +160,10 @@ def pack(
             "of each class of a folder to DESTINATION/test, and the rest to DESTINATION/train."
         ),
     ] = "train",
-    labels: Annotated[str, typer.Option(help="coarse or fine; embedded corpora have both.")] = (
-        "coarse"
-    ),
+    labels: Annotated[
+        str,
+        typer.Option(help="coarse or fine, of which embedded corpora have both; folders; or none."),
+    ] = "",
     root: Annotated[
         Path | None,
         typer.Option(help="Where torchvision keeps its files."),
@@ -175,8 +179,12 @@ def pack(
     from one4all.corpus.packing import open_corpus
     from one4all.corpus.packing import pack as run
     from one4all.storage import open_storage
+    from pipelines.pack import is_loose
 
-    granularity = choice("--labels", labels, "coarse", "fine")
+    if is_loose(source) or labels in ("folders", "none"):
+        _pack_loose(source, destination, split, labels, images_per_shard, shuffle, seed)
+        return
+    granularity = choice("--labels", labels or "coarse", "coarse", "fine")
     test_share = _share(split)
     duplicates: dict[str, str] = {}
     sides: list[Any] = (
@@ -205,6 +213,35 @@ def pack(
         show(f"{num_images} images in {num_shards} shards written to {storage.uri}")
     for name, other in islice(duplicates.items(), 1):
         show(f"left out as copies of others: {len(duplicates)}, such as {name} of {other}")
+
+
+def _pack_loose(
+    source: str,
+    destination: str,
+    split: str,
+    labels: str,
+    images_per_shard: int,
+    shuffle: bool,
+    seed: int,
+) -> None:
+    from pipelines.pack import pack_loose
+    from pipelines.settings import RayConfig
+
+    progress = Progress("shard")
+    with progress:
+        num_shards, num_images = pack_loose(
+            source,
+            destination,
+            prefix=choice("--split", split, "train", "test"),
+            labels=choice("--labels", labels or "none", "folders", "none") == "folders",
+            shuffle=shuffle,
+            seed=seed,
+            images_per_shard=images_per_shard,
+            ray_config=RayConfig(),
+            on_plan=progress.start,
+            on_shard=progress.advance,
+        )
+    show(f"{num_images} images in {num_shards} shards written to {destination}")
 
 
 def _share(split: str) -> float:
