@@ -1,4 +1,4 @@
-"""Loose images become shards: all of them, in an order that is always the same, with their paths."""
+"""Loose images become shards: all of them, in an order that stays the same, with their paths."""
 
 import json
 
