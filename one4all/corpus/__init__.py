@@ -3,6 +3,7 @@
 * `container`, `containers`: the seam, and what stands behind it.
 * `sources`: what a corpus may be given as: a folder, a shard, a pattern.
 * `tar`: WebDataset shards, read strictly and copied byte for byte.
+* `parquet`: Parquet files, of which some columns hold images.
 * `packing`: labelled images from many places, made into shards.
 """
 

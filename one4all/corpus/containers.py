@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 
 from one4all.corpus.container import DEFAULT_READ, Container, Opener, ReadOptions, UnitWriter
+from one4all.corpus.parquet import ParquetContainer
 from one4all.corpus.samples import Sample
 from one4all.corpus.sources import Selection, open_source
 from one4all.corpus.tar import TarContainer
@@ -13,7 +14,9 @@ from one4all.errors import UsageError
 from one4all.storage import Storage
 
 # In the order in which `find_container` asks them.
-CONTAINERS: dict[str, Container] = {container.name: container for container in (TarContainer(),)}
+CONTAINERS: dict[str, Container] = {
+    container.name: container for container in (TarContainer(), ParquetContainer())
+}
 
 
 def find_container(source: Storage, name: str = "") -> Container:
