@@ -83,6 +83,8 @@ class ParquetContainer(Container):
         require("pyarrow", "parquet")
         (part,) = unit.objects
         source = _Source(store, ObjectInfo(part.key, part.size, part.etag))
+        if not part.etag and len(store.read_range(part.key, max(0, part.size - 1), 2)) != 1:
+            raise ShardError(f"{part.key} has not the {part.size:,} bytes that were listed")
         with _refusing(source):
             table = _Table(source, options)
         yield Sample(table.layout.name, (table.layout,))
@@ -166,7 +168,9 @@ class _Columns:
         self._labels: set[str] = set()
         names = list(schema.names)
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ShardError(f"two columns have the name {twice[0]!r}; give them names of their own")
+            raise ShardError(
+                f"two columns have the name {twice[0]!r}; give them names of their own"
+            )
         for name in options.image_columns:
             if name not in names:
                 raise ShardError(f"no column {name!r}; its columns are {', '.join(names)}")
@@ -289,8 +293,8 @@ def _no_bytes(name: str, type: Any) -> str:
 
 def _not_embedded(name: str, what: str) -> str:
     return (
-        f"column {name!r} holds {what} in place of images; embed them first: paths by datasets, "
-        "Dataset.cast_column(NAME, Image()), map and to_parquet, URLs by img2dataset"
+        f"column {name!r} holds {what} in place of images; embed them first, URLs by img2dataset, "
+        "paths by the map of datasets with datasets.table.embed_table_storage"
     )
 
 
@@ -638,6 +642,9 @@ class LayoutMember(Member):
         about = file.metadata
         metadata = dict(about.metadata or {})
         stores_schema = metadata.pop(_ARROW_SCHEMA, None) is not None
+        # Only the schema has the keys in the order of the file.
+        order = file.schema_arrow.metadata or {}
+        metadata = {key: metadata[key] for key in order if key in metadata} | metadata
         schema = file.schema_arrow.with_metadata(metadata or None)
         groups = [about.row_group(place) for place in range(about.num_row_groups)]
         first = groups[0] if groups else None
@@ -667,7 +674,7 @@ class LayoutMember(Member):
         description = {
             "schema": text,
             "metadata": metadata,
-            "Arrow schema": schema.serialize().to_pybytes() if stores_schema else b"",
+            "Arrow schema": stores_schema and schema.remove_metadata().serialize().to_pybytes(),
             "compression": codecs,
             "format version": about.format_version,
             "sort order": [str(part) for part in sorting],
@@ -729,7 +736,9 @@ def _refuse_other_schema(text: str, schema: Any, options: Mapping[str, Any]) -> 
                 "write the file again by pyarrow first"
             )
     if len(text.splitlines()) != len(again):
-        raise ShardError("pyarrow would write another schema; write the file again by pyarrow first")
+        raise ShardError(
+            "pyarrow would write another schema; write the file again by pyarrow first"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
