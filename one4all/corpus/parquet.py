@@ -18,8 +18,8 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
-from typing import Any, Literal, Self
+from itertools import count, pairwise
+from typing import Any, Self
 
 from one4all.corpus.container import (
     DEFAULT_READ,
@@ -46,7 +46,11 @@ _MAX_ROW_VALUES = 16_384  # each takes about 1 KB beside its bytes
 _MIN_IMAGE = 65  # bytes; a shorter value that begins as an image does is a digest
 _ARROW_SCHEMA = b"ARROW:schema"
 _HUGGING_FACE = b"huggingface"
-_LEGACY_TYPES = re.compile(r", is_from_converted_type=\w+, force_set_converted_type=\w+")
+# What a schema may say or not: that a number is one, and in which of two words a type is said.
+_SAID_TWICE = re.compile(
+    r" \(Int\(bitWidth=(?:32|64), isSigned=true\)\)"
+    r"|, is_from_converted_type=\w+, force_set_converted_type=\w+"
+)
 _PATH = ":"  # between a column and the base name of the path that stands beside the bytes
 
 
@@ -341,9 +345,16 @@ class _Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._file = pq.ParquetFile(
-            pa.PythonFile(source, "r"), pre_buffer=False, page_checksum_verification=True
-        )
+        def opened(**options: Any) -> Any:
+            file = pa.PythonFile(source, "r")
+            return pq.ParquetFile(
+                file, pre_buffer=False, page_checksum_verification=True, **options
+            )
+
+        self._file = opened()
+        leaves = (self._file.schema.column(n) for n in range(len(self._file.schema.names)))
+        self._int96 = sorted({c.path.split(".")[0] for c in leaves if c.physical_type == "INT96"})
+        self._coarse = opened(coerce_int96_timestamp_unit="us") if self._int96 else None
         self._limit = options.max_sample_bytes
         self.layout = LayoutMember.of(self._file, options)
         columns = _Columns(self.layout.schema, options)
@@ -361,6 +372,7 @@ class _Table:
                 f"row group {group} has {size:,} bytes, {self._limit:,} are allowed; write the "
                 "file with smaller row groups, or raise max_sample_bytes"
             )
+        self._refuse_far_times(group)
         # The second bound: a dictionary may hold one large value, and every row refer to it.
         fitting = _BATCH_BYTES * max(1, about.num_rows) // max(1, size)
         rows = min(fitting, DEFAULT_MAX_SAMPLE_BYTES // max(1, size), _MAX_BATCH_ROWS)
@@ -376,6 +388,20 @@ class _Table:
             yield batch
         if num_rows != about.num_rows:
             raise ShardError(f"row group {group} has {num_rows} rows, not {about.num_rows}")
+
+    def _refuse_far_times(self, group: int) -> None:
+        """INT96 holds every day, and pyarrow reads those after 2262 as others, without an error."""
+        if not self._coarse:
+            return
+        fine, coarse = (
+            file.read_row_group(group, columns=self._int96, use_threads=False)
+            for file in (self._file, self._coarse)
+        )
+        if not fine.cast(coarse.schema, safe=False).equals(coarse):
+            raise ShardError(
+                f"row group {group} holds times as INT96 that are not between 1677 and 2262, or "
+                "have nanoseconds before 1970; write them as TIMESTAMP_MICROS"
+            )
 
 
 def _refuse_links(batch: Any) -> None:
@@ -575,7 +601,7 @@ def _ranges(array: Any) -> list[tuple[int, int]]:
         size = array.type.list_size
         return [(row * size, (row + 1) * size) for row in range(len(array))]
     offsets = array.offsets.to_pylist()
-    return list(zip(offsets, offsets[1:], strict=False))
+    return list(pairwise(offsets))
 
 
 def _rebuilt(array: Any, shape: _Shape, change: Callable[[_Bytes | _Path, Any], Any]) -> Any:
@@ -716,9 +742,9 @@ def _codec(name: str) -> str:
 
 
 def _schema_text(schema: Any) -> str:
-    """A schema of Parquet, without the name of its root and which of two words says a type."""
+    """A schema of Parquet, without the name of its root and what need not be said."""
     _, _, columns = str(schema).partition("{")
-    return _LEGACY_TYPES.sub("", columns)
+    return _SAID_TWICE.sub("", columns)
 
 
 def _refuse_other_schema(text: str, schema: Any, options: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import random
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 
 import pyarrow as pa
@@ -110,7 +111,8 @@ def test_all_but_the_images_is_given_back(protect, output_format):
     assert (manifest.num_samples, manifest.num_protected) == (7, 6 + 5 + 6)
     source, again = pq.ParquetFile(io.BytesIO(data)), written.read()
     assert written.schema_arrow.remove_metadata() == source.schema_arrow.remove_metadata()
-    assert written.metadata.metadata == source.metadata.metadata
+    assert list(written.metadata.metadata) == list(source.metadata.metadata)
+    assert written.schema_arrow.metadata == source.schema_arrow.metadata
     for group in range(3):
         before, after = (file.metadata.row_group(group) for file in (source, written))
         assert (before.num_rows, before.sorting_columns) == (after.num_rows, after.sorting_columns)
@@ -275,6 +277,21 @@ def with_column(name, change):
     return changed
 
 
+def test_old_times_come_back_or_are_refused(protect):
+    """Spark writes INT96; read as nanoseconds, the year 9999 would become 1816."""
+    options = {"use_deprecated_int96_timestamps": True, "store_schema": False}
+
+    def times(*years):
+        values = [datetime(year, 1, 1, 0, 0, 1, 500_000) for year in years]
+        return pa.table({"n": [1] * len(years), "t": pa.array(values, pa.timestamp("us"))})
+
+    _, written, problems = protect(to_bytes(times(1950, 2020), **options))
+    assert (problems, written.schema.column(1).physical_type) == ([], "INT96")
+    assert written.read()["t"].to_pylist()[0].year == 1950
+    with pytest.raises(ShardError, match="1677 and 2262"):
+        protect(to_bytes(times(2020, 9999), **options))
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -284,7 +301,10 @@ def with_column(name, change):
         (lambda table: table.replace_schema_metadata({"note": "x"}), "layout: its metadata is not"),
         (lambda table: table.take([0, 2, 1]), "1: its column 'label' is not"),
         (lambda table: table.slice(0, 2), "sample '2' of the source meets None"),
-        (lambda table: table.cast(table.schema.set(3, pa.field("label", pa.int32()))), "its schema"),
+        (
+            lambda table: table.cast(table.schema.set(3, pa.field("label", pa.int32()))),
+            "its schema",
+        ),
     ],
 )
 def test_audit_names_what_is_not_the_sources(protect, corpus, change, problem):
