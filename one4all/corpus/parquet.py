@@ -306,11 +306,19 @@ def _not_embedded(name: str, what: str) -> str:
 
 
 class _Source(RangeFile):
-    """Remembers the error of a store, which pyarrow may wrap into one of its own."""
+    """Remembers the error of a store, which pyarrow may wrap into one of its own.
+
+    Attributes:
+        is_blank: Whether zeros are read, and the store is not asked.
+    """
 
     error: Exception | None = None
+    is_blank = False
 
     def read(self, size: int | None = -1, /) -> bytes:
+        if self.is_blank:
+            left = max(0, self.size() - self.tell())
+            return bytes(left if size is None or size < 0 else min(size, left))
         try:
             return super().read(size)
         except Exception as error:
@@ -356,6 +364,7 @@ class _Table:
         self._int96 = sorted({c.path.split(".")[0] for c in leaves if c.physical_type == "INT96"})
         self._coarse = opened(coerce_int96_timestamp_unit="us") if self._int96 else None
         self._limit = options.max_sample_bytes
+        self._refuse_broken_columns(source)
         self.layout = LayoutMember.of(self._file, options)
         columns = _Columns(self.layout.schema, options)
         self._shapes = tuple(columns.shapes)
@@ -365,29 +374,51 @@ class _Table:
     def batches(self, group: int) -> Iterator[_Batch]:
         """Rows of a row group."""
         about = self._file.metadata.row_group(group)
-        columns = [about.column(place) for place in range(about.num_columns)]
-        size = max(about.total_byte_size, sum(part.total_uncompressed_size for part in columns))
+        size = about.total_byte_size
+        self._refuse_size(group, size)
+        self._refuse_far_times(group)
+        # The second bound: a dictionary may hold one large value, and every row refer to it.
+        fitting = _BATCH_BYTES * max(1, about.num_rows) // max(1, size)
+        rows = min(fitting, DEFAULT_MAX_SAMPLE_BYTES // max(1, size), _MAX_BATCH_ROWS)
+        num_rows = num_bytes = 0
+        for found in self._file.iter_batches(max(1, rows), row_groups=[group], use_threads=False):
+            if not self._has_bytes and not num_rows:
+                _refuse_links(found)
+            num_rows, num_bytes = num_rows + found.num_rows, num_bytes + found.nbytes
+            # In memory it may be twice that: texts that a file holds once are in every row there.
+            self._refuse_size(group, num_bytes // 2)
+            batch = _Batch(found, group, self._shapes)
+            # For good: what a later batch holds in such a column is an image, whatever it looks.
+            self._images |= batch.columns_of_images(self._images)
+            batch.images = frozenset(self._images)
+            yield batch
+        if num_rows != about.num_rows:
+            raise ShardError(f"row group {group} has {num_rows} rows, not {about.num_rows}")
+
+    def _refuse_size(self, group: int, size: int) -> None:
         if size > self._limit:
             raise ShardError(
                 f"row group {group} has {size:,} bytes, {self._limit:,} are allowed; write the "
                 "file with smaller row groups, or raise max_sample_bytes"
             )
-        self._refuse_far_times(group)
-        # The second bound: a dictionary may hold one large value, and every row refer to it.
-        fitting = _BATCH_BYTES * max(1, about.num_rows) // max(1, size)
-        rows = min(fitting, DEFAULT_MAX_SAMPLE_BYTES // max(1, size), _MAX_BATCH_ROWS)
-        num_rows = 0
-        for found in self._file.iter_batches(max(1, rows), row_groups=[group], use_threads=False):
-            if not self._has_bytes and not num_rows:
-                _refuse_links(found)
-            num_rows += found.num_rows
-            batch = _Batch(found, group, self._shapes)
-            # For good: what a later batch holds in such a column is an image, whatever it looks.
-            self._images |= batch.columns_of_images()
-            batch.images = frozenset(self._images)
-            yield batch
-        if num_rows != about.num_rows:
-            raise ShardError(f"row group {group} has {num_rows} rows, not {about.num_rows}")
+
+    def _refuse_broken_columns(self, source: _Source) -> None:
+        """What the file says about columns that are damaged, or encrypted, one by one.
+
+        pyarrow ends the process when it is asked for what is wrong there, and raises an error when
+        it begins to read such a column. So it begins, and finds no page among the zeros.
+        """
+        if not self._file.num_row_groups:
+            return
+        schema = self._file.schema
+        source.is_blank = True
+        for path in sorted({schema.column(place).path for place in range(len(schema.names))}):
+            try:
+                next(self._file.iter_batches(1, [0], columns=[path], use_threads=False), None)
+            except Exception as error:
+                if "page header" not in str(error):
+                    raise
+        source.is_blank = False
 
     def _refuse_far_times(self, group: int) -> None:
         """INT96 holds every day, and pyarrow reads those after 2262 as others, without an error."""
@@ -464,13 +495,14 @@ class _Batch:
                         "which they cannot be replaced; write it as binary"
                     )
 
-    def columns_of_images(self) -> set[int]:
-        """Places at which at least half of the values are images by their content."""
+    def columns_of_images(self, known: Collection[int]) -> set[int]:
+        """Further places at which at least half of the values are images by their content."""
         found = set()
         for place, array, _ in self._bytes.values():
-            looks = [_is_image_by_content(value.as_py()) for value in array if value.is_valid]
-            if looks and 2 * sum(looks) >= len(looks):
-                found.add(place.number)
+            if place.number not in known:
+                looks = [_is_image_by_content(value.as_py()) for value in array if value.is_valid]
+                if looks and 2 * sum(looks) >= len(looks):
+                    found.add(place.number)
         return found
 
     def samples(self, numbers: Iterator[str]) -> list[Sample]:
