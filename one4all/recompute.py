@@ -62,7 +62,7 @@ def recompute_unit(
             expected = rewrite_unit(unit, source, again, protector, config)
             if _digests(expected) == _digests(manifest):
                 return []
-            return _differences(expected, again, manifest, destination, binding)
+            return _differences(expected, again, manifest, destination, config)
         except (One4AllError, OSError) as error:
             return [str(error)]
 
@@ -76,10 +76,12 @@ def _differences(
     again: Storage,
     manifest: Manifest,
     destination: Storage,
-    binding: Binding,
+    config: RewriteConfig,
 ) -> list[str]:
     problems: list[str] = []
-    options = ReadOptions(image_columns=binding.image_columns)
+    # Protected images may be larger than clean ones; see `rewrite_unit`.
+    grown = 2 * max(config.max_sample_bytes, DEFAULT_MAX_SAMPLE_BYTES)
+    options = ReadOptions(grown, config.image_columns)
     with (
         closing(read_samples(again, expected.output_unit, options)) as right,
         closing(read_samples(destination, manifest.output_unit.latest, options)) as written,
@@ -88,11 +90,9 @@ def _differences(
             if wanted is None or found is None or wanted.key != found.key:
                 return [*problems, "holds other samples than the protector writes"]
             for one, other in zip(wanted.members, found.members, strict=False):
-                if one.payload == other.payload or not is_protectable(
-                    one, binding.sidecar_patterns
-                ):
+                if one.payload == other.payload or not is_protectable(one, config.sidecar_patterns):
                     continue  # what is copied is compared with the source, by `audit`
-                if (problem := _compare(one, other, binding.max_image_pixels)) and len(
+                if (problem := _compare(one, other, config.max_image_pixels)) and len(
                     problems
                 ) < _MAX_PROBLEMS:
                     problems.append(f"{printable(one.name)}: {problem}")

@@ -4,6 +4,7 @@
 * `sources`: what a corpus may be given as: a folder, a shard, a pattern.
 * `tar`: WebDataset shards, read strictly and copied byte for byte.
 * `loose`: images that lie in a folder or bucket one by one.
+* `parquet`: Parquet files, of which some columns hold images.
 * `packing`: labelled images from many places, made into shards.
 """
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
+from one4all.errors import NotFoundError
+from one4all.image_kinds import is_apple_double
 from one4all.storage import ObjectInfo, Reader, Storage
 
 
@@ -147,3 +149,14 @@ class Container(ABC):
     @abstractmethod
     def write(self, destination: Storage, unit: Unit) -> UnitWriter:
         """Begin the copy of a unit, under the same keys."""
+
+
+def is_companion(source: Storage, key: str) -> bool:
+    """Whether an object is no unit, but what macOS puts beside one (``._00000.tar``)."""
+    if not key.rpartition("/")[2].startswith("._"):
+        return False
+    try:
+        with closing(source.open(key)) as reader:
+            return is_apple_double(key, reader.read(512))
+    except NotFoundError:  # a link to nothing: whoever reads it says so
+        return False

@@ -9,6 +9,7 @@ from typing import overload
 
 from one4all.corpus.container import DEFAULT_READ, Container, Opener, ReadOptions, UnitWriter
 from one4all.corpus.loose import LooseImages
+from one4all.corpus.parquet import ParquetContainer
 from one4all.corpus.samples import Sample
 from one4all.corpus.sources import Selection, open_source
 from one4all.corpus.tar import TarContainer
@@ -18,7 +19,7 @@ from one4all.image_kinds import is_image
 from one4all.storage import ObjectInfo, Storage
 
 CONTAINERS: dict[str, Container] = {
-    container.name: container for container in (TarContainer(), LooseImages())
+    container.name: container for container in (TarContainer(), ParquetContainer(), LooseImages())
 }
 _LOOKED_AT = 10_000  # objects of a listing
 _OPENED = 20  # of them, if no name says what they are

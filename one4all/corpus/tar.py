@@ -30,11 +30,11 @@ from one4all.corpus.container import (
     OutputObject,
     ReadOptions,
     UnitWriter,
+    is_companion,
 )
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
-from one4all.errors import NotFoundError, ShardError
-from one4all.image_kinds import is_apple_double
+from one4all.errors import ShardError
 from one4all.storage import ObjectInfo, Storage, Writer
 
 SUFFIX = ".tar"
@@ -132,7 +132,7 @@ class TarContainer(Container):
     def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
         """See the base class."""
         for info in source.list_data():
-            is_shard = info.key.endswith(SUFFIX) and not _is_companion(source, info.key)
+            is_shard = info.key.endswith(SUFFIX) and not is_companion(source, info.key)
             yield Unit.of_object(info, self.name) if is_shard else info
 
     def may_belong(self, key: str) -> bool:
@@ -399,17 +399,6 @@ class _Blocks:
             if part.count(0) != len(part):
                 raise ShardError(f"garbage after the end of the archive at byte {self.position:,}")
             self.position += len(part)
-
-
-def _is_companion(source: Storage, key: str) -> bool:
-    """Whether an object is no shard, but what macOS puts beside one (``._00000.tar``)."""
-    if not key.rpartition("/")[2].startswith("._"):
-        return False
-    try:
-        with closing(source.open(key)) as reader:
-            return is_apple_double(key, reader.read(BLOCK))
-    except NotFoundError:  # a link to nothing: whoever reads it says so
-        return False
 
 
 def _read_headers(blocks: _Blocks) -> tuple[tarfile.TarInfo | None, bytes]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from one4all import extras, report
+from one4all.corpus import Unit, read_samples
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import UsageError
 from one4all.extras import require
@@ -38,6 +39,11 @@ def measure_visibility():
     visibility(image, image)
 
 
+def read_parquet():
+    unit = Unit("a.parquet", (), container="parquet")
+    next(read_samples(open_storage("unread"), unit))
+
+
 def start_ray():
     with ray_session(RayConfig()):
         pass
@@ -50,6 +56,7 @@ def start_ray():
         ("open_clip", "clip", lambda: load_encoder(EncoderConfig(kind="open_clip"))),
         ("jinja2", "jobs", write_report),
         ("moto", "demo", start_s3),
+        ("pyarrow", "parquet", read_parquet),
         ("ray", "jobs", start_ray),
         ("flip_evaluator", "visibility", measure_visibility),
         ("skimage", "visibility", measure_visibility),
