@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from support.builders import first_unit, make_binding, make_samples, make_tar
+from support.builders import fill_corpus, first_unit, make_binding, make_samples, make_tar
 
 from one4all.audit import audit_unit
 from one4all.errors import AccessError, ConflictError, NotFoundError
@@ -121,3 +121,13 @@ def test_corpus_is_protected_and_verified(ceph_uri, protector_folder):
     assert audit.problems == []
     assert (len(audit.images), audit.num_sidecars) == (5, 16)
     assert manifest.outputs[0].etag == out.head("s.tar").etag
+
+
+@pytest.mark.parametrize("container", ["images", "parquet"])
+def test_loose_images_and_tables_are_protected_and_verified(ceph_uri, protect, problems, container):
+    source, out = open_storage(f"{ceph_uri}/in"), f"{ceph_uri}/out"
+    fill_corpus(source, container)
+    result = protect(source.uri, out)
+    assert (result.exit_code, result.container, result.num_images) == (0, container, 6)
+    assert problems(source.uri, out) == []
+    assert protect(source.uri, out).num_protected_now == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import faulty_workers
-from support.builders import make_samples, make_tar, write_corpus
+from support.builders import fill_corpus, make_image, make_samples, make_tar, write_corpus
 from support.fault_proxy import Fault, FaultProxy
 
 from one4all.ledger.ledger import Ledger
@@ -88,6 +88,48 @@ def test_poison_shard_is_given_up_after_three_attempts(tmp_path, config, monkeyp
     assert set(outputs(tmp_path / "out")) == {"shard-000.tar", "shard-001.tar"}
     problems = verify(str(corpus), str(tmp_path / "out"), VerifyConfig()).problems
     assert problems == ["poison.tar: not protected (the worker process died)"]
+
+
+@fault("loose image that kills its process (poison)")
+def test_poison_image_is_given_up_and_its_neighbours_are_not(tmp_path, config, monkeypatch):
+    source, out = open_storage(str(tmp_path / "in")), str(tmp_path / "out")
+    fill_corpus(source, "images")
+    source.write_bytes("a/poison.jpg", make_image(seed=50))
+    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.PoisonedByImageWorker)
+    result = protect(source.uri, out, config)
+    assert (result.exit_code, result.num_done) == (3, 7)
+    assert result.quarantined == {"a/poison.jpg": "the worker process died"}
+    problems = verify(source.uri, out, VerifyConfig()).problems
+    assert problems == ["a/poison.jpg: not protected (the worker process died)"]
+
+
+@fault("driver killed -9, and two runs at once: loose images, Parquet files")
+@pytest.mark.parametrize("container", ["images", "parquet"])
+def test_killed_and_doubled_runs_leave_the_output_of_an_undisturbed_one(
+    tmp_path, protector_folder, container
+):
+    import ray
+
+    source = open_storage(str(tmp_path / "in"))
+    fill_corpus(source, container, num_images=150)
+    address = ray.get_runtime_context().gcs_address
+    settings = (f"ray.address={address}", "lease_seconds=0", "cpus_per_worker=1")
+    killed = start(source.uri, tmp_path / "out", protector_folder, *settings)
+    storage = open_storage(str(tmp_path / "out"))
+    wait_until(lambda: next(storage.list(f"{INTERNAL}starts/"), None), killed)
+    time.sleep(3)
+    killed.kill()
+    killed.communicate()
+    runs = [start(source.uri, tmp_path / "out", protector_folder, *settings) for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=200)
+        assert run.returncode == 0, errors
+    undisturbed = start(source.uri, tmp_path / "whole", protector_folder, *settings)
+    assert undisturbed.wait(timeout=200) == 0
+    undisturbed.communicate()
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    assert verify(source.uri, str(tmp_path / "out"), VerifyConfig()).ok
+    assert not list((tmp_path / "out").rglob("*.one4all-tmp"))
 
 
 @fault("worker that dies before it takes a shard")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 
@@ -114,6 +116,22 @@ def write_corpus(folder: Path, *, num_shards: int = 2, num_samples: int = 5) -> 
         tar = make_tar(make_samples(num_samples, seed=100 * index))
         (folder / f"shard-{index:03d}.tar").write_bytes(tar)
     return folder
+
+
+def fill_corpus(storage: Storage, container: str, *, num_images: int = 6) -> None:
+    """Put images into a place, and something beside them, as a container has it."""
+    images = [make_image(seed=index) for index in range(num_images)]
+    if container == "tar":
+        storage.write_bytes("photos.tar", make_tar(make_samples(num_images)))
+    elif container == "images":
+        for index, image in enumerate(images):
+            storage.write_bytes(f"a/photo {index} ü+%.jpg", image)
+        storage.write_bytes("a/notes.txt", b"beside them")
+    else:
+        rows = pa.table({"image": images, "label": list(range(num_images))})
+        file = io.BytesIO()
+        parquet.write_table(rows, file, row_group_size=4)
+        storage.write_bytes("photos.parquet", file.getvalue())
 
 
 def read_members(tar: bytes) -> dict[str, bytes]:

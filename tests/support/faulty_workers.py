@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+from one4all.corpus.loose import LooseWriter
 from one4all.corpus.tar import TarWriter
 from pipelines.protect import worker as protect_worker
 from pipelines.protect.worker import ProtectWorker
@@ -34,6 +35,21 @@ class PoisonedWorker(ProtectWorker):
     def protect(self, unit, *, recorded=""):
         self._current = unit.name
         return super().protect(unit, recorded=recorded)
+
+
+class PoisonedByImageWorker(ProtectWorker):
+    """A loose image whose name has "poison" in it kills its process when it is written."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        original = LooseWriter.replace
+
+        def replace(writer, member, **changes):
+            if "poison" in member.name:
+                _die()
+            original(writer, member, **changes)
+
+        LooseWriter.replace = replace
 
 
 class OnceKilledWorker(ProtectWorker):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import typer
 from support.builders import (
+    fill_corpus,
     make_bomb_png,
     make_image,
     make_protector,
@@ -29,6 +30,7 @@ from support.builders import (
 from support.fault_proxy import Fault, FaultProxy
 
 from one4all.corpus import OutputObject
+from one4all.corpus.loose import LooseWriter
 from one4all.corpus.tar import TarUnitWriter
 from one4all.errors import (
     BindingError,
@@ -129,6 +131,55 @@ def test_store_that_fails_for_a_while_costs_nothing_but_time(site, protect, prob
     assert all(f.hits for f in faults), "the fault was never injected"
     site.heal()
     assert problems(site.source, site.destination) == []
+
+
+@fault("a store that fails for a while, with loose images and Parquet files")
+@pytest.mark.parametrize("container", ["images", "parquet"])
+def test_store_that_fails_for_a_while_loses_no_loose_image_and_no_row(
+    s3_endpoint, s3_uri, protect, problems, monkeypatch, container
+):
+    monkeypatch.setattr("one4all.storage.s3._pause", lambda attempt: None)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.05)
+    source = open_storage(f"{s3_uri}/in")
+    fill_corpus(source, container)
+    faults = [
+        *(Fault("slow_down", f"^{verb} .*{s3_uri[5:]}", 3) for verb in ("GET", "HEAD", "PUT")),
+        Fault("truncate", "GET .*/in/.*photo", 3, after_bytes=300),
+        Fault("reset_after", "PUT .*/out/.*photo", 2),
+        Fault("reset_after", rf"PUT .*{INTERNAL}(objects|shards)/"),
+        Fault("reset", "GET .*/in/.*photo", 2),
+    ]
+    with FaultProxy(s3_endpoint) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.plan(*faults)
+        result = protect(source.uri, f"{s3_uri}/out")
+        assert result.container == container
+        assert [fault.hits for fault in faults] == [fault.times for fault in faults]
+    again = protect(source.uri, f"{s3_uri}/out")
+    assert (result.exit_code, again.exit_code, result.num_images) == (0, 0, 6)
+    assert problems(source.uri, f"{s3_uri}/out") == []
+
+
+@fault("a run paused in mid-write, and a loose image replaced meanwhile")
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_run_that_wakes_late_writes_over_no_loose_image(
+    tmp_path, request, place, protect, problems, monkeypatch
+):
+    uri = str(tmp_path) if place == "folder" else request.getfixturevalue("s3_uri")
+    source, out = open_storage(f"{uri}/in"), f"{uri}/out"
+    fill_corpus(source, "images")
+    original, asleep = LooseWriter._store, iter([True])
+
+    def store_late(writer, key, *rest):
+        if key == "a/photo 3 ü+%.jpg" and next(asleep, False):
+            source.write_bytes(key, make_image(seed=99))
+            assert protect(source.uri, out, lease_seconds=0).exit_code == 0
+            assert problems(source.uri, out) == []
+        return original(writer, key, *rest)
+
+    monkeypatch.setattr(LooseWriter, "_store", store_late)
+    assert protect(source.uri, out, lease_seconds=0).exit_code == 0
+    assert problems(source.uri, out) == []
 
 
 @fault("credentials expiring in mid-run")
