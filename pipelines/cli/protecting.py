@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -111,6 +112,7 @@ def protect(
         log_json=log_json,
     )
     progress = Progress("shard")
+    tries: Counter[str] = Counter()
 
     def on_fit(sentence: str, num_shards: int) -> None:
         if sentence:
@@ -134,7 +136,9 @@ def protect(
         if status.outcome in ("done", "restated"):
             progress.advance()
         else:
-            progress.say(f"{status.outcome}: {status.name}: {status.error}")
+            tries[status.name] += 1
+            which = _which_attempt(status, tries[status.name])
+            progress.say(f"{status.outcome}{which}: {status.name}: {status.error}")
 
     with progress:
         result = run(
@@ -185,6 +189,17 @@ def protect(
             f"{result.other}"
         )
     raise typer.Exit(result.exit_code)
+
+
+def _which_attempt(status: Any, num_tries: int) -> str:
+    """Which attempt at a shard failed: one that counts against it, or a try that does not."""
+    from one4all.ledger import MAX_ATTEMPTS
+
+    if status.outcome != "failed":
+        return ""
+    if status.attempt:
+        return f", attempt {status.attempt} of {MAX_ATTEMPTS}"
+    return f", try {num_tries} of this run, not counted against the shard"
 
 
 def _fate(num_bad: int, policy: str) -> str:

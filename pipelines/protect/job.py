@@ -356,6 +356,7 @@ def _log_line(status: UnitStatus, run_id: str) -> str:
         "bytes_written": status.num_bytes_written,
         "seconds": {stage: status.seconds.get(stage, 0.0) for stage in STAGES},
         "error": status.error,
+        "attempt": status.attempt,
     }
     return json.dumps(line)
 

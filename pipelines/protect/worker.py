@@ -52,6 +52,8 @@ class UnitStatus:
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
         peak_bytes: Peak memory of the worker until now.
         error: Why it is not done; "" if it is.
+        attempt: Number of this attempt, of those that count against the unit; 0 if it does not
+            count, because the fault lies elsewhere.
     """
 
     name: str
@@ -65,6 +67,7 @@ class UnitStatus:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     error: str = ""
+    attempt: int = 0
 
 
 class ProtectWorker:
@@ -173,14 +176,14 @@ class ProtectWorker:
             reason = printable(f"{error}" or type(error).__name__)
             if not isinstance(error, One4AllError):
                 reason = f"{type(error).__name__}: {reason}"
-            if number:
-                self._close_attempt(unit, number, error, reason)
+            if number and self._close_attempt(unit, number, error, reason):
+                status = replace(status, attempt=number)
             telemetry.count("one4all_failures", kind=type(error).__name__)
             refused = isinstance(error, BadImagePolicyError)
             return replace(status, outcome="refused" if refused else "failed", error=reason)
 
-    def _close_attempt(self, unit: Unit, number: int, error: Exception, reason: str) -> None:
-        """Count the attempt against the unit, unless the fault lies elsewhere.
+    def _close_attempt(self, unit: Unit, number: int, error: Exception, reason: str) -> bool:
+        """Count the attempt against the unit, unless the fault lies elsewhere; whether it counts.
 
         An outage of a store, expired credentials, a full disk or the policy "fail" must not end in
         quarantine: the same unit may be fine tomorrow.
@@ -193,13 +196,15 @@ class ProtectWorker:
             PerturbationError,
             OSError,
         )
+        counts = not isinstance(error, elsewhere)
         try:
-            if isinstance(error, elsewhere):
+            if not counts:
                 self._ledger.withdraw_attempt(unit, number, self._run_id)
             else:
                 self._ledger.fail_attempt(unit, number, self._run_id, reason)
         except (One4AllError, OSError) as problem:
             _log.warning("recording a failed attempt at %s: %s", unit.name, problem)
+        return counts
 
 
 def _tell(manifest: Manifest) -> None:

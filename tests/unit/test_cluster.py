@@ -613,7 +613,8 @@ def test_the_timer_catches_up_once():
     assert timer["Install"]["WantedBy"] == "timers.target"
 
 
-def test_the_cron_line_works_in_sh(tmp_path):
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (75, 0), (1, 1), (3, 3)])
+def test_the_cron_line_works_in_sh_and_ends_as_the_run_does(tmp_path, code, expected):
     lines = (CLUSTER / "schedule" / "one4all.cron").read_text("utf-8").splitlines()
     assert "SHELL=/bin/sh" in lines
     [line] = [line for line in lines if line[:1].isdigit()]
@@ -621,12 +622,18 @@ def test_the_cron_line_works_in_sh(tmp_path):
     assert (len(times), user) == (5, "one4all")
     assert "%" not in command  # cron makes it a newline
     shutil.copy(CLUSTER / "schedule" / "protect.env.example", tmp_path / "protect.env")
+    program, log = tmp_path / "one4all", tmp_path / "log"
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" one4all "$@"; printenv AWS_PROFILE >&2; exit {code}\n'
+    )
+    program.chmod(0o755)
     command = command.replace("/etc/one4all", str(tmp_path))
-    command = command.replace("/opt/one4all/bin/one4all", "printf '%s\\n' one4all")
-    command = command.replace("logger -t one4all", "cat; printenv AWS_PROFILE")
+    command = command.replace("/opt/one4all/bin/one4all", str(program))
+    command = command.replace("logger -t one4all", f"cat > {log}")
     ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=30)
-    assert ran.returncode == 0
-    words = ran.stdout.splitlines()
+    assert ran.returncode == expected
+    assert (ran.stdout + ran.stderr == "") == (expected == 0), "cron mails whatever is printed"
+    words = log.read_text().splitlines()
     settings = environment_file()
     assert words[:4] == ["one4all", "protect", settings["SOURCE"], settings["DESTINATION"]]
     assert words[-1] == settings["AWS_PROFILE"]

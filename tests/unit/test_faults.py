@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import tarfile
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from support.builders import (
     write_corpus,
 )
 from support.fault_proxy import Fault, FaultProxy
+from typer.testing import CliRunner
 
 from one4all.corpus import OutputObject
 from one4all.corpus.tar import TarUnitWriter
@@ -44,6 +46,7 @@ from one4all.storage import INTERNAL, LocalStorage, open_storage
 from one4all.storage.s3 import PART_BYTES
 from pipelines import verify as verifying
 from pipelines.cli import protecting as verbs
+from pipelines.cli.app import app
 from pipelines.protect import job as protecting
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker
@@ -252,6 +255,20 @@ def test_quarantined_shard_is_tried_again_if_asked_to(tmp_path, protect, monkeyp
     assert (again.exit_code, again.num_done, len(again.quarantined)) == (3, 0, 2)
     retried = protect(corpus, out, retry_quarantined=True)
     assert (retried.exit_code, retried.num_done, retried.num_images) == (0, 2, 6)
+
+
+@pytest.mark.usefixtures("protect")
+def test_attempts_at_a_damaged_shard_are_numbered(tmp_path, protector_folder):
+    corpus = write_corpus(tmp_path / "in", num_shards=1)
+    (corpus / "bad.tar").write_bytes(b"no tar at all" * 100)
+    words = ["protect", str(corpus), str(tmp_path / "out"), "--protector", str(protector_folder)]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 3, ended.output
+    assert re.findall(r"failed, attempt (\d of \d): bad\.tar", ended.output) == [
+        "1 of 3",
+        "2 of 3",
+        "3 of 3",
+    ]
 
 
 @pytest.mark.parametrize(

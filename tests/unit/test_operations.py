@@ -55,7 +55,7 @@ def test_metrics_outside_ray_cost_nothing_and_do_not_import_it():
 def test_log_line_holds_what_one_shard_took():
     seconds = dict.fromkeys(("read", "decode", "device", "encode", "write"), 0.5)
     status = UnitStatus(
-        "a/b.tar", "failed", num_bytes=10, seconds=seconds, error="truncated\nat byte 7"
+        "a/b.tar", "failed", num_bytes=10, seconds=seconds, error="truncated\nat byte 7", attempt=2
     )
     line = _log_line(status, "run1")
     assert "\n" not in line
@@ -63,3 +63,4 @@ def test_log_line_holds_what_one_shard_took():
     assert (parsed["name"], parsed["status"], parsed["bytes"]) == ("a/b.tar", "failed", 10)
     assert parsed["error"] == status.error
     assert parsed["seconds"] == seconds
+    assert parsed["attempt"] == 2
