@@ -19,8 +19,9 @@ from one4all.protectors.protector import Protector, check_protector
 from one4all.recompute import recompute_unit
 from one4all.storage import open_storage
 from one4all.visibility import VisibilitySummary, require_packages
+from pipelines.placement import await_room
 from pipelines.protect.own_protector import find_own
-from pipelines.ray_session import ray_session, worker_layout
+from pipelines.ray_session import ray_session
 from pipelines.settings import JobConfig, RayConfig
 
 
@@ -242,7 +243,7 @@ def _audit_all(
         import ray
         from ray.data import TaskPoolStrategy
 
-        workers, _, _ = worker_layout(config.num_workers, 1, 0)
+        await_room(config.ray, cpus=1, gpus=0)
         for start in range(0, len(tasks), config.wave_shards):
             wave = tasks[start : start + config.wave_shards]
             rows = [
@@ -250,7 +251,10 @@ def _audit_all(
                 for t in wave
             ]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
+                audit,
+                batch_size=1,
+                num_cpus=1,
+                compute=TaskPoolStrategy(config.num_workers or None),
             )
             for row in dataset.iter_rows():
                 yield row["audit"]

@@ -34,6 +34,7 @@ from one4all.protectors.protector import check_protector
 from one4all.rewrite import STAGES
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
+from pipelines.placement import await_room, watched_start
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import OnFit, own_protector
 from pipelines.protect.worker import ProtectWorker, UnitStatus
@@ -49,6 +50,7 @@ TRANSFORM_VERSION = 4  # AVIF, HEIC and JPEG XL are protected; before, they were
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_LOOKED_AT = 1000  # objects of a source without shards, to say what is there
 _PACKED = tuple(".tgz .tbz .tbz2 .txz .tzst .gz .bz2 .xz .zst .lz4 .zip .7z .rar".split())
+MAX_GROWTH = 16  # times the workers that a wave begins with, as nodes join
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 
 OnProgress = Callable[[UnitStatus], None]
@@ -417,6 +419,9 @@ def _run_wave(
     num_workers, cpus, gpus = worker_layout(
         config.num_workers, config.cpus_per_worker, config.gpus_per_worker
     )
+    await_room(config.ray, cpus=cpus, gpus=gpus)
+    # A number that is not given grows with the cluster.
+    most_workers = min(config.num_workers or MAX_GROWTH * num_workers, len(wave))
 
     source_uri, destination_uri = source.uri, destination.uri
 
@@ -432,7 +437,7 @@ def _run_wave(
                 protector_sha256=protector_sha256,
                 num_threads=cpus,
                 device="cuda" if gpus else "cpu",
-                max_starts=num_workers + MAX_DEAD_STARTS,
+                max_starts=max(num_workers, most_workers) + MAX_DEAD_STARTS,
             )
 
     Worker.__name__ = Worker.__qualname__ = ProtectWorker.__name__
@@ -445,12 +450,15 @@ def _run_wave(
         num_cpus=cpus,
         num_gpus=gpus or None,
         compute=ActorPoolStrategy(
-            size=min(num_workers, len(rows)), max_tasks_in_flight_per_actor=1
+            min_size=min(num_workers, most_workers),
+            max_size=most_workers,
+            max_tasks_in_flight_per_actor=1,
         ),
     )
     try:
-        for row in dataset.iter_rows():
-            yield row["status"]
+        with watched_start(ProtectWorker.__name__, cpus=cpus, gpus=gpus):
+            for row in dataset.iter_rows():
+                yield row["status"]
     except RayError as error:  # what did not come back is planned again from the ledger
         reason = str(error).splitlines()[-1].strip().partition(". ")[0]
         _log.warning("Ray gave up on a part of this pass: %s", reason)

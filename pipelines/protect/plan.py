@@ -32,6 +32,7 @@ from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card, locate
 from one4all.storage import Storage, open_storage
+from pipelines.placement import await_room
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import start_of
 from pipelines.protect.worker import ProtectWorker
@@ -311,6 +312,7 @@ def _measure_on_cluster(
         from ray.exceptions import RayTaskError
 
         _, cpus, gpus = worker_layout(0, config.cpus_per_worker, config.gpus_per_worker)
+        await_room(config.ray, cpus=cpus, gpus=gpus)
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
         device = "cuda" if gpus else "cpu"
         try:

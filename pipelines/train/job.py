@@ -25,6 +25,7 @@ from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
 from one4all.storage import Storage, open_storage
 from one4all.training.trainer import GeneratorTrainer
+from pipelines.placement import await_room, watched_start
 from pipelines.provenance import commit
 from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.settings import absolute_path, absolute_weights
@@ -33,6 +34,7 @@ from pipelines.train.progress import Entry, RunLog, progress_board
 from pipelines.train.worker import train_loop
 
 _RUN_FILE = "run.json"
+_WORKER_ACTOR = "RayTrainWorker"  # what Ray Train calls its workers
 _NAMED = 100  # damaged shards, at most, in the card; the run folder has them all
 
 
@@ -111,6 +113,7 @@ def _fit(
         _, _, gpus = worker_layout(
             config.max_workers, config.cpus_per_worker, config.gpus_per_worker
         )
+        await_room(config.ray, cpus=config.cpus_per_worker, gpus=gpus)
         workers: dict[str, Any] = {  # Ray's types know neither a range nor the seconds
             "num_workers": config.num_workers,
             "elastic_resize_monitor_interval_s": config.resize_seconds,
@@ -134,7 +137,8 @@ def _fit(
             ),
         )
         try:
-            with _stopped_by_ray():
+            room = watched_start(_WORKER_ACTOR, cpus=config.cpus_per_worker, gpus=gpus)
+            with _stopped_by_ray(), room:
                 result = trainer.fit()
         except (TrainingFailedError, RayError) as error:
             raise One4AllError(f"training failed: {_root_cause(error)}") from error

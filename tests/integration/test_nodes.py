@@ -14,7 +14,7 @@ from statistics import mean
 import pytest
 import yaml
 from support.builders import write_corpus
-from support.jobs import finish, start, start_with_ray
+from support.jobs import finish, read_until, start, start_with_ray
 from support.ray_cluster import PROGRAM, ROOT
 
 from one4all.errors import AccessError, NotFoundError
@@ -72,6 +72,37 @@ def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tm
     assert code == 0, printed
     assert "10 of 10 shards protected" in printed
     assert verify(source, destination, VerifyConfig()).ok
+
+
+def test_nodes_that_join_are_used_within_a_minute(
+    cluster, two_nodes, cluster_uri, tmp_path, protector
+):
+    """Without a number of workers; and that one is too large for the nodes there are is said."""
+    corpus = write_corpus(tmp_path / "in", num_shards=40, num_samples=60)
+    source, destination = upload(corpus, f"{cluster_uri}/in"), f"{cluster_uri}/out"
+    small = ["--protector", protector, "--set", "batch_size=4"]
+    cluster.lose(two_nodes[0])
+
+    def workers() -> int:
+        with cluster.get("/api/v0/actors?limit=1000&detail=1") as answer:
+            actors = json.load(answer)["data"]["result"]["result"]
+        alive = [actor for actor in actors if actor["state"] == "ALIVE"]
+        return sum("ProtectWorker" in actor["class_name"] for actor in alive)
+
+    settings = ["--set", "cpus_per_worker=2", "--set", "gpus_per_worker=0"]
+    job = start(cluster, "--stop-on-interrupt", "protect", source, destination, *small, *settings)
+    said = read_until(job, "no node can hold")
+    assert "a worker of 2 CPUs: there are " in said
+    assert "node of 1 CPU" in said
+    large = cluster.add_node(num_cpus=2)
+    wait_until(lambda: workers() == 1, job, 120)
+    more = cluster.add_node(num_cpus=2)
+    wait_until(lambda: workers() == 2, job, 60)
+    job.send_signal(signal.SIGINT)
+    code, printed = finish(job)
+    assert code == 130, printed
+    cluster.lose(large)
+    cluster.lose(more)
 
 
 def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
