@@ -78,8 +78,10 @@ def test_nodes_that_join_are_used_within_a_minute(
     cluster, two_nodes, cluster_uri, tmp_path, protector
 ):
     """Without a number of workers; and that one is too large for the nodes there are is said."""
-    corpus = write_corpus(tmp_path / "in", num_shards=40, num_samples=60)
-    source, destination = upload(corpus, f"{cluster_uri}/in"), f"{cluster_uri}/out"
+    [shard] = write_corpus(tmp_path / "in", num_shards=1, num_samples=60).glob("*.tar")
+    source, destination = f"{cluster_uri}/in", f"{cluster_uri}/out"
+    for number in range(300):  # work for minutes
+        open_storage(source).write_bytes(f"{number:03}.tar", shard.read_bytes())
     small = ["--protector", protector, "--set", "batch_size=4"]
     cluster.lose(two_nodes[0])
 

@@ -22,7 +22,9 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from support.builders import write_corpus
 from support.cluster_schemas import SCHEMAS
+from support.kuberay_facts import COVERED, FIELDS, needed_release
 from support.kustomization import load, load_patch, render, split_field_path
 
 from pipelines.cli.app import app
@@ -31,11 +33,12 @@ from pipelines.protect.config import ProtectConfig
 from pipelines.ray_session import worker_layout
 from pipelines.settings import load_config
 from pipelines.train.config import TrainConfig
+from pipelines.train.plan import plan_training
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERNETES = CLUSTER / "kubernetes"
-OVERLAYS = ("gpu", "cpu-test", "raycronjob")
+OVERLAYS = ("gpu", "multi-gpu", "cpu-test", "raycronjob")
 FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
 CONFIGS = {"protect": ProtectConfig, "train": TrainConfig}
 VERBS = typer.main.get_command(app)
@@ -94,12 +97,14 @@ def test_what_an_overlay_renders_is_valid(overlay):
     ("overlay", "expected"),
     [
         ("gpu", {"RayJob": 2, "RayCluster": 1, "CronJob": 1}),
+        ("multi-gpu", {"RayJob": 2, "RayCluster": 1, "CronJob": 1}),
         ("cpu-test", {"RayJob": 2, "RayCluster": 1, "CronJob": 1}),
         ("raycronjob", {"RayJob": 2, "RayCronJob": 1}),
     ],
 )
 def test_an_overlay_has_what_it_says(overlay, expected):
     common = {"Namespace": 1, "ServiceAccount": 1, "NetworkPolicy": 1, "ConfigMap": 1}
+    common |= {"PodDisruptionBudget": 1}
     kinds = [kind for kind, _ in rendered(overlay)]
     assert {kind: kinds.count(kind) for kind in kinds} == common | expected
 
@@ -134,6 +139,7 @@ def test_kubectl_renders_the_same(overlay, tmp_path):
         (("RayJob", "one4all-protect"), "spec.entrypoint", "one4all protect a b; reboot"),
         (("RayJob", "one4all-train"), "spec.concurrencyPolicy", "Forbid"),
         (("RayCronJob", "one4all-protect"), "spec.concurrencyPolicy", "Forbid"),
+        (("RayCronJob", "one4all-protect"), "spec.timeZone", "Etc/UTC"),
         (("RayCronJob", "one4all-protect"), "spec.jobTemplate.spec", {}),
         (("RayJob", "one4all-train"), "spec.rayClusterSpec.workerGroupSpec", []),
         (("RayJob", "one4all-train"), "spec.rayClusterSpec.authOptions.mode", "disabled"),
@@ -156,6 +162,98 @@ def test_a_required_field_is_missed():
     del resource["spec"]["concurrencyPolicy"]
     with pytest.raises(jsonschema.ValidationError, match="concurrencyPolicy"):
         check(resource)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [("gpu", "1.5.1"), ("multi-gpu", "1.5.1"), ("cpu-test", "1.5.1"), ("raycronjob", "1.6.0")],
+)
+def test_an_overlay_needs_the_kuberay_that_the_readme_says(overlay, expected):
+    needed = [
+        needed_release(resource)
+        for (kind, _), resource in rendered(overlay).items()
+        if kind in FIELDS
+    ]
+    assert max(needed) == expected
+    text = (CLUSTER / "README.md").read_text("utf-8")
+    assert "KubeRay 1.5.1 or newer" in text
+    assert COVERED[1] in text
+    comment = KUBERNETES / "overlays" / "raycronjob" / "raycronjob.yaml"
+    assert "KubeRay 1.6 or newer" in comment.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("spec.timeZone", "Etc/UTC", "1.7.0"),
+        ("spec.jobTemplate.rayClusterSpec.authOptions.secretName", "mine", "1.6.0"),
+    ],
+)
+def test_a_field_of_a_newer_kuberay_is_noticed(path, value, expected):
+    resource = copy.deepcopy(rendered("raycronjob")["RayCronJob", "one4all-protect"])
+    *parents, last = path.split(".")
+    node = resource
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    assert needed_release(resource) == expected
+    node[last + "s"] = value
+    with pytest.raises(AssertionError, match=f"{last}s is in no release"):
+        needed_release(resource)
+
+
+def worker_pods(overlay):
+    for (kind, _), resource in overlay.items():
+        if kind in ("RayJob", "RayCluster"):
+            spec = resource["spec"].get("rayClusterSpec", resource["spec"])
+            assert spec["autoscalerOptions"]["version"] == "v2"
+            for group in spec["workerGroupSpecs"]:
+                yield group["template"]["spec"]
+
+
+def test_workers_reach_no_api_server_and_are_replaced_and_drained(overlay):
+    pods = list(worker_pods(overlay))
+    assert pods
+    for pod in pods:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["restartPolicy"] == "Never"
+        [container] = pod["containers"]
+        script = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+        [seconds] = re.findall(r"--deadline-remaining-seconds=(\d+)", script)
+        assert int(seconds) < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_hook_tells_ray_which_node_goes_and_waits_until_it_has(tmp_path):
+    """With a process in the place of Ray's, and the arguments that Ray gives it."""
+    [container] = next(worker_pods(rendered("gpu")))["containers"]
+    command = [*container["lifecycle"]["preStop"]["exec"]["command"]]
+    command[1] = "-c"  # the profile of the machine's own shell is not that of the image
+    raylet = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(3)", "--node_id=ab12", "--gcs-address=h:1"]
+    )
+    said = tmp_path / "said"
+    for name, text in {"pidof": f"echo {raylet.pid}", "ray": f'echo "$@" > {said}'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    hook = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    assert raylet.wait(timeout=30) == 0
+    assert hook.wait(timeout=30) == 0
+    assert "drain-node --address=h:1 --node-id=ab12 --reason=DRAIN_NODE_REASON" in said.read_text()
+
+
+def test_training_fits_the_gpus_of_its_overlay(tmp_path, monkeypatch):
+    """An L4 has 24 GB, of which the driver and fragments take some; see `gpu/raycluster.yaml`."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    write_corpus(tmp_path / "in", num_shards=1)
+    for name in ("gpu", "multi-gpu"):
+        text = rendered(name)["ConfigMap", "one4all-jobs"]["data"]["train.yaml"]
+        (tmp_path / "train.yaml").write_text(text, "utf-8")
+        config = load_config(TrainConfig, tmp_path / "train.yaml", source=str(tmp_path / "in"))
+        plan = plan_training(config)
+        assert plan.on_gpu
+        assert plan.device_bytes < 20e9
+        assert config.images_per_step == 128
 
 
 # Kustomize
@@ -231,7 +329,7 @@ def test_the_three_clusters_differ_only_in_size():
         spec["autoscalerOptions"]["idleTimeoutSeconds"] = 0
         spec["workerGroupSpecs"][0]["maxReplicas"] = 0
     assert specs[0] == specs[1] == specs[2]
-    for name in ("gpu", "cpu-test"):
+    for name in ("gpu", "multi-gpu", "cpu-test"):
         folder = KUBERNETES / "overlays" / name
         standing, jobs = load_patch(folder / "raycluster.yaml"), load_patch(folder / "rayjobs.yaml")
         for operation in jobs:
@@ -309,10 +407,12 @@ def test_entrypoints_are_commands_that_fit_their_cluster(overlay, tmp_path):
         [container] = group["template"]["spec"]["containers"]
         limits = container["resources"]["limits"]
         assert limits == container["resources"]["requests"] or limits["cpu"] == "1"
-        assert config.cpus_per_worker <= int(limits["cpu"])
-        assert config.gpus_per_worker == int(limits.get("nvidia.com/gpu", 0))
+        gpus = int(limits.get("nvidia.com/gpu", 0))
+        workers_of_a_pod = int(gpus / config.gpus_per_worker) if gpus else 1
+        assert config.cpus_per_worker * workers_of_a_pod <= int(limits["cpu"])
+        assert (gpus > 0) == (config.gpus_per_worker > 0)
         workers = getattr(config, "max_workers", config.num_workers)
-        assert 0 < workers <= group["maxReplicas"]
+        assert 0 < workers == group["maxReplicas"] * workers_of_a_pod
 
 
 def test_a_wrong_verb_option_or_key_is_found(tmp_path):
@@ -382,7 +482,7 @@ def test_containers_are_confined(overlay):
 
 
 def test_gpu_workers_are_on_spot_nodes_and_the_head_is_not():
-    for (kind, _), resource in rendered("gpu").items():
+    for (kind, _), resource in [*rendered("gpu").items(), *rendered("multi-gpu").items()]:
         spec = resource.get("spec", {})
         spec = spec.get("rayClusterSpec", spec)
         if kind not in ("RayJob", "RayCluster"):
