@@ -503,7 +503,7 @@ SECRETS = [
     r"(?i)(secret_access_key|session_token|password|passwd)\s*[=:]\s*\S",
     r"(?i)\b(auth_)?token\s*[=:]\s*['\"]?[A-Za-z0-9+/_-]{16,}",
     r"(?<![\w+/])(?=\S*\d)(?=\S*[A-Z])(?=\S*[a-z])[A-Za-z0-9+/]{40}(?![\w+/])",
-    r"\b[0-9a-f]{32,}\b",
+    r"(?<!@sha256:)\b[0-9a-f]{32,}\b",
     r"(?m)^kind: Secret$",
 ]
 
@@ -572,7 +572,7 @@ def instructions():
 def test_the_image_is_not_root_and_asks_for_its_base():
     found = list(instructions())
     assert found[0][0] == "ARG"
-    assert found[0][1].startswith("BASE_IMAGE=docker.io/")
+    assert re.fullmatch(r"BASE_IMAGE=docker\.io/\S+@sha256:[0-9a-f]{64}", found[0][1])
     users = [rest for name, rest in found if name == "USER"]
     assert users == ["1000:1000"]
     names = [name for name, _ in found]
@@ -585,6 +585,13 @@ def test_the_image_is_not_root_and_asks_for_its_base():
     }
     [environment] = [rest for name, rest in found if name == "ENV" and "PYTHONUNBUFFERED" in rest]
     assert "RAY_AUTH_MODE" not in environment
+
+
+def test_the_image_has_what_ray_up_needs_and_asks_pypi_too():
+    runs = [rest for name, rest in instructions() if name == "RUN"]
+    packages = re.search(r"--no-install-recommends ([\w -]+)", runs[0])[1].split()
+    assert {"rsync", "openssh-client", "ca-certificates"} <= set(packages)
+    assert not any(" --index-url" in run for run in runs)
 
 
 def test_the_image_has_what_every_verb_needs():
@@ -669,9 +676,62 @@ def test_the_launcher_file_makes_sense(launcher):
     [head] = [line for line in launcher["head_start_ray_commands"] if "--head" in line]
     assert "--dashboard-host=127.0.0.1" in head
     assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
-    [rule] = launcher["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert rule["IpRanges"] != [{"CidrIp": "0.0.0.0/0"}]
+
+
+@pytest.fixture
+def bootstrapped(monkeypatch, tmp_path):
+    """What Ray makes of a launcher file, with its own code, on an EC2 that moto plays."""
+    moto = pytest.importorskip("moto", reason="moto is not installed")
+    pytest.importorskip("moto.ec2", reason="moto came without its EC2")
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair to ~/.ssh
+    (tmp_path / ".ssh").mkdir()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    with moto.mock_aws():
+        yield bootstrap_aws
+
+
+def open_to(ec2, groups):
+    """(Port, range) of each rule of security groups that lets addresses in."""
+    found = ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"]
+    return {
+        (rule.get("FromPort"), address["CidrIp"])
+        for group in found
+        for rule in group["IpPermissions"]
+        for address in rule["IpRanges"]
+    }
+
+
+def test_ray_opens_no_port_that_the_launcher_file_does_not(launcher, bootstrapped):
+    boto3 = pytest.importorskip("boto3")
+    ec2 = boto3.client("ec2", region_name=launcher["provider"]["region"])
+    made = ec2.create_security_group(GroupName="ours", Description="ours")["GroupId"]
+    office = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22}
+    office["IpRanges"] = [{"CidrIp": "192.0.2.0/24"}]
+    ec2.authorize_security_group_ingress(GroupId=made, IpPermissions=[office])
+    for node in launcher["available_node_types"].values():
+        assert node["node_config"]["SecurityGroupIds"] == ["sg-00000000000000000"]
+        node["node_config"]["SecurityGroupIds"] = [made]
+    config = bootstrapped(launcher)
+    groups = {
+        group
+        for node in config["available_node_types"].values()
+        for group in node["node_config"]["SecurityGroupIds"]
+    }
+    assert groups == {made}
+    assert open_to(ec2, list(groups)) == {(22, "192.0.2.0/24")}
+
+    # Why it is not said with `IpPermissions`: Ray adds its own rule to those.
+    for node in launcher["available_node_types"].values():
+        del node["node_config"]["SecurityGroupIds"]
+    launcher["provider"]["security_group"] = {"IpPermissions": [office]}
+    head = bootstrapped(launcher)["available_node_types"]["head"]["node_config"]
+    assert open_to(ec2, head["SecurityGroupIds"]) == {(22, "192.0.2.0/24"), (22, "0.0.0.0/0")}
 
 
 # One machine
