@@ -37,6 +37,7 @@ from pipelines import telemetry
 from pipelines.placement import await_room, watched_start
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import OnFit, own_protector
+from pipelines.protect.run_metrics import RunMetrics
 from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
@@ -244,14 +245,15 @@ class _Run:
         result.num_damaged = len(census.damaged)
         on_plan(census)
         while todo and barren_passes < MAX_ATTEMPTS:
-            with ray_session(self._config.ray):
-                num_pending = len(todo)
-                telemetry.show("one4all_pending_shards", num_pending)
+            with ray_session(self._config.ray), telemetry.gauges_kept():
+                metrics = RunMetrics(
+                    self._run_id, self._destination.uri, self._ledger.last_success()
+                )
+                metrics.plan(todo)
                 recorded = {name: entry.key for name, entry in census.damaged.items()}
                 for status in self._waves([(unit, recorded.get(unit.name, "")) for unit in todo]):
                     done = status.outcome == "done"
-                    num_pending -= status.outcome in ("done", "restated")
-                    telemetry.show("one4all_pending_shards", num_pending)
+                    metrics.tell(status)
                     if self._config.log_json:
                         _shards_log.info(_log_line(status, self._run_id))
                     on_progress(status)

@@ -24,11 +24,10 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.ledger import MAX_ATTEMPTS, Ledger, Manifest
+from one4all.ledger import MAX_ATTEMPTS, Ledger
 from one4all.protectors.protector import Protector
 from one4all.rewrite import BadImagePolicyError, rewrite_unit
 from one4all.storage import open_storage
-from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.cpu_limit import CpuLimit
 
@@ -46,12 +45,14 @@ class UnitStatus:
         outcome: "done"; "restated": what stands is right, and was recorded anew; "failed";
             "refused" by the bad-image policy; "quarantined" before.
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
+        num_batches: Batches that the device has done.
         num_protected: Those that were; also less than the rest if a sample was dropped.
         converted: Number of images by what had to be changed to protect them.
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
         peak_bytes: Peak memory of the worker until now.
         error: Why it is not done; "" if it is.
+        error_kind: Name of the class of the error; "" without one.
         attempt: Number of this attempt, of those that count against the unit; 0 if it does not
             count, because the fault lies elsewhere.
     """
@@ -61,12 +62,14 @@ class UnitStatus:
     num_images: int = 0
     num_bad: int = 0
     num_protected: int = 0
+    num_batches: int = 0
     converted: Mapping[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_bytes_written: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     error: str = ""
+    error_kind: str = ""
     attempt: int = 0
 
 
@@ -133,7 +136,6 @@ class ProtectWorker:
         """
         with CpuLimit(self._config.max_step_cpu_seconds) as limit:
             status = self._attempt(unit, recorded, limit)
-        telemetry.count("one4all_shards", status=status.outcome)
         return replace(status, peak_bytes=_peak_bytes())
 
     def _attempt(self, unit: Unit, recorded: str, limit: CpuLimit) -> UnitStatus:
@@ -141,7 +143,7 @@ class ProtectWorker:
         if self._protector is None:
             reason = "workers die while they load the protector"
             return replace(status, outcome="failed", error=reason)
-        number = 0
+        number, batches = 0, []
         try:
             attempt = self._ledger.begin_attempt(unit, self._run_id)
             if attempt > MAX_ATTEMPTS:
@@ -158,16 +160,16 @@ class ProtectWorker:
                 self._config,
                 pool=self._pool,
                 run_id=self._run_id,
-                on_batch=lambda seconds: telemetry.observe("one4all_batch_seconds", seconds),
+                on_batch=batches.append,
                 on_step=limit.next_step,
             )
             self._ledger.record(manifest)
-            _tell(manifest)
             return replace(
                 status,
                 num_images=manifest.num_images,
                 num_bad=len(manifest.bad_images),
                 num_protected=manifest.num_protected,
+                num_batches=len(batches),
                 converted=manifest.converted,
                 num_bytes_written=manifest.output_size,
                 seconds=manifest.seconds,
@@ -178,7 +180,7 @@ class ProtectWorker:
                 reason = f"{type(error).__name__}: {reason}"
             if number and self._close_attempt(unit, number, error, reason):
                 status = replace(status, attempt=number)
-            telemetry.count("one4all_failures", kind=type(error).__name__)
+            status = replace(status, error_kind=type(error).__name__)
             refused = isinstance(error, BadImagePolicyError)
             return replace(status, outcome="refused" if refused else "failed", error=reason)
 
@@ -205,16 +207,6 @@ class ProtectWorker:
         except (One4AllError, OSError) as problem:
             _log.warning("recording a failed attempt at %s: %s", unit.name, problem)
         return counts
-
-
-def _tell(manifest: Manifest) -> None:
-    """The metrics of a unit that is done."""
-    telemetry.count("one4all_images", manifest.num_protected)
-    telemetry.count("one4all_bad_images", len(manifest.bad_images))
-    telemetry.count("one4all_bytes_read", manifest.unit.size)
-    telemetry.count("one4all_bytes_written", manifest.output_size)
-    for stage, seconds in manifest.seconds.items():
-        telemetry.observe("one4all_stage_seconds", seconds, stage=stage)
 
 
 def _load(protector: str, sha256: str) -> Protector:

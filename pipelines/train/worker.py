@@ -19,6 +19,7 @@ from pipelines.train.progress import Entry
 _NOTICE_SECONDS = 5.0  # between two questions; Ray looks for news as often
 
 
+@telemetry.gauges_kept()
 def train_loop(settings: dict[str, Any]) -> None:
     """Train from the last checkpoint, if there is one, to the end.
 
@@ -44,6 +45,9 @@ def train_loop(settings: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
+    destination = {"destination": config.output}
+    for name in ("one4all_trained_images", "one4all_trained_steps", "one4all_trained_seconds"):
+        telemetry.begin(name, **destination)
     stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
     num_damaged = 0
@@ -51,7 +55,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         if len(trainer.damaged) > num_damaged:
             num_damaged = len(damaged := dict(trainer.damaged))
             settings["board"].post_damage.remote(damaged)
-        telemetry.count("one4all_trained_images", config.images_per_step)
+        telemetry.count("one4all_trained_images", config.images_per_step, **destination)
         entry: Entry = {}
         if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
             seconds, images_per_second = stopwatch.since_last(step)
@@ -60,9 +64,11 @@ def train_loop(settings: dict[str, Any]) -> None:
                 "images_per_second": images_per_second,
             }
             settings["board"].post.remote(entry)
-            telemetry.observe("one4all_step_seconds", seconds)
-            telemetry.show("one4all_training_step", step)
-            telemetry.show("one4all_training_workers", world_size)
+            telemetry.count("one4all_trained_steps", stopwatch.num_steps, **destination)
+            telemetry.count("one4all_trained_seconds", seconds * stopwatch.num_steps, **destination)
+            telemetry.observe("one4all_step_seconds", seconds, **destination)
+            telemetry.show("one4all_training_step", step, **destination)
+            telemetry.show("one4all_training_workers", world_size, **destination)
         announced = notice.is_new(step)
         if announced or step % config.checkpoint_every == 0 or step == config.steps:
             of_ranks = _of_all_ranks(trainer.shares, world_size)
@@ -83,16 +89,20 @@ class _Stopwatch:
     Args:
         step: Step at which the run, or this sitting of it, begins.
         images_per_step: Images of all workers in one step.
+
+    Attributes:
+        num_steps: Steps between the last two calls.
     """
 
     def __init__(self, step: int, images_per_step: int) -> None:
-        self._step, self._time = step, time.monotonic()
+        self._step, self._time, self.num_steps = step, time.monotonic(), 0
         self._images_per_step = images_per_step
 
     def since_last(self, step: int) -> tuple[float, float]:
         """Seconds for one step, and images a second, since the last call."""
         now = time.monotonic()
-        seconds = max(now - self._time, 1e-9) / (step - self._step)
+        self.num_steps = step - self._step
+        seconds = max(now - self._time, 1e-9) / self.num_steps
         self._step, self._time = step, now
         return seconds, self._images_per_step / seconds
 

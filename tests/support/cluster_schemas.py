@@ -4,8 +4,8 @@ Stricter than the API server, which drops what it does not know: an unknown key 
 even one that exists but that nobody here has used yet. Add it then, from the documentation.
 
 Sources: KubeRay's API reference (ray.io/v1; `kuberay_facts` says since when), Kubernetes' (core/v1,
-batch/v1, networking.k8s.io/v1, policy/v1) and that of the Prometheus operator. kubernetes-validate would know the core kinds by itself, but weighs
-108 MB, which is too much for everybody's `make test`.
+batch/v1, networking.k8s.io/v1, policy/v1) and that of the Prometheus operator. kubernetes-validate
+would know the core kinds by itself, but weighs 108 MB: too much for everybody's `make test`.
 """
 
 from __future__ import annotations

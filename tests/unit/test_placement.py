@@ -66,7 +66,7 @@ def test_fractions_of_a_gpu_share_its_cpus(cluster):
 
 def test_empty_cluster_is_not_one_small_worker(cluster):
     cluster += nodes((0, 0))
-    with pytest.raises(UsageError, match="no node of the cluster has a CPU.*--set num_workers"):
+    with pytest.raises(UsageError, match=r"no node of the cluster has a CPU.*--set num_workers"):
         worker_layout(0, 0, -1)
     with pytest.raises(UsageError, match="no node of the cluster has a CPU"):
         worker_layout(4, 7, -1)  # whether with GPUs is not said
