@@ -132,8 +132,8 @@ def _holds(node: Mapping[str, Any], cpus: int, gpus: float) -> bool:
 def _free() -> dict[str, dict[str, float]]:
     import ray._private.state as state
 
-    free: dict[str, dict[str, float]] = state.available_resources_per_node()
-    return free
+    free: Any = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return dict(free)
 
 
 def _has_started(class_name: str, job: str) -> bool:

@@ -108,7 +108,7 @@ METRICS = {
 }
 
 
-def begin(name: str, **tags: str) -> None:
+def begin(name: str, /, **tags: str) -> None:
     """Show a counter as 0, before it counts.
 
     Prometheus sees how much a counter has grown between two looks. One that appears with a value
@@ -118,19 +118,19 @@ def begin(name: str, **tags: str) -> None:
         metric._record(0, tags)  # its public method refuses 0
 
 
-def count(name: str, amount: float = 1, **tags: str) -> None:
+def count(name: str, amount: float = 1, /, **tags: str) -> None:
     """Add to a counter."""
     if (metric := _metric(name)) is not None and amount > 0:
         metric.inc(amount, tags)
 
 
-def observe(name: str, seconds: float, **tags: str) -> None:
+def observe(name: str, seconds: float, /, **tags: str) -> None:
     """Add one observation to a histogram."""
     if (metric := _metric(name)) is not None:
         metric.observe(seconds, tags)
 
 
-def show(name: str, value: float, **tags: str) -> None:
+def show(name: str, value: float, /, **tags: str) -> None:
     """Set a gauge; it is kept within `gauges_kept`."""
     if (metric := _metric(name)) is not None:
         _shown[name, tuple(sorted(tags.items()))] = value

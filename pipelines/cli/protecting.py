@@ -322,15 +322,24 @@ def status(
         bool,
         typer.Option("--bad", help="List the images that could not be protected, with reasons."),
     ] = False,
+    runs: Annotated[
+        bool,
+        typer.Option("--runs", help="List how the last runs have ended, the newest first."),
+    ] = False,
 ) -> None:
     """Show what is done, pending, bad and quarantined at a destination."""
-    from pipelines.status import read_bad_images, read_status
+    from pipelines.status import read_bad_images, read_runs, read_status
     from pipelines.status import watch as look
 
     if bad:
         if watch is not None:
             raise typer.BadParameter("--bad is one list; it goes without --watch")
         _show_bad(read_bad_images(destination), as_json=as_json)
+        return
+    if runs:
+        if watch is not None:
+            raise typer.BadParameter("--runs is one list; it goes without --watch")
+        _show_runs(read_runs(destination), as_json=as_json)
         return
     if watch is not None:
         interrupt.advice = ""
@@ -352,6 +361,24 @@ def _show_bad(found: Any, *, as_json: bool) -> None:
         show(f"{shard}: {image.member}: {image.reason} ({image.action})")
         count += 1
     show(f"{count:,} bad images")
+
+
+def _show_runs(found: Any, *, as_json: bool) -> None:
+    if as_json:
+        show_json([record.model_dump() for record in found])
+        return
+    for record in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(record.started))
+        stands = "" if record.num_shards is None else f" of {record.num_shards:,}"
+        done = record.num_protected_now if record.num_done is None else record.num_done
+        show(
+            f"{began}  {record.run_id}  exit code {record.exit_code}, {in_words(record.seconds)}: "
+            f"{done:,}{stands} shards, {record.num_protected_now:,} now ({record.num_images:,} "
+            f"images, {size_in_words(record.bytes_written)} written)"
+            + (f": {record.error}" if record.error else "")
+        )
+    if not found:
+        show("no run has left a record")
 
 
 def _watch(looks: Any) -> None:

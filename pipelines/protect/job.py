@@ -38,6 +38,7 @@ from pipelines.placement import await_room, watched_start
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import OnFit, own_protector
 from pipelines.protect.run_metrics import RunMetrics
+from pipelines.protect.run_record import recorded
 from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
@@ -180,16 +181,20 @@ def protect(
             ledger.is_bound(binding)  # before the probe, which writes
             _try_places(destination, config)
         ledger.bind(binding)
-        run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since)
-        try:
-            with run.lease(on_wait):
-                run.sweep()
-                try:
-                    return run.passes(on_plan, on_progress)
-                finally:
-                    run.sweep()  # after an interrupt, which kills workers in mid-write
-        except AccessError as error:  # the request was fine when it was checked
-            raise StorageError(f"{error}; in mid-run: run the same command again") from error
+        run_id = uuid.uuid4().hex[:12]
+        run = _Run(source, destination, config, binding, ledger, run_id, since)
+        with recorded(run_id, binding, destination, ledger) as record:
+            try:
+                with run.lease(on_wait):
+                    run.sweep()
+                    try:
+                        result = run.passes(on_plan, record.telling(on_progress))
+                        record.conclude(result)
+                        return result
+                    finally:
+                        run.sweep()  # after an interrupt, which kills workers in mid-write
+            except AccessError as error:  # the request was fine when it was checked
+                raise StorageError(f"{error}; in mid-run: run the same command again") from error
 
 
 def _try_places(destination: Storage, config: ProtectConfig) -> None:

@@ -143,7 +143,8 @@ class ProtectWorker:
         if self._protector is None:
             reason = "workers die while they load the protector"
             return replace(status, outcome="failed", error=reason)
-        number, batches = 0, []
+        number = 0
+        batches: list[float] = []
         try:
             attempt = self._ledger.begin_attempt(unit, self._run_id)
             if attempt > MAX_ATTEMPTS:

@@ -32,6 +32,7 @@ from pipelines.cli.operating import parse
 from pipelines.protect.config import ProtectConfig
 from pipelines.ray_session import worker_layout
 from pipelines.settings import load_config
+from pipelines.telemetry import METRICS
 from pipelines.train.config import TrainConfig
 from pipelines.train.plan import plan_training
 
@@ -91,6 +92,21 @@ def test_every_yaml_parses_without_repeated_keys(path):
 def test_what_an_overlay_renders_is_valid(overlay):
     for resource in overlay.values():
         check(resource)
+
+
+def test_what_monitors_it_is_valid_and_finds_our_pods():
+    monitoring = render(KUBERNETES / "monitoring")
+    assert {resource["kind"] for resource in monitoring} == {"PodMonitor", "PrometheusRule"}
+    for resource in monitoring:
+        check(resource)
+    [monitor] = [resource for resource in monitoring if resource["kind"] == "PodMonitor"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    for pod in worker_pods(rendered("gpu")):
+        [container] = pod["containers"]
+        assert endpoint["port"] in [port["name"] for port in container["ports"]]
+    [rule] = [resource for resource in monitoring if resource["kind"] == "PrometheusRule"]
+    used = set(re.findall(r"ray_\w+", json.dumps(rule)))
+    assert used <= {name for metric in METRICS.values() for name in metric.exported_names}
 
 
 @pytest.mark.parametrize(
