@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from pipelines.cli.learning import training_lines
 from pipelines.cli.terminal import (
     ConfigOption,
     Progress,
@@ -306,7 +307,10 @@ class _StatusCommand(TyperCommand):
 
 
 def status(
-    destination: Annotated[str, typer.Argument(help="What protect writes to.")],
+    destination: Annotated[
+        str,
+        typer.Argument(help="What protect writes to; or the output or run folder of a training."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     watch: Annotated[
         float | None,
@@ -330,7 +334,11 @@ def status(
     """Show what is done, pending, bad and quarantined at a destination."""
     from pipelines.status import read_bad_images, read_runs, read_status
     from pipelines.status import watch as look
+    from pipelines.train.status import read_training
 
+    if not (bad or runs) and read_training(destination) is not None:
+        _show_training(destination, every_seconds=watch, as_json=as_json)
+        return
     if bad:
         if watch is not None:
             raise typer.BadParameter("--bad is one list; it goes without --watch")
@@ -350,6 +358,27 @@ def status(
         show_json(asdict(found))
     else:
         show(*_status_lines(found))
+
+
+def _show_training(output: str, *, every_seconds: float | None, as_json: bool) -> None:
+    """How far a training is; again and again until its last step, if asked to."""
+    from pipelines.train.status import read_training
+
+    height = 0
+    while True:
+        found: Any = read_training(output)
+        if as_json:
+            show_json(asdict(found))
+            return
+        lines = training_lines(found)
+        if every_seconds is None or not sys.stdout.isatty():
+            show(*lines)
+        else:
+            redraw(lines, height)
+            height = len(lines)
+        if every_seconds is None or found.step >= found.num_steps:
+            return
+        time.sleep(every_seconds)
 
 
 def _show_bad(found: Any, *, as_json: bool) -> None:

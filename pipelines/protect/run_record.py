@@ -20,10 +20,10 @@ import one4all
 from one4all.errors import NotFoundError, One4AllError
 from one4all.ledger import Binding, Ledger
 from one4all.storage import INTERNAL, Storage
-from pipelines.protect.worker import UnitStatus
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they wait for PyTorch, for which `one4all status` would
     from pipelines.protect.job import ProtectResult
+    from pipelines.protect.worker import UnitStatus
 
 _log = logging.getLogger(__name__)
 _RUNS = f"{INTERNAL}runs/"

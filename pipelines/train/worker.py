@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,37 +51,61 @@ def train_loop(settings: dict[str, Any]) -> None:
         telemetry.begin(name, **destination)
     stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
-    num_damaged = 0
-    for step in trainer.steps():
-        if len(trainer.damaged) > num_damaged:
-            num_damaged = len(damaged := dict(trainer.damaged))
-            settings["board"].post_damage.remote(damaged)
-        telemetry.count("one4all_trained_images", config.images_per_step, **destination)
-        entry: Entry = {}
-        if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
-            seconds, images_per_second = stopwatch.since_last(step)
-            entry = trainer.metrics() | {
-                "world_size": world_size,
-                "images_per_second": images_per_second,
-            }
-            settings["board"].post.remote(entry)
-            telemetry.count("one4all_trained_steps", stopwatch.num_steps, **destination)
-            telemetry.count("one4all_trained_seconds", seconds * stopwatch.num_steps, **destination)
-            telemetry.observe("one4all_step_seconds", seconds, **destination)
-            telemetry.show("one4all_training_step", step, **destination)
-            telemetry.show("one4all_training_workers", world_size, **destination)
-        announced = notice.is_new(step)
-        if announced or step % config.checkpoint_every == 0 or step == config.steps:
-            of_ranks = _of_all_ranks(trainer.shares, world_size)
-            # report() is a barrier: every rank calls it, at the same steps.
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    trainer.save(Path(folder), of_ranks)
-                ray.train.report(
-                    entry or {"step": step},
-                    checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
-                    checkpoint_dir_name=f"step-{step:08d}",
+    with _damage_told(trainer, settings["board"]) as tell_damage:
+        for step in trainer.steps():
+            tell_damage()
+            telemetry.count("one4all_trained_images", config.images_per_step, **destination)
+            entry: Entry = {}
+            if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
+                seconds, images_per_second = stopwatch.since_last(step)
+                entry = trainer.metrics() | {
+                    "world_size": world_size,
+                    "images_per_second": images_per_second,
+                }
+                settings["board"].post.remote(entry)
+                telemetry.count("one4all_trained_steps", stopwatch.num_steps, **destination)
+                telemetry.count(
+                    "one4all_trained_seconds", seconds * stopwatch.num_steps, **destination
                 )
+                telemetry.observe("one4all_step_seconds", seconds, **destination)
+                telemetry.show("one4all_training_step", step, **destination)
+                telemetry.show("one4all_training_workers", world_size, **destination)
+            announced = notice.is_new(step)
+            if announced or step % config.checkpoint_every == 0 or step == config.steps:
+                of_ranks = _of_all_ranks(trainer.shares, world_size)
+                # report() is a barrier: every rank calls it, at the same steps.
+                with tempfile.TemporaryDirectory() as folder:
+                    if rank == 0:
+                        trainer.save(Path(folder), of_ranks)
+                    ray.train.report(
+                        entry or {"step": step},
+                        checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
+                        checkpoint_dir_name=f"step-{step:08d}",
+                    )
+
+
+@contextmanager
+def _damage_told(trainer: GeneratorTrainer, board: Any) -> Iterator[Callable[[], None]]:
+    """Within the block, a function that tells the driver of damaged shards that are new.
+
+    It is called once more when the block ends, even with an error: damage may be the reason for it.
+    """
+    told = 0
+
+    def tell() -> Any:
+        nonlocal told
+        if len(trainer.damaged) == told:
+            return None
+        told = len(damaged := dict(trainer.damaged))
+        return board.post_damage.remote(damaged)
+
+    try:
+        yield tell
+    finally:
+        if (delivery := tell()) is not None:
+            import ray
+
+            ray.get(delivery, timeout=30)
 
 
 class _Stopwatch:
