@@ -22,6 +22,7 @@ from one4all.ledger.ledger import Ledger
 from one4all.protectors.protector import Protector
 from one4all.storage import open_storage
 from pipelines.telemetry import METRICS
+from pipelines.train.status import read_training
 from pipelines.verify import VerifyConfig, verify
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -243,6 +244,8 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
 ):
     """The last one: what a killed driver had reserved, no training has for three minutes."""
     training = Training(cluster_uri, tmp_path, "steps=400", "checkpoint_every=20")
+    whole = next((tmp_path / "in").glob("*.tar")).read_bytes()
+    open_storage(f"{cluster_uri}/in").write_bytes("damaged.tar", whole[: len(whole) // 2])
     job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
     wait_until(lambda: len(training.checkpoints()) >= 2, job)  # so that the first is whole
     cluster.lose(two_nodes[0])
@@ -252,6 +255,14 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     code, printed = finish(job)
     assert code not in (0, 2), printed
     assert training.step() < 400, "the driver was killed too late"
+    assert re.search(r"left out from its damage on: \S+/damaged\.tar: .*truncated", printed), (
+        printed
+    )
+    seen = read_training(training.output)
+    assert seen is not None
+    assert seen.run_folder == training.run
+    assert [entry["step"] for entry in seen.history] == list(range(1, training.step() + 1))
+    assert [uri.rpartition("/")[2] for uri in seen.damaged] == ["damaged.tar"]
 
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],
