@@ -364,6 +364,7 @@ def _show_training(output: str, *, every_seconds: float | None, as_json: bool) -
     """How far a training is; again and again until its last step, if asked to."""
     from pipelines.train.status import read_training
 
+    interrupt.advice = ""
     height = 0
     while True:
         found: Any = read_training(output)

@@ -38,7 +38,7 @@ from pipelines.placement import await_room, watched_start
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import OnFit, own_protector
 from pipelines.protect.run_metrics import RunMetrics
-from pipelines.protect.run_record import recorded
+from pipelines.protect.run_record import recording
 from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
@@ -183,7 +183,7 @@ def protect(
         ledger.bind(binding)
         run_id = uuid.uuid4().hex[:12]
         run = _Run(source, destination, config, binding, ledger, run_id, since)
-        with recorded(run_id, binding, destination, ledger) as record:
+        with recording(run_id, binding, destination, ledger) as record:
             try:
                 with run.lease(on_wait):
                     run.sweep()

@@ -94,7 +94,7 @@ class RunRecord(BaseModel):
 
 
 @contextmanager
-def recorded(
+def recording(
     run_id: str, binding: Binding, destination: Storage, ledger: Ledger
 ) -> Iterator[RunRecord]:
     """A record that is written when the block ends, with what it ends with.

@@ -1,9 +1,11 @@
 """Facts about the fields of KubeRay's kinds that cluster/kubernetes uses: type, and since when.
 
-Written down from KubeRay's API reference and the history of its types, of releases 1.5.1 to 1.7.1;
-no part of its files. A path that is not here is a field that those releases do not have, or that
-nobody here has used yet: look it up before you add it. Paths go into the pod templates only as far
-as KubeRay itself reads them; what is below ``template`` is Kubernetes' own.
+Written down, in our own words, from public sources: the release notes of 1.5.1 (``authOptions``),
+the API reference of 1.6.2 and 1.7.1, the types of the time before 1.5, and the changes that brought
+RayCronJob (kuberay#4159), its ``suspend`` (#4313) and its ``timeZone`` (#4762, after 1.6). No
+release was installed, so what is not in these sources may be missing here. A path that is not here
+is a field that nobody here has found or used yet: look it up before you add it. Paths go into the
+pod templates only as far as KubeRay itself reads them; what is below ``template`` is Kubernetes'.
 """
 
 from __future__ import annotations
