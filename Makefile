@@ -18,10 +18,11 @@ test-wheel: .venv/ready  ## the wheel, in fresh environments outside this folder
 	$(BIN)/python -m pytest -m wheel
 
 test-ceph: .venv/ready  ## storage tests on a real S3 server; installs Debian's Ceph packages if it may
-	sh tests/support/install_ceph.sh
+	sh tests/support/install_debian.sh "ceph-mon ceph-osd radosgw" radosgw ceph-mon ceph-osd
 	$(BIN)/python -m pytest -m ceph
 
-test-cluster: .venv/cluster  ## a Ray cluster on loopback addresses, and jobs submitted to it
+test-cluster: .venv/cluster  ## a Ray cluster on loopback addresses, and jobs submitted to it; a real Prometheus
+	sh tests/support/install_debian.sh "prometheus promtool" prometheus
 	$(BIN)/python -m pytest -m cluster
 
 soak: .venv/ready  ## half an hour of protect with random kills and a failing store: runs/soak

@@ -41,6 +41,7 @@ from one4all.report import sample_grid, to_png
 from one4all.storage import Storage, open_storage
 from one4all.text import shown
 from one4all.vocabularies import load_vocabulary
+from pipelines.placement import await_room, watched_start
 from pipelines.ray_session import ray_session, worker_layout
 from pipelines.settings import JobConfig, RayConfig, absolute_weights
 
@@ -231,13 +232,15 @@ def _embed_all(
         workers, cpus, gpus = worker_layout(
             config.num_workers, config.cpus_per_worker, config.gpus_per_worker
         )
+        await_room(config.ray, cpus=cpus, gpus=gpus)
         actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(PartEmbedder)
         actors = [actor.remote(config.model_dump_json()) for _ in range(min(workers, len(parts)))]
         pool = ray.util.ActorPool(actors)
         try:
-            for found in pool.map_unordered(lambda a, part: a.embed.remote(part), parts):
-                on_shard(found.unit)
-                yield found
+            with watched_start(PartEmbedder.__name__, cpus=cpus, gpus=gpus):
+                for found in pool.map_unordered(lambda a, part: a.embed.remote(part), parts):
+                    on_shard(found.unit)
+                    yield found
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, One4AllError):

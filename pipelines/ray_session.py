@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from one4all.errors import AccessError, One4AllError
+from one4all.errors import AccessError, One4AllError, UsageError
 from one4all.extras import require
 
 if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
@@ -45,6 +45,7 @@ _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # length, type 4, flags, stream
 _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes
 _LONGEST_SOCKET = "ray/session_2026-11-01_12-00-00_123456_1234567/sockets/plasma_store"
+_MOST = 0.9  # of what could be used, where nodes differ
 _NOISY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
@@ -90,6 +91,11 @@ def check_cluster(config: RayConfig) -> None:
     if address and not _is_running():
         require("ray", "jobs")
         _await_answer(address)
+
+
+def joins_cluster(config: RayConfig) -> bool:
+    """Whether a cluster is joined, and no Ray of our own started, which nobody else can join."""
+    return bool(_address(config))
 
 
 def _address(config: RayConfig) -> str:
@@ -216,6 +222,9 @@ def _quieten_ray_data() -> None:
     # A shard may take longer than Ray's default of 30 minutes without an output row.
     context.execution_no_progress_timeout_s = -1
     context.max_errored_blocks = 0
+    # A pool of actors grows when all of them are busy: each is given one task at a time, so more
+    # than that, which Ray wants by default, would never be reached.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
 
 
 @cache
@@ -304,26 +313,55 @@ def our_signal_handlers() -> Iterator[None]:
 def worker_layout(
     num_workers: int, cpus_per_worker: int, gpus_per_worker: float
 ) -> tuple[int, int, float]:
-    """Actors, CPUs each, GPUs each: what was asked for, completed by what the cluster has.
+    """Workers, CPUs each, GPUs each: what was asked for, completed by what the cluster has.
+
+    All workers are alike. Where they have GPUs, only nodes with GPUs tell how many CPUs each gets:
+    a share of its node for each GPU. Of the sizes that nodes suggest, the largest is taken with
+    which nine tenths of what could be used are used.
 
     Args:
         num_workers: 0 for as many as fit.
         cpus_per_worker: 0 for a fair share of a node.
         gpus_per_worker: Below 0 for one if there is any.
+
+    Raises:
+        UsageError: The size of a worker is left to nodes, and no node has a CPU.
     """
     import ray
 
     all_nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in all_nodes if node["Alive"]]
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    # A cluster that grows from nothing has no CPUs yet; then the settings must say it all.
-    cpus_of_a_node = int(min((node["CPU"] for node in nodes if node.get("CPU")), default=1))
-    gpus_each = gpus_per_worker if gpus_per_worker >= 0 else (1.0 if gpus else 0.0)
-    if gpus_each:
-        gpus_of_a_node = max(node.get("GPU", 0.0) for node in nodes)
-        per_node = max(1, int(gpus_of_a_node / gpus_each))
-        cpus_each = cpus_per_worker or max(1, cpus_of_a_node // per_node)
-        return num_workers or max(1, int(gpus / gpus_each)), cpus_each, gpus_each
-    cpus_each = cpus_per_worker or cpus_of_a_node
-    total = sum(int(node.get("CPU", 0.0)) // cpus_each for node in nodes)
-    return num_workers or max(1, total), cpus_each, 0.0
+    sizes = [(int(node.get("CPU", 0.0)), node.get("GPU", 0.0)) for node in nodes]
+    if not any(cpus for cpus, _ in sizes) and (not cpus_per_worker or gpus_per_worker < 0):
+        raise UsageError(
+            "no node of the cluster has a CPU for workers yet, so it does not tell how large one "
+            "may be; say num_workers, cpus_per_worker and gpus_per_worker, such as --set "
+            "num_workers=8 --set cpus_per_worker=12 --set gpus_per_worker=1"
+        )
+    gpus_each = gpus_per_worker
+    if gpus_each < 0:
+        gpus_each = 1.0 if any(gpus >= 1 for _, gpus in sizes) else 0.0
+
+    def by_gpus(gpus: float) -> int:
+        return int(gpus / gpus_each + 1e-9)
+
+    def workers_on(cpus: int, gpus: float, cpus_each: int) -> int:
+        by_cpus = cpus // cpus_each
+        return min(by_cpus, by_gpus(gpus)) if gpus_each else by_cpus
+
+    def used(cpus_each: int) -> int:
+        """GPUs that would be used, in workers; or CPUs."""
+        workers = sum(workers_on(*size, cpus_each) for size in sizes)
+        return workers if gpus_each else workers * cpus_each
+
+    cpus_each = cpus_per_worker
+    if not cpus_each:
+        shares = {
+            max(1, cpus // by_gpus(gpus)) if gpus_each else cpus
+            for cpus, gpus in sizes
+            if cpus and (not gpus_each or by_gpus(gpus))
+        } or {1}
+        enough = _MOST * max(map(used, shares))
+        cpus_each = max(share for share in shares if used(share) >= enough)
+    fit = sum(workers_on(*size, cpus_each) for size in sizes)
+    return num_workers or max(1, fit), cpus_each, gpus_each

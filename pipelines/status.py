@@ -20,6 +20,7 @@ from one4all.ledger import (
     take_census,
 )
 from one4all.storage import Storage, open_storage
+from pipelines.protect.run_record import RunRecord, read_records
 
 MAX_TOTALS = 20_000  # manifests that are read without being asked to
 _READERS = 16
@@ -148,6 +149,18 @@ def read_bad_images(destination_uri: str) -> Iterator[tuple[str, BadImage]]:
     for manifest in _read_manifests(ledger, keys):
         for image in manifest.bad_images:
             yield manifest.name, image
+
+
+def read_runs(destination_uri: str, *, limit: int = 20) -> list[RunRecord]:
+    """How the last runs have ended, the newest first.
+
+    Raises:
+        UsageError: Never written by protect, or it cannot be reached.
+    """
+    destination = open_storage(destination_uri)
+    destination.check(writable=False)
+    read_binding(destination)
+    return read_records(destination, limit=limit)
 
 
 def watch(

@@ -29,8 +29,9 @@ from one4all.protectors.protector import Protector, check_protector
 from one4all.recompute import recompute_unit
 from one4all.storage import open_storage
 from one4all.visibility import VisibilitySummary, require_packages
+from pipelines.placement import await_room
 from pipelines.protect.own_protector import find_own
-from pipelines.ray_session import ray_session, worker_layout
+from pipelines.ray_session import ray_session
 from pipelines.settings import JobConfig, RayConfig
 
 MAX_NAMED = 10_000  # shards or files that are not protected
@@ -279,14 +280,17 @@ def _audit_all(
         import ray
         from ray.data import TaskPoolStrategy
 
-        workers, _, _ = worker_layout(config.num_workers, 1, 0)
+        await_room(config.ray, cpus=1, gpus=0)
         while wave := list(islice(tasks, config.wave_shards)):
             rows = [
                 {"unit": t.unit.to_json(), "manifest": t.manifest, "recompute": t.recompute}
                 for t in wave
             ]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                audit, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(min(workers, len(rows)))
+                audit,
+                batch_size=1,
+                num_cpus=1,
+                compute=TaskPoolStrategy(config.num_workers or None),
             )
             for row in dataset.iter_rows():
                 yield row["audit"]

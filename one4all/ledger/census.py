@@ -40,6 +40,8 @@ class Census:
             objects, of which the records have been read. None of units.
         pending: Units not done, largest first, so that none is left alone at the end.
         num_pending: Units or objects in it.
+        oldest_pending: When the oldest of them was written, in POSIX seconds; None if there is
+            none, or the store does not say.
         num_damaged: Of the pending ones, those that were done before, until an output went missing
             or was replaced.
         damaged: Of these, name to the entry that says how it was; of objects a few, without entry.
@@ -68,6 +70,7 @@ class Census:
     output_bytes: int | None = None
     pending: Sequence[Unit] = ()
     num_pending: int = 0
+    oldest_pending: float | None = None
     num_damaged: int = 0
     damaged: dict[str, Entry | None] = field(default_factory=dict)
     quarantined: dict[str, Attempts] = field(default_factory=dict)
@@ -166,6 +169,8 @@ def _census_of_units(
                 census.failing[found.name] = tried
     census.pending = sorted(pending, key=lambda unit: (-unit.size, unit.name))
     census.num_pending, census.num_damaged = len(pending), len(census.damaged)
+    times = (unit.modified for unit in pending if unit.modified is not None)
+    census.oldest_pending = min(times, default=None)
     census.num_absent, census.absent = len(absent), min(absent, default="")
     _account_for_the_rest(census, container, entries.rest(), outputs.rest())
     return census
@@ -261,6 +266,8 @@ def _census_of_objects(
             census.quarantined[info.key] = tried
             continue
         census.num_pending += 1
+        if info.modified is not None:
+            census.oldest_pending = min(census.oldest_pending or info.modified, info.modified)
         if row is not None:
             census.num_damaged += 1
             if len(census.damaged) < _MAX_NAMED:

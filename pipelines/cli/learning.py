@@ -19,10 +19,12 @@ from pipelines.cli.terminal import (
     TrainingSource,
     choice,
     command_line,
+    in_words,
     show,
     show_text,
 )
 
+_NAMED = 20  # damaged shards, at the end
 # Of an entry of the training's metrics: said otherwise, or the same all along.
 _NOT_NOTED = {
     "step",
@@ -132,8 +134,28 @@ def train(
         )
     if num_damaged := card.training["num_damaged_shards"]:
         show(f"damaged shards, used up to their damage: {num_damaged}, named in {DAMAGED_FILE}")
+        for uri, reason in islice(card.training["damaged_shards"].items(), _NAMED):
+            show(f"  {uri}: {reason}")
     show(f"protector {card.content_hash[:12]} written to {settings.output}")
     show(f"  loss curves, metrics and checkpoints: {settings.run_folder}")
+
+
+def training_lines(found: Any) -> list[str]:
+    """A training seen from outside, in lines: the pace, the loss as a curve, damaged shards."""
+    from pipelines.train.status import curve
+
+    lines = [f"{found.output or '(no output)'}  <-  training in {found.run_folder}"]
+    if not found.history:
+        return [*lines, f"  step {0:>9} of {found.num_steps:,}: nothing was logged yet"]
+    last = found.history[-1]
+    pace = f"{last['images_per_second']:.3g} images/s of {last['world_size']:.0f} workers"
+    if found.step < found.num_steps:
+        pace += f", about {in_words(found.seconds_left)} left"
+    losses = [entry["loss"] for entry in found.history]
+    lines.append(f"  step {found.step:>9,} of {found.num_steps:,}; {pace}")
+    lines.append(f"  loss {losses[0]:>9.3g} -> {losses[-1]:.3g}  {curve(losses)}")
+    lines += [f"  damaged shard {uri}: {reason}" for uri, reason in found.damaged.items()]
+    return lines
 
 
 def training_note(entry: dict[str, float]) -> str:

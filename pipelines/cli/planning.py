@@ -125,8 +125,20 @@ def _print_protect_plan(found: Any) -> None:
     show(f"  about {found.num_images:,} images")
     show(
         f"  {found.images_per_second:.3g} images/s for one worker of {worker}, limited by "
-        f"{found.limited_by}"
+        f"{found.limited_by}{_what_would_help(found)}"
     )
+    cpus = f"{found.cpus_per_worker} CPU" + "s" * (found.cpus_per_worker > 1)
+    for nodes, speed, size, at_most in (
+        ("CPUs", found.cpu_images_per_second, cpus, ""),
+        (
+            "GPUs",
+            found.gpu_images_per_second,
+            f"{found.gpus_per_worker or 1:g} GPU and {cpus}",
+            "" if found.gpus_per_worker else "at most ",
+        ),
+    ):
+        if speed is not None:
+            show(f"      on nodes of {nodes}: {at_most}{speed:.3g} images/s for {size}")
     hours = "GPU-hours" if found.gpus_per_worker else "worker-hours"
     for estimate in found.estimates:
         amount = estimate.worker_hours * (found.gpus_per_worker or 1)
@@ -146,6 +158,16 @@ def _print_protect_plan(found: Any) -> None:
         "  not in it: start-up (a minute or so), writing to the destination, other hardware or "
         "load; workers are taken to be equally fast side by side"
     )
+
+
+def _what_would_help(found: Any) -> str:
+    """Which share of the time the codecs have, and so what other hardware saves at most."""
+    if found.limited_by == "reading":
+        return ": neither more CPUs nor GPUs help"
+    codecs = round(100 * found.codec_share)
+    if found.gpus_per_worker:
+        return f" (codecs {codecs} %: more CPUs for each GPU save at most as much)"
+    return f" (codecs {codecs} %: a GPU saves at most {100 - codecs} %)"
 
 
 def _print_train_plan(found: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from pipelines.cli.learning import training_lines
 from pipelines.cli.terminal import (
     ConfigOption,
     Progress,
@@ -132,6 +134,7 @@ def protect(
         log_json=log_json,
     )
     progress = Progress("shard")
+    tries: Counter[str] = Counter()
 
     def on_fit(sentence: str, num_shards: int) -> None:
         if sentence:
@@ -157,7 +160,9 @@ def protect(
         if status.outcome in ("done", "restated"):
             progress.advance(status.num_objects)
         else:
-            progress.say(f"{status.outcome}: {status.name}: {status.error}")
+            tries[status.name] += 1
+            which = _which_attempt(status, tries[status.name])
+            progress.say(f"{status.outcome}{which}: {status.name}: {status.error}")
 
     with progress:
         result = run(
@@ -224,6 +229,17 @@ def _result_lines(result: Any, settings: Any, destination: str) -> list[str]:
             f"alone, such as {result.other}"
         )
     return lines
+
+
+def _which_attempt(status: Any, num_tries: int) -> str:
+    """Which attempt at a shard failed: one that counts against it, or a try that does not."""
+    from one4all.ledger import MAX_ATTEMPTS
+
+    if status.outcome != "failed":
+        return ""
+    if status.attempt:
+        return f", attempt {status.attempt} of {MAX_ATTEMPTS}"
+    return f", try {num_tries} of this run, not counted against the shard"
 
 
 def _fate(num_bad: int, policy: str) -> str:
@@ -330,7 +346,10 @@ class _StatusCommand(TyperCommand):
 
 
 def status(
-    destination: Annotated[str, typer.Argument(help="What protect writes to.")],
+    destination: Annotated[
+        str,
+        typer.Argument(help="What protect writes to; or the output or run folder of a training."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     watch: Annotated[
         float | None,
@@ -346,15 +365,28 @@ def status(
         bool,
         typer.Option("--bad", help="List the images that could not be protected, with reasons."),
     ] = False,
+    runs: Annotated[
+        bool,
+        typer.Option("--runs", help="List how the last runs have ended, the newest first."),
+    ] = False,
 ) -> None:
     """Show what is done, pending, bad and quarantined at a destination."""
-    from pipelines.status import read_bad_images, read_status
+    from pipelines.status import read_bad_images, read_runs, read_status
     from pipelines.status import watch as look
+    from pipelines.train.status import read_training
 
+    if not (bad or runs) and read_training(destination) is not None:
+        _show_training(destination, every_seconds=watch, as_json=as_json)
+        return
     if bad:
         if watch is not None:
             raise typer.BadParameter("--bad is one list; it goes without --watch")
         _show_bad(read_bad_images(destination), as_json=as_json)
+        return
+    if runs:
+        if watch is not None:
+            raise typer.BadParameter("--runs is one list; it goes without --watch")
+        _show_runs(read_runs(destination), as_json=as_json)
         return
     if watch is not None:
         interrupt.advice = ""
@@ -367,6 +399,28 @@ def status(
         show(*_status_lines(found))
 
 
+def _show_training(output: str, *, every_seconds: float | None, as_json: bool) -> None:
+    """How far a training is; again and again until its last step, if asked to."""
+    from pipelines.train.status import read_training
+
+    interrupt.advice = ""
+    height = 0
+    while True:
+        found: Any = read_training(output)
+        if as_json:
+            show_json(asdict(found))
+            return
+        lines = training_lines(found)
+        if every_seconds is None or not sys.stdout.isatty():
+            show(*lines)
+        else:
+            redraw(lines, height)
+            height = len(lines)
+        if every_seconds is None or found.step >= found.num_steps:
+            return
+        time.sleep(every_seconds)
+
+
 def _show_bad(found: Any, *, as_json: bool) -> None:
     if as_json:
         show_json([{"shard": shard} | image.model_dump() for shard, image in found])
@@ -376,6 +430,24 @@ def _show_bad(found: Any, *, as_json: bool) -> None:
         show(f"{shard}: {image.member}: {image.reason} ({image.action})")
         count += 1
     show(f"{count:,} bad images")
+
+
+def _show_runs(found: Any, *, as_json: bool) -> None:
+    if as_json:
+        show_json([record.model_dump() for record in found])
+        return
+    for record in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(record.started))
+        stands = "" if record.num_shards is None else f" of {record.num_shards:,}"
+        done = record.num_protected_now if record.num_done is None else record.num_done
+        show(
+            f"{began}  {record.run_id}  exit code {record.exit_code}, {in_words(record.seconds)}: "
+            f"{done:,}{stands} {record.noun}s, {record.num_protected_now:,} now "
+            f"({record.num_images:,} images, {size_in_words(record.bytes_written)} written)"
+            + (f": {record.error}" if record.error else "")
+        )
+    if not found:
+        show("no run has left a record")
 
 
 def _watch(looks: Any) -> None:

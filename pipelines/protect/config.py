@@ -45,9 +45,10 @@ class ProtectConfig(RewriteConfig, JobConfig):
             duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
             upload from when it was begun. Empty means all.
         log_json: Log one JSON line for each shard and attempt to the logger ``one4all.shards``.
-        num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow.
+        num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow, and more
+            as nodes join.
         cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
-            GPU, or the node's CPUs divided by its GPUs.
+            GPU, or the node's CPUs divided by its GPUs; where nodes differ, see `worker_layout`.
         gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
         wave_shards: Shards handed to Ray at once; a wave starts its own actors.
         max_step_cpu_seconds: CPU time that a worker may spend on one step, a batch of images; the

@@ -35,8 +35,11 @@ from one4all.protectors.protector import check_protector
 from one4all.rewrite import STAGES
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
+from pipelines.placement import await_room, watched_start
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import OnFit, own_protector
+from pipelines.protect.run_metrics import RunMetrics
+from pipelines.protect.run_record import recording
 from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import check_cluster, ray_session, worker_layout
 from pipelines.settings import since_seconds
@@ -50,6 +53,7 @@ TRANSFORM_VERSION = 4  # AVIF, HEIC and JPEG XL are protected; before, they were
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_LOOKED_AT = 1000  # objects of a source without shards, to say what is there
 _PACKED = tuple(".tgz .tbz .tbz2 .txz .tzst .gz .bz2 .xz .zst .lz4 .zip .7z .rar".split())
+MAX_GROWTH = 16  # times the workers that a wave begins with, as nodes join
 MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 
 OnProgress = Callable[[UnitStatus], None]
@@ -71,7 +75,8 @@ class ProtectResult:
         num_images: Images protected in this run; none that was dropped or passed through.
         converted: Of this run: number of images by what had to be changed to protect them.
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
-        failed: Shards without a manifest, with the reason.
+        num_failed: Shards without a manifest, but for those given up.
+        failed: Of these, with the reason; of loose images, groups.
         quarantined: Shards given up after three failures, with the reason.
         num_others: Objects of the source that are no shards, and were left alone.
         other: The first of them.
@@ -95,6 +100,7 @@ class ProtectResult:
     num_images: int = 0
     converted: Counter[str] = field(default_factory=Counter)
     num_bad_images: int = 0
+    num_failed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
     num_others: int = 0
@@ -195,16 +201,20 @@ def protect(
             ledger.is_bound(binding)  # before the probe, which writes
             _try_places(destination, config)
         ledger.bind(binding)
-        run = _Run(source, destination, config, binding, ledger, uuid.uuid4().hex[:12], since, only)
-        try:
-            with run.lease(on_wait):
-                run.sweep()
-                try:
-                    return run.passes(on_plan, on_progress)
-                finally:
-                    run.sweep()  # after an interrupt, which kills workers in mid-write
-        except AccessError as error:  # the request was fine when it was checked
-            raise StorageError(f"{error}; in mid-run: run the same command again") from error
+        run_id = uuid.uuid4().hex[:12]
+        run = _Run(source, destination, config, binding, ledger, run_id, since, only)
+        with recording(run_id, binding, destination, ledger) as record:
+            try:
+                with run.lease(on_wait):
+                    run.sweep()
+                    try:
+                        result = run.passes(on_plan, record.telling(on_progress))
+                        record.conclude(result)
+                        return result
+                    finally:
+                        run.sweep()  # after an interrupt, which kills workers in mid-write
+            except AccessError as error:  # the request was fine when it was checked
+                raise StorageError(f"{error}; in mid-run: run the same command again") from error
 
 
 def _try_places(destination: Storage, config: ProtectConfig) -> None:
@@ -261,13 +271,14 @@ class _Run:
         result.num_damaged = census.num_damaged
         on_plan(census)
         while (num_todo := _count(census, refused)) and barren_passes < MAX_ATTEMPTS:
-            with ray_session(self._config.ray):
-                num_pending = census.num_pending
-                telemetry.show("one4all_pending_shards", num_pending)
+            with ray_session(self._config.ray), telemetry.gauges_kept():
+                metrics = RunMetrics(
+                    self._run_id, self._destination.uri, self._ledger.last_success()
+                )
+                metrics.plan(census)
                 for status in self._waves(census, refused):
                     done = status.outcome == "done"
-                    num_pending -= status.num_objects * (status.outcome in ("done", "restated"))
-                    telemetry.show("one4all_pending_shards", num_pending)
+                    metrics.tell(status)
                     if self._config.log_json:
                         _shards_log.info(_log_line(status, self._run_id))
                     on_progress(status)
@@ -305,6 +316,7 @@ class _Run:
         result.quarantined = self._ledger.reasons(census.quarantined, limit=MAX_REASONS)
         result.num_left_out = census.num_left_out
         result.num_absent, result.absent = census.num_absent, census.absent
+        result.num_failed = census.num_pending
         result.failed = {
             unit.label: errors.get(unit.label) or "no worker reported on it"
             for unit in census.pending
@@ -399,6 +411,7 @@ def _log_line(status: UnitStatus, run_id: str) -> str:
         "bytes_written": status.num_bytes_written,
         "seconds": {stage: status.seconds.get(stage, 0.0) for stage in STAGES},
         "error": status.error,
+        "attempt": status.attempt,
     }
     return json.dumps(line)
 
@@ -459,6 +472,9 @@ def _run_wave(
     num_workers, cpus, gpus = worker_layout(
         config.num_workers, config.cpus_per_worker, config.gpus_per_worker
     )
+    await_room(config.ray, cpus=cpus, gpus=gpus)
+    # A number that is not given grows with the cluster.
+    most_workers = min(config.num_workers or MAX_GROWTH * num_workers, len(wave))
 
     source_uri, destination_uri = source.uri, destination.uri
 
@@ -474,7 +490,7 @@ def _run_wave(
                 protector_sha256=protector_sha256,
                 num_threads=cpus,
                 device="cuda" if gpus else "cpu",
-                max_starts=num_workers + MAX_DEAD_STARTS,
+                max_starts=max(num_workers, most_workers) + MAX_DEAD_STARTS,
             )
 
     Worker.__name__ = Worker.__qualname__ = ProtectWorker.__name__
@@ -487,12 +503,15 @@ def _run_wave(
         num_cpus=cpus,
         num_gpus=gpus or None,
         compute=ActorPoolStrategy(
-            size=min(num_workers, len(rows)), max_tasks_in_flight_per_actor=1
+            min_size=min(num_workers, most_workers),
+            max_size=most_workers,
+            max_tasks_in_flight_per_actor=1,
         ),
     )
     try:
-        for row in dataset.iter_rows():
-            yield row["status"]
+        with watched_start(ProtectWorker.__name__, cpus=cpus, gpus=gpus):
+            for row in dataset.iter_rows():
+                yield row["status"]
     except RayError as error:  # what did not come back is planned again from the ledger
         reason = str(error).splitlines()[-1].strip().partition(". ")[0]
         _log.warning("Ray gave up on a part of this pass: %s", reason)

@@ -11,8 +11,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +28,14 @@ from one4all.corpus import (
     write_unit,
 )
 from one4all.errors import One4AllError, ShardError, UsageError
+from one4all.images import Pixels
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger
+from one4all.perturbation import Levels
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card, locate
+from one4all.protectors.protector import Protector
 from one4all.storage import Storage, open_storage
+from pipelines.placement import await_room
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import start_of
 from pipelines.protect.worker import ProtectWorker
@@ -55,6 +59,8 @@ class Sampled:
         read_seconds: That reading these bytes took.
         num_measured: Images that went through the worker, evenly out of the former.
         seconds: That these took.
+        codec_seconds: That they took again, with a device that answers at once.
+        cpu_seconds: That they took again, on a GPU node, with CPUs alone; 0 if not measured.
     """
 
     name: str
@@ -63,12 +69,21 @@ class Sampled:
     read_seconds: float
     num_measured: int
     seconds: float = 0.0
+    codec_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def all_seconds(self, measured_seconds: float) -> float:
+        """Of one worker for all images, if those measured took so long.
+
+        It reads ahead in a thread, so the slower of both counts.
+        """
+        work = measured_seconds / self.num_measured * self.num_images
+        return max(work, self.read_seconds)
 
     @property
     def seconds_per_byte(self) -> float:
-        """Of one worker; it reads ahead in a thread, so the slower of both counts."""
-        work = self.seconds / self.num_measured * self.num_images
-        return max(work, self.read_seconds) / self.num_bytes
+        """Of one worker."""
+        return self.all_seconds(self.seconds) / self.num_bytes
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,10 @@ class Plan:
         images_per_second: Of one worker.
         relative_low, relative_high: Seconds by the fastest and the slowest sampled shard, relative
             to the estimate; None if only one shard could be sampled.
-        limited_by: "reading" or "the worker".
+        limited_by: "reading", "codecs" or "the device": what takes most of the time.
+        codec_share: Part of a worker's time that a device that answers at once would leave.
+        cpu_images_per_second: Of a worker without a GPU.
+        gpu_images_per_second: Of a worker with one; if measured without, no more than this.
     """
 
     source: str
@@ -107,6 +125,9 @@ class Plan:
     relative_low: float | None = None
     relative_high: float | None = None
     limited_by: str = ""
+    codec_share: float = 0.0
+    cpu_images_per_second: float | None = None
+    gpu_images_per_second: float | None = None
     sampled: list[Sampled] = field(default_factory=list)
     estimates: list[ProtectEstimate] = field(default_factory=list)
 
@@ -202,6 +223,17 @@ def extrapolate(
     each = [shard.seconds_per_byte / seconds_per_byte for shard in sampled]
     reading = sum(s.read_seconds for s in sampled)
     working = sum(s.seconds / s.num_measured * s.num_images for s in sampled)
+    codecs = sum(s.codec_seconds / s.num_measured * s.num_images for s in sampled)
+    codec_share = min(1.0, codecs / working)
+
+    def speed(seconds: Callable[[Sampled], float]) -> float | None:
+        """Images/s if those measured take so long; None if that was not measured."""
+        told = [shard for shard in sampled if seconds(shard)]
+        total = sum(shard.all_seconds(seconds(shard)) for shard in told)
+        return sum(shard.num_images for shard in told) / total if told else None
+
+    measured, at_once = speed(lambda s: s.seconds), speed(lambda s: s.codec_seconds)
+    on_gpu = plan.device != "cpu"
     estimates = []
     for count in workers:
         wall = max(seconds / min(count, plan.num_shards), seconds_per_byte * largest)
@@ -212,7 +244,12 @@ def extrapolate(
         images_per_second=num_images / seconds,
         relative_low=min(each) if len(each) > 1 else None,
         relative_high=max(each) if len(each) > 1 else None,
-        limited_by="reading" if reading > working else "the worker",
+        limited_by=(
+            "reading" if reading > working else "codecs" if codec_share >= 0.5 else "the device"
+        ),
+        codec_share=codec_share,
+        cpu_images_per_second=speed(lambda s: s.cpu_seconds) if on_gpu else measured,
+        gpu_images_per_second=measured if on_gpu else at_once,
         sampled=list(sampled),
         estimates=estimates,
     )
@@ -244,7 +281,61 @@ def measure(
         )
         by_name = {unit.name: unit for unit in list_units(copies)}
         _run(worker, by_name[heads[0].name])
-        return [replace(head, seconds=_run(worker, by_name[head.name])) for head in heads]
+        with _rehearsed(worker) as rehearsal:
+            found = []
+            for head in heads:
+                unit = by_name[head.name]
+                rehearsal.begin()
+                seconds = _run(worker, unit)
+                rehearsal.repeat()
+                found.append(replace(head, seconds=seconds, codec_seconds=_run(worker, unit)))
+            if device != "cpu":
+                rehearsal.begin()
+                rehearsal.protector.to("cpu")
+                alone = _run(worker, by_name[heads[0].name])
+                found[0] = replace(found[0], cpu_seconds=alone)
+        return found
+
+
+class _Rehearsal:
+    """Stands for the protector of a worker: a device that may answer at once.
+
+    Args:
+        protector: The real one; each of its answers is kept.
+    """
+
+    def __init__(self, protector: Protector) -> None:
+        self.protector, self.card = protector, protector.card
+        self.apply = protector.apply
+        self._answers: list[Levels] = []
+        self._repeated: Iterator[Levels] | None = None
+
+    def begin(self) -> None:
+        """Forget all answers, and compute those to come."""
+        self._answers, self._repeated = [], None
+
+    def repeat(self) -> None:
+        """Give the same answers again, in the same order."""
+        self._repeated = iter(self._answers)
+
+    def perturb(self, working_BHWC: Pixels) -> Levels:
+        """As `Protector.perturb`."""
+        if self._repeated is not None:
+            return next(self._repeated)
+        self._answers.append(self.protector.perturb(working_BHWC))
+        return self._answers[-1]
+
+
+@contextmanager
+def _rehearsed(worker: ProtectWorker) -> Iterator[_Rehearsal]:
+    """Put a rehearsal in the place of a worker's protector."""
+    real: Any = worker._protector
+    rehearsal: Any = _Rehearsal(real)
+    worker._protector = rehearsal
+    try:
+        yield rehearsal
+    finally:
+        worker._protector = real
 
 
 def _share_of_this_machine(config: ProtectConfig) -> tuple[int, float]:
@@ -311,6 +402,7 @@ def _measure_on_cluster(
         from ray.exceptions import RayTaskError
 
         _, cpus, gpus = worker_layout(0, config.cpus_per_worker, config.gpus_per_worker)
+        await_room(config.ray, cpus=cpus, gpus=gpus)
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
         device = "cuda" if gpus else "cpu"
         try:

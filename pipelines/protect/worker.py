@@ -25,11 +25,10 @@ from one4all.errors import (
     StorageError,
     UsageError,
 )
-from one4all.ledger import MAX_ATTEMPTS, Ledger, Manifest
+from one4all.ledger import MAX_ATTEMPTS, Ledger
 from one4all.protectors.protector import Protector
 from one4all.rewrite import BadImagePolicyError, rewrite_unit
 from one4all.storage import open_storage
-from pipelines import telemetry
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.cpu_limit import CpuLimit
 
@@ -52,12 +51,16 @@ class UnitStatus:
         outcome: "done"; "restated": what stands is right, and was recorded anew; "failed";
             "refused" by the bad-image policy; "quarantined" before.
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
+        num_batches: Batches that the device has done.
         num_protected: Those that were; also less than the rest if a sample was dropped.
         converted: Number of images by what had to be changed to protect them.
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
         peak_bytes: Peak memory of the worker until now.
         error: Why it is not done; "" if it is.
+        error_kind: Name of the class of the error; "" without one.
+        attempt: Number of this attempt, of those that count against the unit; 0 if it does not
+            count, because the fault lies elsewhere.
     """
 
     name: str
@@ -66,12 +69,15 @@ class UnitStatus:
     num_images: int = 0
     num_bad: int = 0
     num_protected: int = 0
+    num_batches: int = 0
     converted: Mapping[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_bytes_written: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     error: str = ""
+    error_kind: str = ""
+    attempt: int = 0
 
 
 class ProtectWorker:
@@ -137,7 +143,6 @@ class ProtectWorker:
         """
         with CpuLimit(self._config.max_step_cpu_seconds) as limit:
             status = self._attempt(unit, recorded, limit)
-        telemetry.count("one4all_shards", status=status.outcome)
         return replace(status, peak_bytes=_peak_bytes())
 
     def _attempt(self, unit: Unit, recorded: str, limit: CpuLimit) -> UnitStatus:
@@ -155,13 +160,13 @@ class ProtectWorker:
             number = attempt
             if recorded and self._ledger.restate(recorded) is not None:
                 return replace(status, outcome="restated")
-            return self._rewrite(unit, limit, status)
+            status = self._rewrite(unit, limit, status)
         except Exception as error:  # one unit must not end the run, whatever is wrong with it
-            reason = _reason(error)
-            if number:
-                self._close_attempt(unit, number, error, reason)
+            if number and self._close_attempt(unit, number, error, _reason(error)):
+                status = replace(status, attempt=number)
             refused = isinstance(error, BadImagePolicyError)
-            return replace(status, outcome="refused" if refused else "failed", error=reason)
+            return _failed(status, error, outcome="refused" if refused else "failed")
+        return status
 
     def _attempt_group(self, unit: Unit, limit: CpuLimit) -> UnitStatus:
         """Attempt loose objects together; what spoils the attempt is found one by one, later."""
@@ -175,16 +180,17 @@ class ProtectWorker:
                 return replace(status, outcome="failed", error="the worker process died")
             status = self._rewrite(unit, limit, status)
             self._ledger.end_group(record)
-            return status
-        except Exception as error:
+        except Exception as error:  # as above
             if record and isinstance(error, _ELSEWHERE):
                 with suppress(One4AllError, OSError):
                     self._ledger.end_group(record)
-            return replace(status, outcome="failed", error=_reason(error))
+            return _failed(status, error)
+        return status
 
     def _rewrite(self, unit: Unit, limit: CpuLimit, status: UnitStatus) -> UnitStatus:
         """Write and record a unit."""
         assert self._protector is not None
+        batches: list[float] = []
         manifest = rewrite_unit(
             unit,
             self._source,
@@ -193,50 +199,47 @@ class ProtectWorker:
             self._config,
             pool=self._pool,
             run_id=self._run_id,
-            on_batch=lambda seconds: telemetry.observe("one4all_batch_seconds", seconds),
+            on_batch=batches.append,
             on_step=limit.next_step,
         )
         self._ledger.record(manifest)
-        _tell(manifest)
         return replace(
             status,
             num_objects=len(manifest.source) if is_group(unit) else 1,
             num_images=manifest.num_images,
             num_bad=len(manifest.bad_images),
             num_protected=manifest.num_protected,
+            num_batches=len(batches),
             converted=manifest.converted,
             num_bytes_written=manifest.output_size,
             seconds=manifest.seconds,
         )
 
-    def _close_attempt(self, unit: Unit, number: int, error: Exception, reason: str) -> None:
-        """Count the attempt against the unit, unless the fault lies elsewhere.
+    def _close_attempt(self, unit: Unit, number: int, error: Exception, reason: str) -> bool:
+        """Count the attempt against the unit, unless the fault lies elsewhere; whether it counts.
 
         An outage of a store, expired credentials, a full disk or the policy "fail" must not end in
         quarantine: the same unit may be fine tomorrow.
         """
+        counts = not isinstance(error, (*_ELSEWHERE, BadImagePolicyError))
         try:
-            if isinstance(error, (*_ELSEWHERE, BadImagePolicyError)):
+            if not counts:
                 self._ledger.withdraw_attempt(unit, number, self._run_id)
             else:
                 self._ledger.fail_attempt(unit, number, self._run_id, reason)
         except (One4AllError, OSError) as problem:
             _log.warning("recording a failed attempt at %s: %s", unit.name, problem)
+        return counts
 
 
-def _tell(manifest: Manifest) -> None:
-    """The metrics of a unit that is done."""
-    telemetry.count("one4all_images", manifest.num_protected)
-    telemetry.count("one4all_bad_images", len(manifest.bad_images))
-    telemetry.count("one4all_bytes_read", manifest.unit.size)
-    telemetry.count("one4all_bytes_written", manifest.output_size)
-    for stage, seconds in manifest.seconds.items():
-        telemetry.observe("one4all_stage_seconds", seconds, stage=stage)
+def _failed(status: UnitStatus, error: Exception, *, outcome: Outcome = "failed") -> UnitStatus:
+    """The status of an attempt that ended with an error."""
+    kind = type(error).__name__
+    return replace(status, outcome=outcome, error=_reason(error), error_kind=kind)
 
 
 def _reason(error: Exception) -> str:
-    """Why an attempt failed, in a line; it is counted in the metrics."""
-    telemetry.count("one4all_failures", kind=type(error).__name__)
+    """Why an attempt failed, in a line."""
     reason = printable(f"{error}" or type(error).__name__)
     return reason if isinstance(error, One4AllError) else f"{type(error).__name__}: {reason}"
 

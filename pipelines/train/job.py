@@ -25,14 +25,16 @@ from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
 from one4all.storage import Storage, open_storage
 from one4all.training.trainer import GeneratorTrainer
+from pipelines.placement import await_room, watched_start
 from pipelines.provenance import commit
 from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.settings import absolute_path, absolute_weights
 from pipelines.train.config import TrainConfig
 from pipelines.train.progress import Entry, RunLog, progress_board
+from pipelines.train.status import RUN_FILE, leave_pointer
 from pipelines.train.worker import train_loop
 
-_RUN_FILE = "run.json"
+_WORKER_ACTOR = "RayTrainWorker"  # what Ray Train calls its workers
 _NAMED = 100  # damaged shards, at most, in the card; the run folder has them all
 
 
@@ -79,6 +81,7 @@ def train(
         on_wait=on_wait,
     )
     with lease:
+        leave_pointer(open_storage(config.output), config.run_folder)
         log = RunLog(config.run_folder)
         on_start()
         checkpoint = _fit(config, log, on_metrics, on_damage)
@@ -111,6 +114,7 @@ def _fit(
         _, _, gpus = worker_layout(
             config.max_workers, config.cpus_per_worker, config.gpus_per_worker
         )
+        await_room(config.ray, cpus=config.cpus_per_worker, gpus=gpus)
         workers: dict[str, Any] = {  # Ray's types know neither a range nor the seconds
             "num_workers": config.num_workers,
             "elastic_resize_monitor_interval_s": config.resize_seconds,
@@ -134,7 +138,8 @@ def _fit(
             ),
         )
         try:
-            with _stopped_by_ray():
+            room = watched_start(_WORKER_ACTOR, cpus=config.cpus_per_worker, gpus=gpus)
+            with _stopped_by_ray(), room:
                 result = trainer.fit()
         except (TrainingFailedError, RayError) as error:
             raise One4AllError(f"training failed: {_root_cause(error)}") from error
@@ -220,7 +225,7 @@ def _refuse_other_run(config: TrainConfig) -> None:
     }
     wanted = config.model_dump(mode="json", exclude=free)
     try:
-        storage.create(_RUN_FILE, json.dumps(wanted, indent=1, sort_keys=True).encode())
+        storage.create(RUN_FILE, json.dumps(wanted, indent=1, sort_keys=True).encode())
     except ConflictError:
         found = _begun_run(storage).model_dump(mode="json", exclude=free)
         changes = [
@@ -238,12 +243,12 @@ def _refuse_other_run(config: TrainConfig) -> None:
 def _begun_run(run_folder: Storage) -> TrainConfig:
     """The settings that a run began with; where it knew none, it did as the default does."""
     try:
-        return TrainConfig.model_validate_json(run_folder.read_bytes(_RUN_FILE))
+        return TrainConfig.model_validate_json(run_folder.read_bytes(RUN_FILE))
     except ValidationError as error:
         first = error.errors()[0]
         what = ": ".join([*map(str, first["loc"]), first["msg"]])
         raise UsageError(
-            f"{_RUN_FILE} in run folder {run_folder.uri} is damaged, or of another version of "
+            f"{RUN_FILE} in run folder {run_folder.uri} is damaged, or of another version of "
             f"one4all ({what}); choose another run_folder, or delete it to start again"
         ) from error
 

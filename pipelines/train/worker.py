@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.train.progress import Entry
 _NOTICE_SECONDS = 5.0  # between two questions; Ray looks for news as often
 
 
+@telemetry.gauges_kept()
 def train_loop(settings: dict[str, Any]) -> None:
     """Train from the last checkpoint, if there is one, to the end.
 
@@ -44,37 +46,66 @@ def train_loop(settings: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
+    destination = {"destination": config.output}
+    for name in ("one4all_trained_images", "one4all_trained_steps", "one4all_trained_seconds"):
+        telemetry.begin(name, **destination)
     stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
-    num_damaged = 0
-    for step in trainer.steps():
-        if len(trainer.damaged) > num_damaged:
-            num_damaged = len(damaged := dict(trainer.damaged))
-            settings["board"].post_damage.remote(damaged)
-        telemetry.count("one4all_trained_images", config.images_per_step)
-        entry: Entry = {}
-        if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
-            seconds, images_per_second = stopwatch.since_last(step)
-            entry = trainer.metrics() | {
-                "world_size": world_size,
-                "images_per_second": images_per_second,
-            }
-            settings["board"].post.remote(entry)
-            telemetry.observe("one4all_step_seconds", seconds)
-            telemetry.show("one4all_training_step", step)
-            telemetry.show("one4all_training_workers", world_size)
-        announced = notice.is_new(step)
-        if announced or step % config.checkpoint_every == 0 or step == config.steps:
-            of_ranks = _of_all_ranks(trainer.shares, world_size)
-            # report() is a barrier: every rank calls it, at the same steps.
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    trainer.save(Path(folder), of_ranks)
-                ray.train.report(
-                    entry or {"step": step},
-                    checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
-                    checkpoint_dir_name=f"step-{step:08d}",
+    with _damage_told(trainer, settings["board"]) as tell_damage:
+        for step in trainer.steps():
+            tell_damage()
+            telemetry.count("one4all_trained_images", config.images_per_step, **destination)
+            entry: Entry = {}
+            if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
+                seconds, images_per_second = stopwatch.since_last(step)
+                entry = trainer.metrics() | {
+                    "world_size": world_size,
+                    "images_per_second": images_per_second,
+                }
+                settings["board"].post.remote(entry)
+                telemetry.count("one4all_trained_steps", stopwatch.num_steps, **destination)
+                telemetry.count(
+                    "one4all_trained_seconds", seconds * stopwatch.num_steps, **destination
                 )
+                telemetry.observe("one4all_step_seconds", seconds, **destination)
+                telemetry.show("one4all_training_step", step, **destination)
+                telemetry.show("one4all_training_workers", world_size, **destination)
+            announced = notice.is_new(step)
+            if announced or step % config.checkpoint_every == 0 or step == config.steps:
+                of_ranks = _of_all_ranks(trainer.shares, world_size)
+                # report() is a barrier: every rank calls it, at the same steps.
+                with tempfile.TemporaryDirectory() as folder:
+                    if rank == 0:
+                        trainer.save(Path(folder), of_ranks)
+                    ray.train.report(
+                        entry or {"step": step},
+                        checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
+                        checkpoint_dir_name=f"step-{step:08d}",
+                    )
+
+
+@contextmanager
+def _damage_told(trainer: GeneratorTrainer, board: Any) -> Iterator[Callable[[], None]]:
+    """Within the block, a function that tells the driver of damaged shards that are new.
+
+    It is called once more when the block ends, even with an error: damage may be the reason for it.
+    """
+    told = 0
+
+    def tell() -> Any:
+        nonlocal told
+        if len(trainer.damaged) == told:
+            return None
+        told = len(damaged := dict(trainer.damaged))
+        return board.post_damage.remote(damaged)
+
+    try:
+        yield tell
+    finally:
+        if (delivery := tell()) is not None:
+            import ray
+
+            ray.get(delivery, timeout=30)
 
 
 class _Stopwatch:
@@ -83,16 +114,20 @@ class _Stopwatch:
     Args:
         step: Step at which the run, or this sitting of it, begins.
         images_per_step: Images of all workers in one step.
+
+    Attributes:
+        num_steps: Steps between the last two calls.
     """
 
     def __init__(self, step: int, images_per_step: int) -> None:
-        self._step, self._time = step, time.monotonic()
+        self._step, self._time, self.num_steps = step, time.monotonic(), 0
         self._images_per_step = images_per_step
 
     def since_last(self, step: int) -> tuple[float, float]:
         """Seconds for one step, and images a second, since the last call."""
         now = time.monotonic()
-        seconds = max(now - self._time, 1e-9) / (step - self._step)
+        self.num_steps = step - self._step
+        seconds = max(now - self._time, 1e-9) / self.num_steps
         self._step, self._time = step, now
         return seconds, self._images_per_step / seconds
 

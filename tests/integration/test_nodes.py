@@ -14,7 +14,7 @@ from statistics import mean
 import pytest
 import yaml
 from support.builders import write_corpus
-from support.jobs import finish, start, start_with_ray
+from support.jobs import finish, read_until, start, start_with_ray
 from support.ray_cluster import PROGRAM, ROOT
 
 from one4all.errors import AccessError, NotFoundError
@@ -22,6 +22,7 @@ from one4all.ledger.ledger import Ledger
 from one4all.protectors.protector import Protector
 from one4all.storage import open_storage
 from pipelines.telemetry import METRICS
+from pipelines.train.status import read_training
 from pipelines.verify import VerifyConfig, verify
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -72,6 +73,39 @@ def test_protect_survives_the_loss_of_a_node(cluster, two_nodes, cluster_uri, tm
     assert code == 0, printed
     assert "10 of 10 shards protected" in printed
     assert verify(source, destination, VerifyConfig()).ok
+
+
+def test_nodes_that_join_are_used_within_a_minute(
+    cluster, two_nodes, cluster_uri, tmp_path, protector
+):
+    """Without a number of workers; and that one is too large for the nodes there are is said."""
+    [shard] = write_corpus(tmp_path / "in", num_shards=1, num_samples=60).glob("*.tar")
+    source, destination = f"{cluster_uri}/in", f"{cluster_uri}/out"
+    for number in range(300):  # work for minutes
+        open_storage(source).write_bytes(f"{number:03}.tar", shard.read_bytes())
+    small = ["--protector", protector, "--set", "batch_size=4"]
+    cluster.lose(two_nodes[0])
+
+    def workers() -> int:
+        with cluster.get("/api/v0/actors?limit=1000&detail=1") as answer:
+            actors = json.load(answer)["data"]["result"]["result"]
+        alive = [actor for actor in actors if actor["state"] == "ALIVE"]
+        return sum("ProtectWorker" in actor["class_name"] for actor in alive)
+
+    settings = ["--set", "cpus_per_worker=2", "--set", "gpus_per_worker=0"]
+    job = start(cluster, "--stop-on-interrupt", "protect", source, destination, *small, *settings)
+    said = read_until(job, "no node can hold")
+    assert "a worker of 2 CPUs: there are " in said
+    assert "node of 1 CPU" in said
+    large = cluster.add_node(num_cpus=2)
+    wait_until(lambda: workers() == 1, job, 120)
+    more = cluster.add_node(num_cpus=2)
+    wait_until(lambda: workers() == 2, job, 60)
+    job.send_signal(signal.SIGINT)
+    code, printed = finish(job)
+    assert code == 130, printed
+    cluster.lose(large)
+    cluster.lose(more)
 
 
 def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
@@ -210,6 +244,8 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
 ):
     """The last one: what a killed driver had reserved, no training has for three minutes."""
     training = Training(cluster_uri, tmp_path, "steps=400", "checkpoint_every=20")
+    whole = next((tmp_path / "in").glob("*.tar")).read_bytes()
+    open_storage(f"{cluster_uri}/in").write_bytes("damaged.tar", whole[: len(whole) // 2])
     job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
     wait_until(lambda: len(training.checkpoints()) >= 2, job)  # so that the first is whole
     cluster.lose(two_nodes[0])
@@ -219,6 +255,14 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     code, printed = finish(job)
     assert code not in (0, 2), printed
     assert training.step() < 400, "the driver was killed too late"
+    assert re.search(r"left out from its damage on: \S+/damaged\.tar: .*truncated", printed), (
+        printed
+    )
+    seen = read_training(training.output)
+    assert seen is not None
+    assert seen.run_folder == training.run
+    assert [entry["step"] for entry in seen.history] == list(range(1, training.step() + 1))
+    assert [uri.rpartition("/")[2] for uri in seen.damaged] == ["damaged.tar"]
 
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *training.command, "--set", "ray.num_cpus=1"],

@@ -66,6 +66,14 @@ def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monk
         protect(str(corpus), out, own.model_copy(update={"protector": "default"}))
 
 
+def test_worker_that_no_node_can_hold_ends_the_run(tmp_path, config):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=1), tmp_path / "out"
+    too_large = config.model_copy(update={"cpus_per_worker": 7})
+    with pytest.raises(UsageError, match="no node can hold a worker of 7 CPUs: there are 1 node"):
+        protect(str(corpus), str(out), too_large)
+    assert protect(str(corpus), str(out), config).exit_code == 0, "the lease is held"
+
+
 def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):
     corpus = write_corpus(tmp_path / "in", num_shards=4)
     source, target = upload(corpus, f"{s3_uri}/in"), f"{s3_uri}/out"

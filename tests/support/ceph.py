@@ -89,9 +89,7 @@ def local_ceph(*buckets: str) -> Iterator[str]:
         One4AllError: A server does not start; with the ends of the logs.
     """
     if missing := missing_programs():
-        raise UsageError(
-            f"a local Ceph needs {', '.join(missing)}: sh tests/support/install_ceph.sh"
-        )
+        raise UsageError(f"a local Ceph needs {', '.join(missing)}: make test-ceph installs it")
     mon_port, s3_port = _free_ports(2)
     endpoint = f"http://127.0.0.1:{s3_port}"
     with ExitStack() as stack:

@@ -3,9 +3,9 @@
 Stricter than the API server, which drops what it does not know: an unknown key is an error, here
 even one that exists but that nobody here has used yet. Add it then, from the documentation.
 
-Sources: KubeRay's API reference (ray.io/v1; RayCronJob is of 1.6, alpha) and Kubernetes' (core/v1,
-batch/v1, networking.k8s.io/v1). kubernetes-validate would know the core kinds by itself, but weighs
-108 MB, which is too much for everybody's `make test`.
+Sources: KubeRay's API reference (ray.io/v1; `kuberay_facts` says since when), Kubernetes' (core/v1,
+batch/v1, networking.k8s.io/v1, policy/v1) and that of the Prometheus operator. kubernetes-validate
+would know the core kinds by itself, but weighs 108 MB: too much for everybody's `make test`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ _CONTAINER = mapping(
         "args": some(STRING),
         "env": some(_ENV),
         "envFrom": some(mapping({"secretRef": mapping({"name": NAME})})),
+        "lifecycle": mapping({"preStop": mapping({"exec": mapping({"command": some(STRING)})})}),
         "ports": some(mapping({"name": NAME, "containerPort": PORT})),
         "volumeMounts": some(
             mapping({"name": NAME, "mountPath": STRING, "readOnly": {"const": True}})
@@ -104,6 +105,7 @@ _POD = mapping(
         "serviceAccountName": NAME,
         "automountServiceAccountToken": BOOLEAN,
         "restartPolicy": one_of("Never", "OnFailure"),
+        "terminationGracePeriodSeconds": SECONDS,
         "nodeSelector": STRINGS,
         "tolerations": some(
             mapping(
@@ -178,6 +180,7 @@ _RAY_CLUSTER = mapping(
         "enableInTreeAutoscaling": {"const": True},
         "autoscalerOptions": mapping(
             {
+                "version": {"const": "v2"},
                 "upscalingMode": one_of("Default", "Aggressive", "Conservative"),
                 "idleTimeoutSeconds": SECONDS,
                 "resources": _RESOURCES,
@@ -231,6 +234,55 @@ SCHEMAS: dict[str, Schema] = {
             )
         },
     ),
+    "PodDisruptionBudget": _kind(
+        "policy/v1",
+        "PodDisruptionBudget",
+        {
+            "spec": mapping(
+                {"maxUnavailable": {"const": 0}, "selector": mapping({"matchLabels": STRINGS})}
+            )
+        },
+    ),
+    "PodMonitor": _kind(
+        "monitoring.coreos.com/v1",
+        "PodMonitor",
+        {
+            "spec": mapping(
+                {
+                    "selector": mapping({"matchLabels": STRINGS}),
+                    "podMetricsEndpoints": some(mapping({"port": NAME, "interval": STRING})),
+                }
+            )
+        },
+    ),
+    "PrometheusRule": _kind(
+        "monitoring.coreos.com/v1",
+        "PrometheusRule",
+        {
+            "spec": mapping(
+                {
+                    "groups": some(
+                        mapping(
+                            {
+                                "name": NAME,
+                                "rules": some(
+                                    mapping(
+                                        {
+                                            "alert": STRING,
+                                            "expr": STRING,
+                                            "for": STRING,
+                                            "labels": STRINGS,
+                                            "annotations": STRINGS,
+                                        }
+                                    )
+                                ),
+                            }
+                        )
+                    )
+                }
+            )
+        },
+    ),
     "CronJob": _kind(
         "batch/v1",
         "CronJob",
@@ -267,7 +319,6 @@ SCHEMAS: dict[str, Schema] = {
             "spec": mapping(
                 {
                     "schedule": CRON,
-                    "timeZone": STRING,
                     "suspend": BOOLEAN,
                     "jobTemplate": _RAY_JOB,
                 }

@@ -22,7 +22,9 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from support.builders import write_corpus
 from support.cluster_schemas import SCHEMAS
+from support.kuberay_facts import COVERED, FIELDS, needed_release
 from support.kustomization import load, load_patch, render, split_field_path
 
 from pipelines.cli.app import app
@@ -30,12 +32,14 @@ from pipelines.cli.operating import parse
 from pipelines.protect.config import ProtectConfig
 from pipelines.ray_session import worker_layout
 from pipelines.settings import load_config
+from pipelines.telemetry import METRICS
 from pipelines.train.config import TrainConfig
+from pipelines.train.plan import plan_training
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERNETES = CLUSTER / "kubernetes"
-OVERLAYS = ("gpu", "cpu-test", "raycronjob")
+OVERLAYS = ("gpu", "multi-gpu", "cpu-test", "raycronjob")
 FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
 CONFIGS = {"protect": ProtectConfig, "train": TrainConfig}
 VERBS = typer.main.get_command(app)
@@ -90,16 +94,33 @@ def test_what_an_overlay_renders_is_valid(overlay):
         check(resource)
 
 
+def test_what_monitors_it_is_valid_and_finds_our_pods():
+    monitoring = render(KUBERNETES / "monitoring")
+    assert {resource["kind"] for resource in monitoring} == {"PodMonitor", "PrometheusRule"}
+    for resource in monitoring:
+        check(resource)
+    [monitor] = [resource for resource in monitoring if resource["kind"] == "PodMonitor"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    for pod in worker_pods(rendered("gpu")):
+        [container] = pod["containers"]
+        assert endpoint["port"] in [port["name"] for port in container["ports"]]
+    [rule] = [resource for resource in monitoring if resource["kind"] == "PrometheusRule"]
+    used = set(re.findall(r"ray_\w+", json.dumps(rule)))
+    assert used <= {name for metric in METRICS.values() for name in metric.exported_names}
+
+
 @pytest.mark.parametrize(
     ("overlay", "expected"),
     [
         ("gpu", {"RayJob": 2, "RayCluster": 1, "CronJob": 1}),
+        ("multi-gpu", {"RayJob": 2, "RayCluster": 1, "CronJob": 1}),
         ("cpu-test", {"RayJob": 2, "RayCluster": 1, "CronJob": 1}),
         ("raycronjob", {"RayJob": 2, "RayCronJob": 1}),
     ],
 )
 def test_an_overlay_has_what_it_says(overlay, expected):
     common = {"Namespace": 1, "ServiceAccount": 1, "NetworkPolicy": 1, "ConfigMap": 1}
+    common |= {"PodDisruptionBudget": 1}
     kinds = [kind for kind, _ in rendered(overlay)]
     assert {kind: kinds.count(kind) for kind in kinds} == common | expected
 
@@ -134,6 +155,7 @@ def test_kubectl_renders_the_same(overlay, tmp_path):
         (("RayJob", "one4all-protect"), "spec.entrypoint", "one4all protect a b; reboot"),
         (("RayJob", "one4all-train"), "spec.concurrencyPolicy", "Forbid"),
         (("RayCronJob", "one4all-protect"), "spec.concurrencyPolicy", "Forbid"),
+        (("RayCronJob", "one4all-protect"), "spec.timeZone", "Etc/UTC"),
         (("RayCronJob", "one4all-protect"), "spec.jobTemplate.spec", {}),
         (("RayJob", "one4all-train"), "spec.rayClusterSpec.workerGroupSpec", []),
         (("RayJob", "one4all-train"), "spec.rayClusterSpec.authOptions.mode", "disabled"),
@@ -156,6 +178,98 @@ def test_a_required_field_is_missed():
     del resource["spec"]["concurrencyPolicy"]
     with pytest.raises(jsonschema.ValidationError, match="concurrencyPolicy"):
         check(resource)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [("gpu", "1.5.1"), ("multi-gpu", "1.5.1"), ("cpu-test", "1.5.1"), ("raycronjob", "1.6.0")],
+)
+def test_an_overlay_needs_the_kuberay_that_the_readme_says(overlay, expected):
+    needed = [
+        needed_release(resource)
+        for (kind, _), resource in rendered(overlay).items()
+        if kind in FIELDS
+    ]
+    assert max(needed) == expected
+    text = (CLUSTER / "README.md").read_text("utf-8")
+    assert "KubeRay 1.5.1 or newer" in text
+    assert COVERED[1] in text
+    comment = KUBERNETES / "overlays" / "raycronjob" / "raycronjob.yaml"
+    assert "KubeRay 1.6 or newer" in comment.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("spec.timeZone", "Etc/UTC", "1.7.0"),
+        ("spec.jobTemplate.rayClusterSpec.authOptions.secretName", "mine", "1.6.0"),
+    ],
+)
+def test_a_field_of_a_newer_kuberay_is_noticed(path, value, expected):
+    resource = copy.deepcopy(rendered("raycronjob")["RayCronJob", "one4all-protect"])
+    *parents, last = path.split(".")
+    node = resource
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    assert needed_release(resource) == expected
+    node[last + "s"] = value
+    with pytest.raises(AssertionError, match=f"{last}s is in no release"):
+        needed_release(resource)
+
+
+def worker_pods(overlay):
+    for (kind, _), resource in overlay.items():
+        if kind in ("RayJob", "RayCluster"):
+            spec = resource["spec"].get("rayClusterSpec", resource["spec"])
+            assert spec["autoscalerOptions"]["version"] == "v2"
+            for group in spec["workerGroupSpecs"]:
+                yield group["template"]["spec"]
+
+
+def test_workers_reach_no_api_server_and_are_replaced_and_drained(overlay):
+    pods = list(worker_pods(overlay))
+    assert pods
+    for pod in pods:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["restartPolicy"] == "Never"
+        [container] = pod["containers"]
+        script = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+        [seconds] = re.findall(r"--deadline-remaining-seconds=(\d+)", script)
+        assert int(seconds) < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_hook_tells_ray_which_node_goes_and_waits_until_it_has(tmp_path):
+    """With a process in the place of Ray's, and the arguments that Ray gives it."""
+    [container] = next(worker_pods(rendered("gpu")))["containers"]
+    command = [*container["lifecycle"]["preStop"]["exec"]["command"]]
+    command[1] = "-c"  # the profile of the machine's own shell is not that of the image
+    raylet = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(3)", "--node_id=ab12", "--gcs-address=h:1"]
+    )
+    said = tmp_path / "said"
+    for name, text in {"pidof": f"echo {raylet.pid}", "ray": f'echo "$@" > {said}'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    hook = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    assert raylet.wait(timeout=30) == 0
+    assert hook.wait(timeout=30) == 0
+    assert "drain-node --address=h:1 --node-id=ab12 --reason=DRAIN_NODE_REASON" in said.read_text()
+
+
+def test_training_fits_the_gpus_of_its_overlay(tmp_path, monkeypatch):
+    """An L4 has 24 GB, of which the driver and fragments take some; see `gpu/raycluster.yaml`."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    write_corpus(tmp_path / "in", num_shards=1)
+    for name in ("gpu", "multi-gpu"):
+        text = rendered(name)["ConfigMap", "one4all-jobs"]["data"]["train.yaml"]
+        (tmp_path / "train.yaml").write_text(text, "utf-8")
+        config = load_config(TrainConfig, tmp_path / "train.yaml", source=str(tmp_path / "in"))
+        plan = plan_training(config)
+        assert plan.on_gpu
+        assert plan.device_bytes < 20e9
+        assert config.images_per_step == 128
 
 
 # Kustomize
@@ -231,7 +345,7 @@ def test_the_three_clusters_differ_only_in_size():
         spec["autoscalerOptions"]["idleTimeoutSeconds"] = 0
         spec["workerGroupSpecs"][0]["maxReplicas"] = 0
     assert specs[0] == specs[1] == specs[2]
-    for name in ("gpu", "cpu-test"):
+    for name in ("gpu", "multi-gpu", "cpu-test"):
         folder = KUBERNETES / "overlays" / name
         standing, jobs = load_patch(folder / "raycluster.yaml"), load_patch(folder / "rayjobs.yaml")
         for operation in jobs:
@@ -309,10 +423,12 @@ def test_entrypoints_are_commands_that_fit_their_cluster(overlay, tmp_path):
         [container] = group["template"]["spec"]["containers"]
         limits = container["resources"]["limits"]
         assert limits == container["resources"]["requests"] or limits["cpu"] == "1"
-        assert config.cpus_per_worker <= int(limits["cpu"])
-        assert config.gpus_per_worker == int(limits.get("nvidia.com/gpu", 0))
+        gpus = int(limits.get("nvidia.com/gpu", 0))
+        workers_of_a_pod = int(gpus / config.gpus_per_worker) if gpus else 1
+        assert config.cpus_per_worker * workers_of_a_pod <= int(limits["cpu"])
+        assert (gpus > 0) == (config.gpus_per_worker > 0)
         workers = getattr(config, "max_workers", config.num_workers)
-        assert 0 < workers <= group["maxReplicas"]
+        assert 0 < workers == group["maxReplicas"] * workers_of_a_pod
 
 
 def test_a_wrong_verb_option_or_key_is_found(tmp_path):
@@ -382,7 +498,7 @@ def test_containers_are_confined(overlay):
 
 
 def test_gpu_workers_are_on_spot_nodes_and_the_head_is_not():
-    for (kind, _), resource in rendered("gpu").items():
+    for (kind, _), resource in [*rendered("gpu").items(), *rendered("multi-gpu").items()]:
         spec = resource.get("spec", {})
         spec = spec.get("rayClusterSpec", spec)
         if kind not in ("RayJob", "RayCluster"):
@@ -403,7 +519,7 @@ SECRETS = [
     r"(?i)(secret_access_key|session_token|password|passwd)\s*[=:]\s*\S",
     r"(?i)\b(auth_)?token\s*[=:]\s*['\"]?[A-Za-z0-9+/_-]{16,}",
     r"(?<![\w+/])(?=\S*\d)(?=\S*[A-Z])(?=\S*[a-z])[A-Za-z0-9+/]{40}(?![\w+/])",
-    r"\b[0-9a-f]{32,}\b",
+    r"(?<!@sha256:)\b[0-9a-f]{32,}\b",
     r"(?m)^kind: Secret$",
 ]
 
@@ -472,7 +588,7 @@ def instructions():
 def test_the_image_is_not_root_and_asks_for_its_base():
     found = list(instructions())
     assert found[0][0] == "ARG"
-    assert found[0][1].startswith("BASE_IMAGE=docker.io/")
+    assert re.fullmatch(r"BASE_IMAGE=docker\.io/\S+@sha256:[0-9a-f]{64}", found[0][1])
     users = [rest for name, rest in found if name == "USER"]
     assert users == ["1000:1000"]
     names = [name for name, _ in found]
@@ -485,6 +601,13 @@ def test_the_image_is_not_root_and_asks_for_its_base():
     }
     [environment] = [rest for name, rest in found if name == "ENV" and "PYTHONUNBUFFERED" in rest]
     assert "RAY_AUTH_MODE" not in environment
+
+
+def test_the_image_has_what_ray_up_needs_and_asks_pypi_too():
+    runs = [rest for name, rest in instructions() if name == "RUN"]
+    packages = re.search(r"--no-install-recommends ([\w -]+)", runs[0])[1].split()
+    assert {"rsync", "openssh-client", "ca-certificates"} <= set(packages)
+    assert not any(" --index-url" in run for run in runs)
 
 
 def test_the_image_has_what_every_verb_needs():
@@ -569,9 +692,62 @@ def test_the_launcher_file_makes_sense(launcher):
     [head] = [line for line in launcher["head_start_ray_commands"] if "--head" in line]
     assert "--dashboard-host=127.0.0.1" in head
     assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
-    [rule] = launcher["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert rule["IpRanges"] != [{"CidrIp": "0.0.0.0/0"}]
+
+
+@pytest.fixture
+def bootstrapped(monkeypatch, tmp_path):
+    """What Ray makes of a launcher file, with its own code, on an EC2 that moto plays."""
+    moto = pytest.importorskip("moto", reason="moto is not installed")
+    pytest.importorskip("moto.ec2", reason="moto came without its EC2")
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair to ~/.ssh
+    (tmp_path / ".ssh").mkdir()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    with moto.mock_aws():
+        yield bootstrap_aws
+
+
+def open_to(ec2, groups):
+    """(Port, range) of each rule of security groups that lets addresses in."""
+    found = ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"]
+    return {
+        (rule.get("FromPort"), address["CidrIp"])
+        for group in found
+        for rule in group["IpPermissions"]
+        for address in rule["IpRanges"]
+    }
+
+
+def test_ray_opens_no_port_that_the_launcher_file_does_not(launcher, bootstrapped):
+    boto3 = pytest.importorskip("boto3")
+    ec2 = boto3.client("ec2", region_name=launcher["provider"]["region"])
+    made = ec2.create_security_group(GroupName="ours", Description="ours")["GroupId"]
+    office = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22}
+    office["IpRanges"] = [{"CidrIp": "192.0.2.0/24"}]
+    ec2.authorize_security_group_ingress(GroupId=made, IpPermissions=[office])
+    for node in launcher["available_node_types"].values():
+        assert node["node_config"]["SecurityGroupIds"] == ["sg-00000000000000000"]
+        node["node_config"]["SecurityGroupIds"] = [made]
+    config = bootstrapped(launcher)
+    groups = {
+        group
+        for node in config["available_node_types"].values()
+        for group in node["node_config"]["SecurityGroupIds"]
+    }
+    assert groups == {made}
+    assert open_to(ec2, list(groups)) == {(22, "192.0.2.0/24")}
+
+    # Why it is not said with `IpPermissions`: Ray adds its own rule to those.
+    for node in launcher["available_node_types"].values():
+        del node["node_config"]["SecurityGroupIds"]
+    launcher["provider"]["security_group"] = {"IpPermissions": [office]}
+    head = bootstrapped(launcher)["available_node_types"]["head"]["node_config"]
+    assert open_to(ec2, head["SecurityGroupIds"]) == {(22, "192.0.2.0/24"), (22, "0.0.0.0/0")}
 
 
 # One machine
@@ -613,7 +789,8 @@ def test_the_timer_catches_up_once():
     assert timer["Install"]["WantedBy"] == "timers.target"
 
 
-def test_the_cron_line_works_in_sh(tmp_path):
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (75, 0), (1, 1), (3, 3)])
+def test_the_cron_line_works_in_sh_and_ends_as_the_run_does(tmp_path, code, expected):
     lines = (CLUSTER / "schedule" / "one4all.cron").read_text("utf-8").splitlines()
     assert "SHELL=/bin/sh" in lines
     [line] = [line for line in lines if line[:1].isdigit()]
@@ -621,12 +798,18 @@ def test_the_cron_line_works_in_sh(tmp_path):
     assert (len(times), user) == (5, "one4all")
     assert "%" not in command  # cron makes it a newline
     shutil.copy(CLUSTER / "schedule" / "protect.env.example", tmp_path / "protect.env")
+    program, log = tmp_path / "one4all", tmp_path / "log"
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" one4all "$@"; printenv AWS_PROFILE >&2; exit {code}\n'
+    )
+    program.chmod(0o755)
     command = command.replace("/etc/one4all", str(tmp_path))
-    command = command.replace("/opt/one4all/bin/one4all", "printf '%s\\n' one4all")
-    command = command.replace("logger -t one4all", "cat; printenv AWS_PROFILE")
+    command = command.replace("/opt/one4all/bin/one4all", str(program))
+    command = command.replace("logger -t one4all", f"cat > {log}")
     ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=30)
-    assert ran.returncode == 0
-    words = ran.stdout.splitlines()
+    assert ran.returncode == expected
+    assert (ran.stdout + ran.stderr == "") == (expected == 0), "cron mails whatever is printed"
+    words = log.read_text().splitlines()
     settings = environment_file()
     assert words[:4] == ["one4all", "protect", settings["SOURCE"], settings["DESTINATION"]]
     assert words[-1] == settings["AWS_PROFILE"]

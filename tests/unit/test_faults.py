@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import tarfile
 from dataclasses import replace
@@ -28,6 +29,7 @@ from support.builders import (
     write_corpus,
 )
 from support.fault_proxy import Fault, FaultProxy
+from typer.testing import CliRunner
 
 from one4all.corpus import OutputObject
 from one4all.corpus.loose import LooseWriter
@@ -35,19 +37,21 @@ from one4all.corpus.tar import TarUnitWriter
 from one4all.errors import (
     BindingError,
     ConflictError,
+    LeaseHeldError,
     ProtectorError,
     StorageError,
     UsageError,
 )
 from one4all.images import decode, encode, extension_for
-from one4all.ledger import Ledger, take_census
+from one4all.ledger import Lease, Ledger, take_census
 from one4all.storage import INTERNAL, LocalStorage, open_storage
 from one4all.storage.s3 import PART_BYTES
 from pipelines.cli import protecting as verbs
+from pipelines.cli.app import app
 from pipelines.protect import job as protecting
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.worker import ProtectWorker
-from pipelines.status import read_status
+from pipelines.status import read_runs, read_status
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +257,82 @@ def test_quarantined_shard_is_tried_again_if_asked_to(tmp_path, protect, monkeyp
     assert (again.exit_code, again.num_done, len(again.quarantined)) == (3, 0, 2)
     retried = protect(corpus, out, retry_quarantined=True)
     assert (retried.exit_code, retried.num_done, retried.num_images) == (0, 2, 6)
+
+
+def test_each_run_leaves_a_record_of_how_it_ended(tmp_path, protect, monkeypatch):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=3), tmp_path / "out"
+
+    def stop(self, unit, *, recorded=""):
+        if unit.name == "shard-001.tar":
+            raise KeyboardInterrupt
+        return real(self, unit, recorded=recorded)
+
+    real = ProtectWorker.protect
+    with monkeypatch.context() as patch:
+        patch.setattr(ProtectWorker, "protect", stop)
+        with pytest.raises(KeyboardInterrupt):
+            protect(corpus, out)
+    (corpus / "bad.tar").write_bytes(b"no tar at all" * 100)
+    assert protect(corpus, out).exit_code == 3
+    (corpus / "bad.tar").unlink()
+    result = protect(corpus, out)
+    records = read_runs(str(out))
+    assert [record.exit_code for record in records] == [0, 3, 130]
+    assert [record.num_done for record in records] == [3, 3, None]
+    assert [record.num_quarantined for record in records] == [0, 1, None]
+    assert sum(record.num_protected_now for record in records) == 3
+    assert sum(record.num_images for record in records) == 15
+    written = sum(path.stat().st_size for path in out.glob("*.tar"))
+    assert sum(record.bytes_written for record in records) == written
+    assert records[0].run_id == result.run_id
+    assert records[0].last_success == Ledger(open_storage(str(out))).last_success()
+    assert records[-1].last_success is None
+    assert records[-1].error == "KeyboardInterrupt"
+    listed = CliRunner().invoke(app, ["status", str(out), "--runs"])
+    assert [line.split(", ")[0].split("  ")[2] for line in listed.output.splitlines()] == [
+        "exit code 0",
+        "exit code 3",
+        "exit code 130",
+    ]
+    as_json = CliRunner().invoke(app, ["status", str(out), "--runs", "--json"])
+    assert json.loads(as_json.output)[0]["run_id"] == result.run_id
+
+
+def test_run_that_is_kept_out_leaves_a_record_and_a_full_store_changes_nothing(
+    tmp_path, protect, monkeypatch
+):
+    corpus, out = write_corpus(tmp_path / "in", num_shards=1), tmp_path / "out"
+    assert protect(corpus, out).exit_code == 0
+    with (
+        Lease(open_storage(str(out)), "other", seconds=60, on_wait=lambda sentence: None),
+        pytest.raises(LeaseHeldError),
+    ):
+        protect(corpus, out, lease_seconds=5)
+    assert read_runs(str(out))[0].exit_code == 75
+    real = LocalStorage.write_bytes
+
+    def full(self, key, data):
+        if "/runs/" in key:
+            raise StorageError("disk full")
+        return real(self, key, data)
+
+    monkeypatch.setattr(LocalStorage, "write_bytes", full)
+    assert protect(corpus, out).exit_code == 0
+    assert len(read_runs(str(out))) == 2
+
+
+@pytest.mark.usefixtures("protect")
+def test_attempts_at_a_damaged_shard_are_numbered(tmp_path, protector_folder):
+    corpus = write_corpus(tmp_path / "in", num_shards=1)
+    (corpus / "bad.tar").write_bytes(b"no tar at all" * 100)
+    words = ["protect", str(corpus), str(tmp_path / "out"), "--protector", str(protector_folder)]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 3, ended.output
+    assert re.findall(r"failed, attempt (\d of \d): bad\.tar", ended.output) == [
+        "1 of 3",
+        "2 of 3",
+        "3 of 3",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def test_only_who_computes_waits_for_torch(module):
 
 
 def test_a_look_at_the_ledger_does_not_wait_for_torch():
-    ask = "import sys, pipelines.status, one4all.storage.s3; print('torch' in sys.modules)"
+    modules = "pipelines.status, pipelines.train.status, one4all.storage.s3"
+    ask = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", ask], capture_output=True, text=True, check=True, timeout=120
     )

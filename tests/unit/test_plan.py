@@ -6,6 +6,7 @@ from support.builders import make_samples, make_tar, write_corpus
 from one4all.corpus import Unit, list_units
 from one4all.errors import UsageError
 from one4all.storage import open_storage
+from pipelines.cli.planning import _print_protect_plan
 from pipelines.protect import plan as planning
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.plan import Plan, Sampled, choose, extrapolate
@@ -13,8 +14,11 @@ from pipelines.protect.plan import plan as make_plan
 from pipelines.protect.worker import ProtectWorker
 
 
-def sampled(*, num_bytes=1_000_000, num_images=10, seconds=1.0, read_seconds=0.0, measured=5):
-    return Sampled("a.tar", num_bytes, num_images, read_seconds, measured, seconds)
+def sampled(
+    *, num_bytes=1_000_000, num_images=10, seconds=1.0, read_seconds=0.0, measured=5, **more
+):
+    more = {"codec_seconds": seconds} | more
+    return Sampled("a.tar", num_bytes, num_images, read_seconds, measured, seconds, **more)
 
 
 def test_time_grows_with_bytes_and_shrinks_with_workers():
@@ -40,7 +44,32 @@ def test_slower_of_reading_and_working_counts():
     todo = Plan("/in", num_shards=10, num_bytes=1_000_000)
     slow = extrapolate(todo, [sampled(read_seconds=8.0)], largest=1, workers=[1])
     assert (slow.estimates[0].seconds, slow.limited_by) == (pytest.approx(8), "reading")
-    assert extrapolate(todo, [sampled()], largest=1, workers=[1]).limited_by == "the worker"
+    assert extrapolate(todo, [sampled()], largest=1, workers=[1]).limited_by == "codecs"
+
+
+def test_stage_that_bounds_the_work_says_what_a_gpu_saves(capsys):
+    todo = Plan("/in", num_shards=10, num_bytes=1_000_000, cpus_per_worker=2)
+    found = extrapolate(todo, [sampled(codec_seconds=0.91)], largest=1, workers=[1])
+    assert (found.limited_by, found.codec_share) == ("codecs", pytest.approx(0.91))
+    assert found.cpu_images_per_second == pytest.approx(5)
+    assert found.gpu_images_per_second == pytest.approx(5 / 0.91)
+    _print_protect_plan(found)
+    printed = capsys.readouterr().out
+    assert "of 2 CPUs, limited by codecs (codecs 91 %: a GPU saves at most 9 %)" in printed
+    assert "on nodes of CPUs: 5 images/s for 2 CPUs\n" in printed
+    assert "on nodes of GPUs: at most 5.49 images/s for 1 GPU and 2 CPUs\n" in printed
+
+    slow = extrapolate(todo, [sampled(codec_seconds=0.2)], largest=1, workers=[1])
+    assert slow.limited_by == "the device"
+    todo = Plan("/in", 10, 1_000_000, device="cuda", cpus_per_worker=12, gpus_per_worker=1.0)
+    shards = [sampled(codec_seconds=0.7, cpu_seconds=4.0), sampled(codec_seconds=0.7)]
+    found = extrapolate(todo, shards, largest=1, workers=[1])
+    assert found.gpu_images_per_second == pytest.approx(5)
+    assert found.cpu_images_per_second == pytest.approx(5 / 4)
+    _print_protect_plan(found)
+    printed = capsys.readouterr().out
+    assert "limited by codecs (codecs 70 %: more CPUs for each GPU save at most" in printed
+    assert "on nodes of GPUs: 5 images/s for 1 GPU and 12 CPUs\n" in printed
 
 
 def test_spread_between_shards_is_the_uncertainty():
@@ -73,6 +102,8 @@ def test_plan_measures_the_real_worker_and_leaves_what_is_done(
     assert (found.num_shards, found.num_done, found.device) == (4, 0, "cpu")
     assert found.num_images == pytest.approx(18, rel=0.5)
     assert found.images_per_second > 0
+    assert 0 < found.codec_share <= 1
+    assert all(0 < shard.codec_seconds < 2 * shard.seconds for shard in found.sampled)
     assert [estimate.num_workers for estimate in found.estimates] == [1, 4, 16]
     assert not out.exists()
 

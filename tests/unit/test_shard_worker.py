@@ -342,7 +342,7 @@ def test_worker_reports_a_status_and_records_it(tmp_path, protector_folder):
     )
     broken, good = (worker(batch)["status"][0] for batch in batches)
     assert (good.outcome, good.num_images, good.error) == ("done", 5, "")
-    assert broken.outcome == "failed"
+    assert (broken.outcome, broken.attempt) == ("failed", 1)
     assert "garbled header" in broken.error
     ledger = Ledger(open_storage(str(tmp_path / "out")))
     census = take_census(open_storage(source_uri), ledger)
@@ -411,7 +411,7 @@ def test_outage_of_the_source_is_not_held_against_a_shard(tmp_path, protector_fo
     (tmp_path / "in").rename(tmp_path / "unmounted")
     for _ in range(4):
         status = worker.protect(shard)
-        assert status.outcome == "failed"
+        assert (status.outcome, status.attempt) == ("failed", 0)
         assert "no such file" in status.error
     (tmp_path / "unmounted").rename(tmp_path / "in")
     assert worker.protect(shard).outcome == "done"
