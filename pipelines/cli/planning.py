@@ -41,7 +41,9 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def plan_protect(
-    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of .tar shards.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or s3:// prefix of images, .tar shards or Parquet files.")
+    ],
     protector: Annotated[
         str | None,
         typer.Option(help="Name, folder or s3:// URI of a protector."),
@@ -115,7 +117,7 @@ def plan_evaluate(
 def _print_protect_plan(found: Any) -> None:
     done = f"; {found.num_done:,} more are done" if found.num_done else ""
     size = size_in_words(found.num_bytes)
-    show(f"{found.source}: {found.num_shards:,} shards, {size} to do{done}")
+    show(f"{found.source}: {found.num_shards:,} {found.noun}s, {size} to do{done}")
     if not found.num_shards:
         return
     worker = f"{found.cpus_per_worker} CPU" + "s" * (found.cpus_per_worker > 1)

@@ -12,24 +12,26 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from one4all.corpus import (
+    CONTAINERS,
+    ObjectVersion,
     Sample,
     Unit,
-    find_container,
     images_of,
-    list_units,
     open_source,
     read_samples,
+    what_is_read,
     write_unit,
 )
-from one4all.errors import One4AllError, ShardError, UsageError
+from one4all.corpus.sources import read_list
+from one4all.errors import NotFoundError, One4AllError, ShardError, UsageError
 from one4all.images import Pixels
-from one4all.ledger.census import take_census
+from one4all.ledger.census import Census, take_census
 from one4all.ledger.ledger import Ledger
 from one4all.perturbation import Levels
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card, locate
@@ -101,7 +103,9 @@ class Plan:
 
     Attributes:
         num_done: Shards that need nothing.
-        num_shards, num_bytes: What is to do.
+        num_shards, num_bytes: What is to do; of loose images, files are counted.
+        noun: Word for what is counted.
+        num_units: What is worked on in one piece; None if that is shards.
         num_images: Estimated.
         device: "cpu" or "cuda"; one worker is ``cpus_per_worker`` CPUs and ``gpus_per_worker``.
         images_per_second: Of one worker.
@@ -117,6 +121,8 @@ class Plan:
     num_shards: int
     num_bytes: int
     num_done: int = 0
+    noun: str = "shard"
+    num_units: int | None = None
     num_images: int = 0
     device: str = "cpu"
     cpus_per_worker: int = 1
@@ -159,14 +165,13 @@ def plan(
     source.check(writable=False)
     config = config.model_copy(update={"protector": locate(config.protector or DEFAULT_PROTECTOR)})
     load_card(config.protector)
-    shards, num_done = _shards_to_do(source, destination_uri, start_of(config))
-    if not shards and not num_done:
-        kind = find_container(source).unit_name
-        raise UsageError(f"source {source.uri} holds no {kind} that counts")
-    total = sum(shard.size for shard in shards)
-    if not shards:
-        return Plan(source.uri, 0, 0, num_done)
-    chosen = choose(shards, NUM_SHARDS)
+    found = _what_to_do(source, destination_uri, config)
+    noun, units = found.container.noun, found.pending
+    if not units and not found.num_done:
+        raise UsageError(f"source {source.uri} holds no {what_is_read()} that counts")
+    if not units:
+        return Plan(source.uri, 0, 0, found.num_done, noun)
+    chosen = choose(units, NUM_SHARDS)
     if config.ray.address or os.environ.get("RAY_ADDRESS"):
         sampled, cpus, gpus = _measure_on_cluster(source.uri, chosen, config)
     else:
@@ -175,28 +180,32 @@ def plan(
     return extrapolate(
         Plan(
             source.uri,
-            len(shards),
-            total,
-            num_done,
+            found.num_pending,
+            sum(unit.size for unit in units),
+            found.num_done,
+            noun,
+            len(units),
             device="cuda" if gpus else "cpu",
             cpus_per_worker=cpus,
             gpus_per_worker=gpus,
         ),
         sampled,
-        largest=max(shard.size for shard in shards),
+        largest=max(unit.size for unit in units),
         workers=sorted({1, 4, num_workers}),
     )
 
 
-def _shards_to_do(
-    source: Storage, destination_uri: str | None, since: float | None
-) -> tuple[list[Unit], int]:
-    """Shards that count, largest first, and the number of those that are done."""
-    if destination_uri is not None:
-        census = take_census(source, Ledger(open_storage(destination_uri)), since=since)
-        return list(census.pending), census.num_done
-    units = (unit for unit in list_units(source) if not unit.is_older(since))
-    return sorted(units, key=lambda unit: -unit.size), 0
+def _what_to_do(source: Storage, destination_uri: str | None, config: ProtectConfig) -> Census:
+    """What counts and is not done; of an empty place, if there is no destination."""
+    with tempfile.TemporaryDirectory(prefix="one4all-plan-") as nothing:
+        destination = open_storage(destination_uri or nothing)
+        ledger = Ledger(destination)
+        container = config.container
+        if not container:
+            with suppress(NotFoundError):
+                container = ledger.binding().container
+        only = frozenset(read_list(config.only, source)) if config.only else None
+        return take_census(source, ledger, container=container, since=start_of(config), only=only)
 
 
 def choose(items: Sequence[_Item], count: int) -> list[_Item]:
@@ -232,11 +241,12 @@ def extrapolate(
         total = sum(shard.all_seconds(seconds(shard)) for shard in told)
         return sum(shard.num_images for shard in told) / total if told else None
 
-    measured, at_once = speed(lambda s: s.seconds), speed(lambda s: s.codec_seconds)
+    measured, undelayed = speed(lambda s: s.seconds), speed(lambda s: s.codec_seconds)
     on_gpu = plan.device != "cpu"
     estimates = []
     for count in workers:
-        wall = max(seconds / min(count, plan.num_shards), seconds_per_byte * largest)
+        at_once = min(count, plan.num_units or plan.num_shards)
+        wall = max(seconds / at_once, seconds_per_byte * largest)
         estimates.append(ProtectEstimate(count, wall, count * wall / 3600))
     return replace(
         plan,
@@ -249,7 +259,7 @@ def extrapolate(
         ),
         codec_share=codec_share,
         cpu_images_per_second=speed(lambda s: s.cpu_seconds) if on_gpu else measured,
-        gpu_images_per_second=measured if on_gpu else at_once,
+        gpu_images_per_second=measured if on_gpu else undelayed,
         sampled=list(sampled),
         estimates=estimates,
     )
@@ -265,10 +275,10 @@ def measure(
     """
     source = open_source(source_uri)
     with tempfile.TemporaryDirectory(prefix="one4all-plan-") as scratch:
-        heads = [_copy_sample(source, shard, Path(scratch) / "in", config) for shard in shards]
-        heads = [head for head in heads if head.num_measured]
-        if not heads:
-            raise UsageError(f"no image in the first {MAX_BYTES >> 20} MiB of the sampled shards")
+        copied = [_copy_sample(source, shard, Path(scratch) / "in", config) for shard in shards]
+        samples = [(head, unit) for head, unit in copied if head.num_measured]
+        if not samples:
+            raise UsageError(f"no image in the first {MAX_BYTES >> 20} MiB of what was sampled")
         copies = open_storage(str(Path(scratch) / "in"))
         worker = ProtectWorker(
             config,
@@ -279,12 +289,10 @@ def measure(
             num_threads=cpus,
             device=device,
         )
-        by_name = {unit.name: unit for unit in list_units(copies)}
-        _run(worker, by_name[heads[0].name])
+        _run(worker, samples[0][1])
         with _rehearsed(worker) as rehearsal:
             found = []
-            for head in heads:
-                unit = by_name[head.name]
+            for head, unit in samples:
                 rehearsal.begin()
                 seconds = _run(worker, unit)
                 rehearsal.repeat()
@@ -292,7 +300,7 @@ def measure(
             if device != "cpu":
                 rehearsal.begin()
                 rehearsal.protector.to("cpu")
-                alone = _run(worker, by_name[heads[0].name])
+                alone = _run(worker, samples[0][1])
                 found[0] = replace(found[0], cpu_seconds=alone)
         return found
 
@@ -350,8 +358,10 @@ def _share_of_this_machine(config: ProtectConfig) -> tuple[int, float]:
     return config.cpus_per_worker or max(1, int(cpus * gpus / num_gpus)), gpus
 
 
-def _copy_sample(source: Storage, shard: Unit, folder: Path, config: ProtectConfig) -> Sampled:
-    """Write some samples of the beginning of a shard, evenly chosen, to a shard of that name."""
+def _copy_sample(
+    source: Storage, shard: Unit, folder: Path, config: ProtectConfig
+) -> tuple[Sampled, Unit]:
+    """Write some samples of the beginning of a unit, evenly chosen, and what holds no sample."""
     samples: list[Sample] = []
     num_bytes = 0
     start = time.perf_counter()
@@ -367,17 +377,24 @@ def _copy_sample(source: Storage, shard: Unit, folder: Path, config: ProtectConf
     read_seconds = time.perf_counter() - start
     with_images = [sample for sample in samples if _num_images(sample, config)]
     chosen = choose(with_images, IMAGES_PER_SHARD)
+    wanted = {id(sample) for sample in chosen}
     with write_unit(open_storage(str(folder)), shard) as output:
-        for member in (member for sample in chosen for member in sample.members):
-            output.copy(member)
-        output.commit()
-    return Sampled(
+        for sample in samples:
+            # The layout of a table is a member that is no file.
+            if id(sample) in wanted or not any(member.is_file for member in sample.members):
+                for member in sample.members:
+                    output.copy(member)
+        written = output.commit()
+    parts = tuple(ObjectVersion(o.key, o.size, o.etag) for o in written)
+    name = shard.name if CONTAINERS[shard.container].has_units else "sample"
+    sampled = Sampled(
         shard.name,
         num_bytes,
         num_images=sum(_num_images(sample, config) for sample in with_images),
         read_seconds=read_seconds,
         num_measured=sum(_num_images(sample, config) for sample in chosen),
     )
+    return sampled, Unit(name, parts, shard.container)
 
 
 def _num_images(sample: Sample, config: ProtectConfig) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from one4all.corpus import Unit
+from one4all.corpus.tar import TarContainer
+from one4all.ledger import Census
 from pipelines import telemetry
 from pipelines.protect.job import _log_line
 from pipelines.protect.run_metrics import RunMetrics
@@ -79,8 +80,7 @@ def test_counters_of_a_run_begin_at_zero_and_hold_what_workers_report(monkeypatc
 
     monkeypatch.setattr(telemetry, "_metric", lambda name: Recorded(METRICS[name]))
     metrics = RunMetrics("run", "out", None)
-    shards = [Unit("a.tar", (), modified=90.0), Unit("b.tar", (), modified=None)]
-    metrics.plan(shards)
+    metrics.plan(Census(TarContainer(), num_pending=2, oldest_pending=90.0))
     assert seen["one4all_oldest_pending_timestamp_seconds", "out"] == 90
     metrics.tell(UnitStatus("a.tar", num_protected=3, num_bytes=7, seconds={"read": 0.5}))
     for attempt, kind in ((1, "ShardError"), (2, "ZeroDivisionError"), (3, "ShardError")):
