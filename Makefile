@@ -39,6 +39,7 @@ check: .venv/ready  ## format, lint, types, import contract
 
 bench: .venv/ready  ## images/s and memory of protect beside a plain loop; a plan of a million shards
 	$(BIN)/one4all bench
+	$(BIN)/one4all bench --containers 400 --output runs/bench-containers.json
 	$(BIN)/one4all bench --plan-shards 1000000 --output runs/bench-plan.json
 	$(BIN)/one4all bench --plan-images 1000000 --output runs/bench-plan-images.json
 

@@ -28,19 +28,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from one4all.corpus import Unit, images_of, list_units, read_samples, write_unit
+from one4all.corpus import CONTAINERS, Unit, images_of, list_units, read_samples, write_unit
 from one4all.corpus.tar import write_shard
 from one4all.distances import max_difference, psnr_db
+from one4all.errors import One4AllError
 from one4all.images import decode, encode, extension_for, working_copy
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger, digest_of
 from one4all.ledger.objects import ObjectRow, write_rows
-from one4all.protectors.card import DEFAULT_PROTECTOR
+from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
 from one4all.protectors.protector import Protector
 from one4all.storage import INTERNAL, ObjectInfo, Reader, Storage, open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
-from pipelines.protect.worker import UnitStatus
+from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
 
@@ -137,6 +138,74 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
         f"{record['shard_bytes'][1] / 1e9:.2f} GB, {small / 1e9:.2f} GB on one of "
         f"{record['shard_bytes'][0] / 1e9:.2f} GB; {output}"
     )
+
+
+def bench_containers(num_images: int, output: Path, *, say: Callable[[str], None]) -> str:
+    """Images/s of one worker on the same photos as a tar shard, a Parquet file and loose images.
+
+    Args:
+        num_images: Photo crops of 500x375.
+        output: JSON file.
+        say: Receives a line for each measurement.
+
+    Returns:
+        The result in one line.
+    """
+    num_threads = os.cpu_count() or 1
+    rates: dict[str, list[float]] = {name: [] for name in CONTAINERS}
+    cpu: dict[str, list[float]] = {name: [] for name in CONTAINERS}
+    with tempfile.TemporaryDirectory() as scratch:
+        corpora = _make_containers(Path(scratch), num_images)
+        for index in range(ROUNDS):
+            for name, corpus in corpora.items():
+                target = Path(scratch) / "out"
+                worker = ProtectWorker(
+                    ProtectConfig(protector=DEFAULT_PROTECTOR),
+                    corpus.uri,
+                    str(target),
+                    "bench",
+                    protector_sha256=load_card(DEFAULT_PROTECTOR).content_hash,
+                    num_threads=num_threads,
+                )
+                start, cpu_start = time.perf_counter(), time.process_time()
+                statuses = [worker.protect(unit) for unit in list_units(corpus)]
+                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+                if sum(status.num_protected for status in statuses) != num_images:
+                    raise One4AllError(f"not all was protected: {statuses}")
+                shutil.rmtree(target)
+                rates[name].append(num_images / seconds)
+                cpu[name].append(1000 * cpu_seconds / num_images)
+                say(
+                    f"round {index + 1}: {name} {rates[name][-1]:.1f} images/s, "
+                    f"{cpu[name][-1]:.1f} ms of CPU an image"
+                )
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(rates[name], rates["tar"], strict=True))
+        for name in rates
+    }
+    record = {"images_per_second": rates, "cpu_ms_an_image": cpu, "ratio_to_tar": ratios}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    return f"images/s of each container, relative to tar: {told}; {output}"
+
+
+def _make_containers(folder: Path, num_images: int) -> dict[str, Storage]:
+    """The same photos in each container, by its name."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (folder / "parquet").mkdir()
+    corpora = {name: open_storage(str(folder / name)) for name in CONTAINERS}
+    make_photo_corpus(folder / "tar", num_shards=1, images_per_shard=num_images)
+    (unit,) = list_units(corpora["tar"])
+    photos: list[bytes] = []
+    for sample in read_samples(corpora["tar"], unit):
+        photos += [member.payload for member in images_of(sample)]
+        corpora["images"].write_bytes(f"{len(photos) // 100}/{sample.key}.jpg", photos[-1])
+    rows = pa.table({"image": photos, "label": list(range(len(photos)))})
+    parquet.write_table(rows, folder / "parquet" / "photos.parquet", row_group_size=100)
+    return corpora
 
 
 def bench_plan(count: int, output: Path, *, what: str, say: Callable[[str], None]) -> str:

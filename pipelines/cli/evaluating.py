@@ -120,14 +120,22 @@ def bench(
         int,
         typer.Option(help="Measure planning over this many simulated images instead.", min=0),
     ] = 0,
+    containers: Annotated[
+        int,
+        typer.Option(
+            help="Measure so many photos as tar, Parquet and loose images instead.", min=0
+        ),
+    ] = 0,
 ) -> None:
     """Measure protect against a plain loop that does the same work."""
     from pipelines.bench import bench as run
-    from pipelines.bench import bench_memory, bench_plan
+    from pipelines.bench import bench_containers, bench_memory, bench_plan
 
     if plan_shards or plan_images:
         what = "shards" if plan_shards else "images"
         show_text(bench_plan(plan_shards or plan_images, output, what=what, say=show))
+    elif containers:
+        show_text(bench_containers(containers, output, say=show))
     elif shard_gb > 0:
         show_text(bench_memory(shard_gb, output, say=show))
     else:

@@ -140,7 +140,7 @@ def protect(
         if sentence:
             progress.say(sentence)
         elif num_shards:
-            progress.start(num_shards)
+            progress.start(num_shards, "part")
         else:
             progress.advance()
 
@@ -285,7 +285,7 @@ def verify(
         protector=protector,
         visibility=True if per_image and measurable() else None,
     )
-    progress = Progress("shard")
+    progress = Progress("part")
 
     def on_audit(audit: Any) -> None:
         progress.advance()
