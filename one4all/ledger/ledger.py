@@ -50,6 +50,7 @@ from one4all.storage import INTERNAL, ObjectInfo, Storage
 
 MAX_ATTEMPTS = 3  # that failed, or killed their worker
 _READERS = 16
+_MAX_SUSPECTS = 64  # groups
 MAX_KILLED = 10  # that were under way when their whole run was killed
 _BINDING = f"{INTERNAL}binding.json"
 _SHARDS = f"{INTERNAL}shards/"
@@ -362,9 +363,13 @@ class Ledger:
         self._storage.delete(key)
 
     def suspects(self) -> set[str]:
-        """Keys of objects of groups that were begun and not finished."""
+        """Keys of objects of groups that were begun and not finished.
+
+        None if these are many: no object is to blame where a disk is full, or a store is down.
+        """
         found: set[str] = set()
-        for info in self._storage.list(_GROUPS):
+        begun = list(self._storage.list(_GROUPS))
+        for info in begun if len(begun) <= _MAX_SUSPECTS else ():
             with suppress(NotFoundError, SourceChangedError):
                 found.update(json.loads(self._storage.read_bytes(info.key)))
         return found

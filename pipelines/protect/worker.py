@@ -181,7 +181,8 @@ class ProtectWorker:
             status = self._rewrite(unit, limit, status)
             self._ledger.end_group(record)
         except Exception as error:  # as above
-            if record and isinstance(error, _ELSEWHERE):
+            # Of one of its objects, perhaps: archived, not ours to read, without a name on a disk.
+            if record and isinstance(error, SourceChangedError | PerturbationError):
                 with suppress(One4AllError, OSError):
                     self._ledger.end_group(record)
             return _failed(status, error)
@@ -202,6 +203,8 @@ class ProtectWorker:
             on_batch=batches.append,
             on_step=limit.next_step,
         )
+        if not manifest.source:
+            raise SourceChangedError("gone, or replaced, since it was listed")
         self._ledger.record(manifest)
         return replace(
             status,

@@ -12,11 +12,12 @@ from PIL import Image
 from support.builders import make_image, make_samples, make_tar
 
 from one4all.corpus import find_container, list_units, loose, read_samples
-from one4all.errors import NotFoundError, ShardError, UsageError
+from one4all.errors import NotFoundError, ShardError, StorageError, UsageError
 from one4all.images import decode
 from one4all.ledger import Ledger, done_manifests, take_census
 from one4all.ledger.objects import ObjectRecords, ObjectRow
 from one4all.storage import INTERNAL, Attributes, LocalStorage, open_storage
+from one4all.training.loader import ImageStream, Share
 from pipelines.protect.worker import ProtectWorker
 from pipelines.status import read_bad_images, read_status
 
@@ -218,6 +219,38 @@ def test_object_that_spoils_its_group_is_given_up_alone(tmp_path, protect, probl
     assert problems(source.uri, tmp_path / "out") == []
 
 
+def test_object_that_cannot_be_read_today_holds_up_no_other(tmp_path, protect, monkeypatch):
+    """As one that is archived: it is not given up, and may be fine tomorrow."""
+    source = open_storage(str(tmp_path / "in"))
+    for index in range(4):
+        source.write_bytes(f"{index}.jpg", make_image(seed=index))
+    (source.root / "nowhere.jpg").symlink_to("not-there")
+    original = loose._fetch
+
+    def archived(store, part, options):
+        if part.key == "2.jpg":
+            raise StorageError("2.jpg is archived")
+        return original(store, part, options)
+
+    monkeypatch.setattr(loose, "_fetch", archived)
+    result = protect(source.uri, tmp_path / "out")
+    assert (result.exit_code, result.num_done, result.num_failed) == (1, 3, 2)
+    assert result.failed["2.jpg"] == "2.jpg is archived"
+    assert "gone, or replaced" in result.failed["nowhere.jpg"]
+    (source.root / "nowhere.jpg").unlink()
+    monkeypatch.setattr(loose, "_fetch", original)
+    assert protect(source.uri, tmp_path / "out").exit_code == 0
+
+
+def test_many_groups_that_failed_are_nobodys_fault(tmp_path, protect):
+    source, ledger = open_storage(str(tmp_path / "in")), Ledger(open_storage(str(tmp_path / "out")))
+    for index in range(65):
+        source.write_bytes(f"{index}.jpg", b"x")
+        ledger.begin_group(next(list_units(source)), f"run{index}")
+    assert ledger.suspects() == set()
+    assert len(take_census(source, ledger).pending) < 65
+
+
 def test_group_that_killed_its_worker_is_not_begun_again_as_one(tmp_path):
     source, ledger = open_storage(str(tmp_path / "in")), Ledger(open_storage(str(tmp_path / "out")))
     for index in range(3):
@@ -327,6 +360,9 @@ def test_who_learns_reads_groups(sides):
     (unit,) = list_units(source)
     keys = [sample.key for sample in read_samples(source, unit)]
     assert keys == sorted([*ODD_KEYS, "b.txt", "c.jpg"])
+    stream = ImageStream([source.uri], size=16)
+    _, images = next(stream.batches(7, (Share(0, 0, 1),)))
+    assert images.shape == (7, 16, 16, 3)
 
 
 def make_row(key: str, version: int, *, output: str | None = None) -> ObjectRow:
