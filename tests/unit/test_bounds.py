@@ -22,6 +22,7 @@ from support.hostile import tar_header, tar_of
 from one4all import rewrite
 from one4all.audit import audit_unit
 from one4all.corpus import Member, Sample
+from one4all.corpus.tar import TarContainer
 from one4all.errors import ShardError
 from one4all.images import DecodedImage, encode, pillow_format
 from one4all.rewrite import RewriteConfig, rewrite_unit
@@ -147,7 +148,8 @@ def test_samples_without_images_fill_a_batch(protector, pool, size):
             yield read[-1]
 
     config = RewriteConfig(batch_size=4, batch_pixels=1_000_000)
-    work = rewrite._UnitRewrite(protector, config, pool, lambda seconds: None, lambda: None)
+    quiet = (lambda seconds: None, lambda: None)
+    work = rewrite._UnitRewrite(protector, config, TarContainer(), pool, *quiet)
     batches = work._batches(samples())
     for _ in range(3):
         batch = next(batches)
