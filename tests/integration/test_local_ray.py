@@ -76,10 +76,17 @@ def _listening() -> list[tuple[str, str]]:
     """Address, and command line, of every socket of ours that somebody may connect to."""
     ours = {process.pid: process for process in _processes()}
     return [
-        (connection.laddr.ip.removeprefix("::ffff:"), " ".join(ours[connection.pid].cmdline()))
+        (connection.laddr.ip.removeprefix("::ffff:"), _command(ours[connection.pid]))
         for connection in psutil.net_connections("inet")
         if connection.pid in ours and connection.status == psutil.CONN_LISTEN
     ]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return "gone"
 
 
 def test_the_token_is_in_no_argument_and_in_no_file_that_others_can_read(ray_local):
