@@ -160,3 +160,23 @@ def is_companion(source: Storage, key: str) -> bool:
             return is_apple_double(key, reader.read(512))
     except NotFoundError:  # a link to nothing: whoever reads it says so
         return False
+
+
+class FileContainer(Container):
+    """A corpus in which every object of one suffix is a unit.
+
+    Attributes:
+        suffix: End of their keys.
+    """
+
+    suffix: ClassVar[str]
+
+    def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
+        """See the base class."""
+        for info in source.list_data():
+            is_unit = self.may_belong(info.key) and not is_companion(source, info.key)
+            yield Unit.of_object(info, self.name) if is_unit else info
+
+    def may_belong(self, key: str) -> bool:
+        """See the base class."""
+        return key.endswith(self.suffix)

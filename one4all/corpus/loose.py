@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -192,7 +192,7 @@ class Grouping:
             yield unit_of(group)
 
 
-def unit_of(objects: Iterable[ObjectInfo]) -> Unit:
+def unit_of(objects: Sequence[ObjectInfo]) -> Unit:
     """A unit of loose objects."""
     parts = tuple(ObjectVersion(info.key, info.size, info.etag) for info in objects)
     times = [info.modified for info in objects if info.modified is not None]

@@ -23,12 +23,11 @@ from typing import Any, Self
 
 from one4all.corpus.container import (
     DEFAULT_READ,
-    Container,
+    FileContainer,
     Opener,
     OutputObject,
     ReadOptions,
     UnitWriter,
-    is_companion,
 )
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
@@ -54,22 +53,13 @@ _SAID_TWICE = re.compile(
 _PATH = ":"  # between a column and the base name of the path that stands beside the bytes
 
 
-class ParquetContainer(Container):
+class ParquetContainer(FileContainer):
     """A corpus of Parquet files: every ``.parquet`` object is a unit."""
 
     name = "parquet"
     unit_name = "Parquet file"
     noun = "file"
-
-    def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
-        """See the base class."""
-        for info in source.list_data():
-            is_table = info.key.endswith(SUFFIX) and not is_companion(source, info.key)
-            yield Unit.of_object(info, self.name) if is_table else info
-
-    def may_belong(self, key: str) -> bool:
-        """See the base class."""
-        return key.endswith(SUFFIX)
+    suffix = SUFFIX
 
     def renamed(self, name: str, converted: str) -> str:
         """See the base class: a column keeps its name, and a path gets the other extension."""

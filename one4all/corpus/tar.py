@@ -25,17 +25,16 @@ from typing import Any, Literal, Protocol, Self
 
 from one4all.corpus.container import (
     DEFAULT_READ,
-    Container,
+    FileContainer,
     Opener,
     OutputObject,
     ReadOptions,
     UnitWriter,
-    is_companion,
 )
 from one4all.corpus.samples import DEFAULT_MAX_SAMPLE_BYTES, Member, Sample
 from one4all.corpus.units import Unit
 from one4all.errors import ShardError
-from one4all.storage import ObjectInfo, Storage, Writer
+from one4all.storage import Storage, Writer
 
 SUFFIX = ".tar"
 BLOCK = tarfile.BLOCKSIZE
@@ -122,22 +121,13 @@ class TarMember(Member):
         return len(self.envelope) + _padded(len(self.payload))
 
 
-class TarContainer(Container):
+class TarContainer(FileContainer):
     """A corpus of WebDataset shards: every ``.tar`` object is a unit."""
 
     name = "tar"
     unit_name = ".tar shard"
     noun = "shard"
-
-    def scan(self, source: Storage) -> Iterator[Unit | ObjectInfo]:
-        """See the base class."""
-        for info in source.list_data():
-            is_shard = info.key.endswith(SUFFIX) and not is_companion(source, info.key)
-            yield Unit.of_object(info, self.name) if is_shard else info
-
-    def may_belong(self, key: str) -> bool:
-        """See the base class."""
-        return key.endswith(SUFFIX)
+    suffix = SUFFIX
 
     def read(
         self, store: Opener, unit: Unit, options: ReadOptions = DEFAULT_READ

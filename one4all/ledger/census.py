@@ -207,13 +207,12 @@ class _ObjectWalk:
         if only is not None:
             rows = (row for row in rows if row.key in only)
             wanted = {name for key in only for name in names_of_output(key)}
-            outputs = _some(ledger.storage, wanted)
+            outputs = _some(ledger.storage, wanted, few=len(only) <= _FEW)
         self._rows = Walk((row.key, row.key, row) for row in rows)
         self._outputs = Walk((info.key, info.key, info) for info in outputs)
 
     def __iter__(self) -> Iterator[_Found]:
-        only = self._only
-        for info in self._source.list_data() if only is None else _some(self._source, only):
+        for info in self._objects():
             recorded = self._rows.take(info.key, info.key)
             standing = {info.key: self._outputs.take(info.key, info.key)}
             for row in recorded:
@@ -226,6 +225,12 @@ class _ObjectWalk:
                 written = {row.output for row in recorded if standing[row.output]}
                 left = tuple(written - {done[0].output})
             yield _Found(info, next(iter(done or of_version), None), bool(done), left)
+
+    def _objects(self) -> Iterator[ObjectInfo]:
+        """The objects that count, in the order of keys."""
+        if self._only is None:
+            return self._source.list_data()
+        return _some(self._source, self._only, few=len(self._only) <= _FEW)
 
     def rest(self) -> tuple[dict[str, list[ObjectRow]], dict[str, list[ObjectInfo]]]:
         """Lines of which the source is gone, and outputs that no object of it stands for."""
@@ -320,9 +325,9 @@ def done_manifests(
         yield closed()
 
 
-def _some(store: Storage, keys: Collection[str]) -> Iterator[ObjectInfo]:
-    """Those objects of these keys that are there, in the order of keys."""
-    if len(keys) > _FEW:
+def _some(store: Storage, keys: Collection[str], *, few: bool) -> Iterator[ObjectInfo]:
+    """Those objects of these keys that are there, in the order of keys; few are asked for alone."""
+    if not few:
         yield from (info for info in store.list_data() if info.key in keys)
         return
     for key in sorted(keys):

@@ -116,19 +116,16 @@ class ObjectRecords:
         """
         return self._merged(list(self._storage.list(_OBJECTS)))
 
-    def merge(
-        self, standing: Callable[[], Iterator[ObjectInfo]], *, everything: bool = False
-    ) -> Merge:
+    def merge(self, standing: Callable[[], Iterator[ObjectInfo]]) -> Merge:
         """Merge parts of like size, if there are many; lines whose output is gone are left out.
 
         If another program merges at the same time, and is ahead, this is left to it.
 
         Args:
             standing: Lists what stands at the destination, in the order of keys.
-            everything: Merge all parts, whatever their sizes and number.
         """
-        parts = _to_merge(list(self._storage.list(_OBJECTS)), everything=everything)
-        if len(parts) < 2:
+        parts = _to_merge(list(self._storage.list(_OBJECTS)))
+        if not parts:
             return Merge()
         rows = _without_lost(self._merged(parts), standing())
         with tempfile.TemporaryFile(prefix="one4all-objects-") as merged:
@@ -257,10 +254,8 @@ def manifest_of(rows: list[ObjectRow]) -> Manifest:
     )
 
 
-def _to_merge(parts: list[ObjectInfo], *, everything: bool) -> list[ObjectInfo]:
+def _to_merge(parts: list[ObjectInfo]) -> list[ObjectInfo]:
     """Parts to merge: the smallest, and with them each that is not much larger than they are."""
-    if everything:
-        return parts
     chosen: list[ObjectInfo] = []
     total = 0
     for part in sorted(parts, key=lambda info: (info.size, info.key)):

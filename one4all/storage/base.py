@@ -63,11 +63,6 @@ class Attributes:
         """Text that is equal for equal attributes."""
         return json.dumps(asdict(self), sort_keys=True).encode()
 
-    @classmethod
-    def of_bytes(cls, data: bytes) -> Attributes:
-        """The inverse of `to_bytes`."""
-        return cls(**json.loads(data))
-
 
 class Reader(Protocol):
     """A byte stream; `read` may return fewer bytes than asked for, and ``b""`` at the end.

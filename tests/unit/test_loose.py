@@ -413,7 +413,7 @@ def test_merging_keeps_what_is_true_once_and_nothing_else(records):
     expected = sorted([*standing.values(), *(make_row(key, 7, output="") for key in standing)])
     assert sorted(records.rows()) == expected
     assert len(list(storage.list(f"{INTERNAL}objects/"))) == 1
-    assert records.merge(storage.list_data, everything=True).num_parts == 0
+    assert records.merge(storage.list_data).num_parts == 0
 
 
 def test_two_that_merge_at_once_lose_nothing(records, monkeypatch):
@@ -427,8 +427,8 @@ def test_two_that_merge_at_once_lose_nothing(records, monkeypatch):
     original, first = LocalStorage.delete, iter([True])
 
     def delete(self, key):
-        if next(first, False):  # the other one merges everything before this part is removed
-            ObjectRecords(storage).merge(storage.list_data, everything=True)
+        if next(first, False):  # the other one merges all before this part is removed
+            ObjectRecords(storage).merge(storage.list_data)
         original(self, key)
 
     monkeypatch.setattr(LocalStorage, "delete", delete)
