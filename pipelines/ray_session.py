@@ -170,7 +170,7 @@ def _local_ray(config: RayConfig) -> Iterator[None]:
             "include_dashboard": False,
             "_temp_dir": folder,
         }
-        with _ray("start Ray here", **options):
+        with _loopback_alone(), _ray("start Ray here", **options):
             yield
 
 
@@ -230,17 +230,28 @@ def _quieten_ray_data() -> None:
 @cache
 def _local_variables() -> Mapping[str, str | None]:
     """The variables of all local sessions of this process: Ray remembers what it read first."""
-    variables: dict[str, str | None] = {
+    return {
         **{name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_AUTH_TOKEN_PATH": None,
         # Unset, it is switched on for what `ray.init` starts, even if Ray was imported before.
         "RAY_AUTH_MODE": None,
-    }
-    if "ray" not in sys.modules:  # else it has decided already
         # Without clusters Ray needs loopback alone; elsewhere than on Linux that is its default.
-        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    return variables
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+@contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """Tell a Ray that was imported before its variables were set what they would have said."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -16,6 +16,17 @@ ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print("ran as", ray.get(ray.remote(lambda: "a guest").options(num_cpus=0).remote(), timeout=60))
 """
 
+IMPORTED_BEFORE = """
+import psutil, ray
+from pipelines.ray_session import ray_session
+from pipelines.settings import RayConfig
+
+with ray_session(RayConfig(num_cpus=1)):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [s for process in processes for s in process.net_connections()]
+    print({s.laddr.ip.removeprefix("::ffff:") for s in sockets if s.status == psutil.CONN_LISTEN})
+"""
+
 
 def let_in(environment: dict[str, str], tmp_path: Path) -> bool:
     """Whether a process that knows the address, and this environment, runs code in the session."""
@@ -70,6 +81,17 @@ def test_nothing_listens_beyond_this_machine(ray_local):
         time.sleep(1)
     assert len(found) > 5
     assert {(ip, who) for ip, who in found if ip != "127.0.0.1"} == set()
+
+
+def test_nothing_listens_beyond_this_machine_if_ray_was_imported_before():
+    alone = subprocess.run(
+        [sys.executable, "-c", IMPORTED_BEFORE],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=True,
+    )
+    assert alone.stdout == "{'127.0.0.1'}\n"
 
 
 def _listening() -> list[tuple[str, str]]:
