@@ -9,7 +9,6 @@ import pytest
 from support.builders import make_binding, make_image, make_tar, write_corpus
 from support.jobs import finish, read_until, start
 
-from one4all.ledger.lease import Lease
 from one4all.storage import open_storage
 from pipelines.telemetry import METRICS
 
@@ -64,14 +63,8 @@ def test_slot_runs_once_with_plain_lines_and_the_exit_status_of_its_driver(
     assert not missing, sorted(exported)
 
 
-def test_held_lease_and_impossible_request_keep_their_exit_status(
-    cluster, corpus, cluster_uri, protector_folder: Path
-):
-    protect = ["protect", corpus, f"{cluster_uri}/held", "--protector", str(protector_folder)]
-    with Lease(open_storage(f"{cluster_uri}/held"), "somebody", seconds=4):
-        code, printed = finish(start(cluster, *protect))
-    assert code == 75, printed
-    assert "somebody" in printed
+def test_impossible_request_keeps_its_exit_status(cluster, cluster_uri):
+    """That of a held lease is in test_nodes.py, in a slot that overlaps another."""
     code, printed = finish(start(cluster, "protect", f"{cluster_uri}/none", f"{cluster_uri}/out"))
     assert code == 2, printed
 

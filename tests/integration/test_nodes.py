@@ -168,6 +168,9 @@ def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(
 # --- training --------------------------------------------------------------------------------
 
 
+STEPS = 240
+
+
 class Training:
     """`one4all train` in a bucket, and its log."""
 
@@ -243,7 +246,7 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     cluster, two_nodes, cluster_uri, tmp_path
 ):
     """The last one: what a killed driver had reserved, no training has for three minutes."""
-    training = Training(cluster_uri, tmp_path, "steps=400", "checkpoint_every=20")
+    training = Training(cluster_uri, tmp_path, f"steps={STEPS}", "checkpoint_every=20")
     whole = next((tmp_path / "in").glob("*.tar")).read_bytes()
     open_storage(f"{cluster_uri}/in").write_bytes("damaged.tar", whole[: len(whole) // 2])
     job = start(cluster, *training.command, "--set", "num_workers=[1, 2]")
@@ -254,7 +257,7 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     training.kill_driver(cluster)
     code, printed = finish(job)
     assert code not in (0, 2), printed
-    assert training.step() < 400, "the driver was killed too late"
+    assert training.step() < STEPS, "the driver was killed too late"
     assert re.search(r"left out from its damage on: \S+/damaged\.tar: .*truncated", printed), (
         printed
     )
@@ -274,7 +277,7 @@ def test_training_goes_on_after_a_lost_node_and_on_another_cluster(
     )
     assert done.returncode == 0, done.stderr
     log = training.log()
-    assert [entry["step"] for entry in log] == list(range(1, 401))
+    assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
     assert log[0]["world_size"] == 2
     resumed = next(entry["step"] for entry in log if entry["world_size"] == 1)
     assert resumed > 1
