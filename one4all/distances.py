@@ -13,25 +13,24 @@ from one4all.images import LUMA, Pixels, colour
 
 IDENTICAL_PSNR_DB = 99.0
 _BAND_PIXELS = 1 << 20
+_CACHED_PIXELS = 1 << 15  # what is computed of them stays in a core's cache
 
 Plane: TypeAlias = npt.NDArray[np.float32]
 
 
 def max_difference(first: Pixels, second: Pixels) -> int:
     """Largest absolute difference of two (H, W, C) uint8 images, in levels; alpha included."""
-    # uint8 arithmetic wraps, so: larger minus smaller.
     return max(
-        int((np.maximum(first[rows], second[rows]) - np.minimum(first[rows], second[rows])).max())
-        for rows in _bands(first)
+        int(_difference(first[rows], second[rows]).max()) for rows in _bands(first, _CACHED_PIXELS)
     )
 
 
 def psnr_db(first: Pixels, second: Pixels) -> float:
     """Peak signal-to-noise ratio of the colour channels in dB; ``IDENTICAL_PSNR_DB`` at most."""
-    squares = 0.0
-    for rows in _bands(first):
-        difference = colour(first[rows]).astype(np.int16) - colour(second[rows])
-        squares += float(np.square(difference, dtype=np.float32).sum(dtype=np.float64))
+    squares = 0
+    for rows in _bands(first, _CACHED_PIXELS):
+        difference = _difference(colour(first[rows]), colour(second[rows]))
+        squares += int(np.square(difference, dtype=np.uint16).sum(dtype=np.uint64))
     mse = squares / colour(first).size
     return min(IDENTICAL_PSNR_DB, 10 * math.log10(255**2 / mse)) if mse else IDENTICAL_PSNR_DB
 
@@ -50,17 +49,22 @@ def ssim(first: Pixels, second: Pixels) -> float:
     weights = np.exp(-(offsets**2) / (2 * 1.5**2))
     window = (weights / weights.sum()).astype(np.float32)
     total, count = 0.0, 0
-    for rows in _bands(first, overlap=side - 1):
+    for rows in _bands(first, _BAND_PIXELS, overlap=side - 1):
         similarity = _similarity(luminance(first[rows]), luminance(second[rows]), window)
         total += float(similarity.sum(dtype=np.float64))
         count += similarity.size
     return total / count
 
 
-def _bands(image: Pixels, *, overlap: int = 0) -> Iterator[slice]:
-    """Rows in bands of about ``_BAND_PIXELS``, so that memory does not grow with the image."""
+def _difference(first: Pixels, second: Pixels) -> Pixels:
+    """Absolute difference: uint8 arithmetic wraps, so larger minus smaller."""
+    return np.maximum(first, second) - np.minimum(first, second)
+
+
+def _bands(image: Pixels, num_pixels: int, *, overlap: int = 0) -> Iterator[slice]:
+    """Rows in bands of about so many pixels, so that memory does not grow with the image."""
     height, width = image.shape[:2]
-    rows = max(1, _BAND_PIXELS // width)
+    rows = max(1, num_pixels // width)
     for top in range(0, height - overlap, rows):
         yield slice(top, min(height, top + rows + overlap))
 

@@ -24,7 +24,7 @@ DEFAULT_EPSILON_LEVELS = 8
 
 Levels: TypeAlias = npt.NDArray[np.float32]
 
-_BAND_PIXELS = 1 << 20
+_BAND_PIXELS = 1 << 15  # what is computed of them stays in a core's cache
 _LONGEST = 4  # middle squares
 
 
@@ -58,15 +58,17 @@ def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int)
         delta_hwC = delta_hwC[:, :, 1:2]
     protected = clean.copy()
     rows = max(1, _BAND_PIXELS // width)
-    resize = _BandResizer(delta_hwC, height, width)
+    resized = _BandResizer(delta_hwC, height, width)
+    over = resized.largest > epsilon_levels
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        delta = resize.rows(top, bottom)
+        delta = resized.rows(top, bottom)
         np.rint(delta, out=delta)
-        np.clip(delta, -epsilon_levels, epsilon_levels, out=delta)
+        if over:
+            np.clip(delta, -epsilon_levels, epsilon_levels, out=delta)
         band = clean[top:bottom, :, :num_colours].astype(np.int16)
         band += delta.astype(np.int16)
-        protected[top:bottom, :, :num_colours] = np.clip(band, 0, 255)
+        protected[top:bottom, :, :num_colours] = np.clip(band, 0, 255, out=band)
     return protected
 
 
@@ -118,17 +120,22 @@ class _BandResizer:
         # Width, and height where it shrinks, at once: that is small. Rows are added band by band.
         wide = resize_perturbation(delta, (source_rows, width))
         self._wide: Levels = np.ascontiguousarray(wide[0].permute(1, 2, 0).numpy())
+        self._to_next = np.zeros_like(self._wide)
+        np.subtract(self._wide[1:], self._wide[:-1], out=self._to_next[:-1])
         centre = (np.arange(height, dtype=np.float64) + 0.5) * source_rows / height - 0.5
         centre = centre.clip(0, source_rows - 1)
         self._above = np.floor(centre).astype(np.intp)
-        self._below = np.minimum(self._above + 1, source_rows - 1)
         self._weight = (centre - self._above).astype(np.float32)[:, None, None]
+
+    @property
+    def largest(self) -> float:
+        """Bound of the absolute values of all rows: a weighted mean is not beyond its values."""
+        return float(max(self._wide.max(), -self._wide.min()))
 
     def rows(self, top: int, bottom: int) -> Levels:
         """Rows ``top`` to ``bottom``, (bottom - top, W, C) float32; the caller may overwrite it."""
-        above = self._wide[self._above[top:bottom]]
-        below = self._wide[self._below[top:bottom]]
-        below -= above
-        below *= self._weight[top:bottom]
-        above += below
-        return above
+        above = self._above[top:bottom]
+        rows = self._to_next[above]
+        rows *= self._weight[top:bottom]
+        rows += self._wide[above]
+        return rows

@@ -1,9 +1,7 @@
-"""Throughput and memory of protect beside a plain loop that does the same work.
+"""Memory of a worker, speed on each container, and what planning takes.
 
-Both sides decode, encode, perturb, write and read back the same shards with the same protector
-and the same number of threads, in turn, in one run. The clock starts when a side has finished its
-first shard, so neither pays for its start-up. Ratios can be compared between machines; absolute
-rates cannot.
+Throughput beside other programs is in `pipelines.peers`. Ratios can be compared between machines;
+absolute rates cannot.
 """
 
 from __future__ import annotations
@@ -25,19 +23,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from PIL import Image
 
-from one4all.corpus import CONTAINERS, Unit, images_of, list_units, read_samples, write_unit
+from one4all.corpus import CONTAINERS, Unit, images_of, list_units, read_samples
 from one4all.corpus.tar import write_shard
-from one4all.distances import max_difference, psnr_db
 from one4all.errors import One4AllError
-from one4all.images import decode, encode, extension_for, working_copy
 from one4all.ledger.census import take_census
 from one4all.ledger.ledger import Ledger, digest_of
 from one4all.ledger.objects import ObjectRow, write_rows
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
-from one4all.protectors.protector import Protector
 from one4all.storage import INTERNAL, ObjectInfo, Reader, Storage, open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
@@ -47,50 +41,6 @@ from pipelines.settings import RayConfig
 
 ROUNDS = 3
 LISTED_AT_ONCE = 1000  # objects, by one request to S3
-BATCH_SIZE = ProtectConfig().batch_size
-
-
-def bench(source: str | None, output: Path, *, say: Callable[[str], None]) -> str:
-    """Measure and write a JSON file.
-
-    Args:
-        source: Corpus to measure on; None makes 6 shards of 64 photo crops of 500x375.
-        output: JSON file.
-        say: Receives a line for each measurement.
-
-    Returns:
-        The result in one line.
-    """
-    num_threads = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as scratch:
-        corpus = source or make_photo_corpus(Path(scratch) / "corpus")
-        rates: dict[str, list[float]] = {"protect": [], "loop": []}
-        peaks: dict[str, list[int]] = {"protect": [], "loop": []}
-        for index in range(ROUNDS):
-            for side, measure in (("protect", _measure_protect), ("loop", _measure_loop)):
-                target = Path(scratch) / "out"
-                rate, peak = measure(corpus, str(target), num_threads)
-                shutil.rmtree(target)
-                rates[side].append(rate)
-                peaks[side].append(peak)
-                say(f"round {index + 1}: {side} {rate:.1f} images/s, {peak / 1e9:.2f} GB peak")
-    ratios = [a / b for a, b in zip(rates["protect"], rates["loop"], strict=True)]
-    record = {
-        "source": source or "photo crops, 500x375 JPEG",
-        "threads": num_threads,
-        "images_per_second": rates,
-        "peak_bytes": peaks,
-        "ratio": ratios,
-        "ratio_median": statistics.median(ratios),
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    return (
-        f"protect / loop: {record['ratio_median']:.2f} (rounds "
-        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}); peak memory of a worker "
-        f"{max(peaks['protect']) / 1e9:.2f} GB, of the loop {max(peaks['loop']) / 1e9:.2f} GB; "
-        f"{output}"
-    )
 
 
 def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -> str:
@@ -430,65 +380,3 @@ def _photo_members(
         crop.save(buffer, "JPEG", quality=90)
         yield f"{shard:03d}_{index:05d}.jpg", buffer.getvalue()
         yield f"{shard:03d}_{index:05d}.cls", b"0"
-
-
-def _measure_protect(source: str, target: str, num_threads: int) -> tuple[float, int]:
-    """Images per second after the first shard, and peak memory of the worker in bytes."""
-    ticks: list[tuple[float, UnitStatus]] = []
-    config = ProtectConfig(protector=DEFAULT_PROTECTOR, num_workers=1, cpus_per_worker=num_threads)
-    with ray_session(RayConfig(num_cpus=num_threads)):
-        protect(
-            source,
-            target,
-            config,
-            on_progress=lambda status: ticks.append((time.perf_counter(), status)),
-        )
-    images = sum(status.num_images for _, status in ticks[1:])
-    return images / (ticks[-1][0] - ticks[0][0]), max(status.peak_bytes for _, status in ticks)
-
-
-def _measure_loop(source: str, target: str, num_threads: int) -> tuple[float, int]:
-    """The same for the plain loop, in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(plain_loop, (source, target, num_threads))
-
-
-def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> tuple[float, int]:
-    """One process, one thing after the other: what a careful script would do."""
-    torch.set_num_threads(num_threads)
-    protector = Protector.load(DEFAULT_PROTECTOR)
-    size = protector.card.working_size
-    source, target = open_storage(source_uri), open_storage(target_uri)
-    num_images, start = 0, 0.0
-    for number, unit in enumerate(list(list_units(source))):
-        with write_unit(target, unit) as writer:
-            samples = list(read_samples(source, unit))
-            images = [member for sample in samples for member in images_of(sample)]
-            protected = {}
-            for first in range(0, len(images), BATCH_SIZE):
-                batch = images[first : first + BATCH_SIZE]
-                clean = [decode(member.payload) for member in batch]
-                deltas = protector.perturb(
-                    np.stack([working_copy(image.pixels, size) for image in clean])
-                )
-                for member, image, delta in zip(batch, clean, deltas, strict=True):
-                    pixels = protector.apply(image.pixels, delta)
-                    payload = encode(replace(image, pixels=pixels), "match")
-                    seen = decode(payload).pixels
-                    max_difference(image.pixels, pixels)
-                    max_difference(image.pixels, seen)
-                    psnr_db(image.pixels, seen)
-                    protected[member.name] = (extension_for(member.name, image, "match"), payload)
-            for member in (member for sample in samples for member in sample.members):
-                if member.name in protected:
-                    name, payload = protected[member.name]
-                    writer.replace(member, name=name, payload=payload)
-                else:
-                    writer.copy(member)
-            writer.commit()
-        if number == 0:
-            start = time.perf_counter()
-        else:
-            num_images += len(images)
-    elapsed = time.perf_counter() - start
-    return num_images / elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

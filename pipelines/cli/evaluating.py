@@ -127,8 +127,7 @@ def bench(
         ),
     ] = 0,
 ) -> None:
-    """Measure protect against a plain loop that does the same work."""
-    from pipelines.bench import bench as run
+    """Measure protect beside a plain loop, Ray Data and webdataset that do the same work."""
     from pipelines.bench import bench_containers, bench_memory, bench_plan
 
     if plan_shards or plan_images:
@@ -139,4 +138,6 @@ def bench(
     elif shard_gb > 0:
         show_text(bench_memory(shard_gb, output, say=show))
     else:
-        show_text(run(source, output, say=show))
+        from pipelines.peers import bench_peers
+
+        show_text(bench_peers(source, output, say=show))

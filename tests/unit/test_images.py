@@ -15,7 +15,7 @@ from support.builders import make_16_bit_png, make_bomb_png, make_image, make_pi
 from support.hostile import png_with
 from support.metadata_blocks import RIGHTS_XMP, block_of, data_set, tiff_with
 
-from one4all import images
+from one4all import images, recode
 from one4all.errors import BadImageError
 from one4all.image_kinds import is_image
 from one4all.images import (
@@ -466,3 +466,38 @@ def test_panic_of_a_decoder_in_rust_is_a_bad_image_and_an_interrupt_is_none(monk
         monkeypatch.setattr(images, "_decode", fail)
         with pytest.raises(expected):
             decode(b"")
+
+
+def test_png_whose_samples_do_not_inflate_to_what_was_written_is_refused(monkeypatch):
+    compress = images.isal_zlib.compress
+    image = DecodedImage(make_pixels(300, 400), "PNG")
+    for wrong in (
+        lambda samples, level: compress(samples ^ 1, level),
+        lambda samples, level: compress(samples[:-1], level),
+        lambda samples, level: compress(samples, level)[:-9],
+        lambda samples, level: compress(samples, level)[:-1] + b"?",  # the checksum
+    ):
+        monkeypatch.setattr(images.isal_zlib, "compress", wrong)
+        with pytest.raises(BadImageError, match="cannot be written back as PNG"):
+            encode(image, "match")
+
+
+def test_few_png_are_decoded_again_and_always_the_same_ones(monkeypatch):
+    """All of them were inflated again, and compared."""
+    decoded: list[bytes] = []
+
+    def count(data: bytes, *, max_pixels: int) -> DecodedImage:
+        decoded.append(data)
+        return decode(data, max_pixels=max_pixels)
+
+    monkeypatch.setattr(recode, "decode", count)
+    for _ in range(2):
+        for seed in range(64):
+            clean = DecodedImage(make_pixels(seed=seed), "PNG")
+            moved = np.where(clean.pixels < 128, clean.pixels + 1, clean.pixels - 1)
+            found = recode.recode(
+                clean, moved, output_format="match", epsilon_levels=8, max_pixels=10**6
+            )
+            assert (found.max_before_encoding, found.max_decoded) == (1, 1)
+    assert 2 <= len(decoded) <= 2 * 16
+    assert decoded[: len(decoded) // 2] == decoded[len(decoded) // 2 :]
