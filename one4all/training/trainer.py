@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ from one4all.errors import ConfigError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, resize_perturbation
 from one4all.protectors import Generator, GeneratorConfig, Protector
 from one4all.protectors.kinds import KINDS, build_model, parse_config
-from one4all.training.loader import ImageStream, Share, Shares, deal
+from one4all.training.loader import OPEN_SHARDS, ImageStream, Share, Shares, deal
 from one4all.training.objectives import (
     DEFAULT_OBJECTIVE,
     RESERVED_SCALARS,
@@ -67,7 +66,10 @@ class TrainerConfig(BaseModel):
             those of workers are. Like them, each has its own "ratio" weight and batch statistics.
         learning_rate: Highest step size of Adam: warm-up over 1 % of the steps, then cosine to 0.
         weight_decay: Weight of Adam's L2 penalty.
-        shuffle_buffer: Encoded images that a rank holds to draw from.
+        shuffle_buffer: Encoded images that a rank shuffles with each other; as many more are read
+            ahead. Fewer, if they are larger than 128 MB together.
+        open_shards: Shards that a rank reads at once, an image of each in turn. Of a Parquet file a
+            row group is in memory.
         sidecar_patterns: Images that are no photos, such as masks and depth maps, and are not
             learnt from: ``*.seg.png``; matched against the last component of the name.
         seed: Seed of everything random: weights at the start, order of images, crops, and what the
@@ -91,6 +93,7 @@ class TrainerConfig(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
     shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
+    open_shards: Annotated[int, Field(ge=1, le=64)] = OPEN_SHARDS
     sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
 
@@ -189,8 +192,10 @@ class GeneratorTrainer:
             size=self.working_size,
             seed=config.seed,
             shuffle_buffer=config.shuffle_buffer,
+            open_shards=config.open_shards,
             sidecar_patterns=config.sidecar_patterns,
             num_threads=num_threads,
+            pin_memory=self.device.type == "cuda",
         )
         self._rank, self._world_size = rank, world_size
         self.step_number = 0
@@ -230,8 +235,9 @@ class GeneratorTrainer:
         self._model.train()
         batches = self._stream.batches(self.config.images_per_step, self.shares)
         while self.step_number < self.config.steps:
-            self.shares, image_BHWC = next(batches)
-            self.step(torch.from_numpy(image_BHWC))
+            batch = next(batches)
+            self.shares = batch.shares
+            self.step(batch.image_BHWC)
             self.step_number += 1
             yield self.step_number
 
@@ -289,7 +295,9 @@ class GeneratorTrainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "step": self.step_number,
-            "shares": [list(map(astuple, shares)) for shares in of_ranks or [self.shares]],
+            "shares": [
+                [share.to_list() for share in shares] for shares in of_ranks or [self.shares]
+            ],
         }
         torch.save(state, folder / _STATE_FILE)
 
@@ -307,7 +315,7 @@ class GeneratorTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.step_number = state["step"]
-        of_ranks = [tuple(Share(*share) for share in shares) for shares in state["shares"]]
+        of_ranks = [tuple(map(Share.from_list, shares)) for shares in state["shares"]]
         self.shares = deal(of_ranks, self._world_size)[self._rank]
 
     def protector(self, name: str, training: dict[str, Any]) -> Protector:

@@ -1,9 +1,14 @@
 """The stream of training images, a training step, and the controls."""
 
+import json
 import re
 import shutil
 import tarfile
+import threading
+import time
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +22,10 @@ from one4all.evaluation.methods.controls import class_patterns, uniform_noise
 from one4all.perturbation import apply_perturbation
 from one4all.protectors import PerturbationModel, Protector
 from one4all.protectors.kinds import KINDS
+from one4all.storage import LocalStorage
+from one4all.training import loader
 from one4all.training.cost import cost_of_an_image
-from one4all.training.loader import ImageStream, Share, Shares, deal
+from one4all.training.loader import Batch, ImageStream, Mark, Share, Shares, deal
 from one4all.training.trainer import GeneratorTrainer, TrainerConfig
 
 ALONE = (Share(0, 0, 1),)
@@ -30,11 +37,15 @@ def corpus(tmp_path_factory) -> str:
 
 
 def take(corpus, count, *, batch_size=4, shares: Shares = ALONE, **options):
+    """Some batches, as what is left after each, and its images."""
     stream = ImageStream([corpus], size=16, **options)
-    batches = stream.batches(batch_size, shares)
-    found = [next(batches) for _ in range(count)]
-    batches.close()
-    return found
+    with closing(stream.batches(batch_size, shares)) as batches:
+        return [(batch.shares, batch.image_BHWC.numpy()) for batch in islice(batches, count)]
+
+
+def payloads_of(stream: ImageStream, share: Share) -> list[bytes]:
+    """Encoded images of a share, in its order."""
+    return [image.payload for image in stream.encoded(share)]
 
 
 # --- loader ----------------------------------------------------------------------------------
@@ -51,6 +62,109 @@ def test_stream_is_the_same_every_time_and_goes_on_where_it_stopped(corpus):
         np.testing.assert_array_equal(image1, image2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 9], ids=lambda n: f"{n} ranks")
+def test_resumed_stream_reads_no_shard_that_was_done_with(tmp_path, monkeypatch, count):
+    """Wherever it is resumed, in a world with more ranks than shards, too: it opens the
+    shards that were open there, and then those that come after them."""
+    corpus = str(write_corpus(tmp_path / "c", num_shards=6, num_samples=12))
+    opened: list[str] = []
+
+    def noted(self, key, **options):
+        opened.append(key)
+        return open_file(self, key, **options)
+
+    def run(shares: Shares, num_batches: int) -> list[Batch]:
+        opened.clear()
+        stream = ImageStream([corpus], size=8, open_shards=2, shuffle_buffer=3)
+        with closing(stream.batches(2, shares)) as batches:
+            return list(islice(batches, num_batches))
+
+    open_file = LocalStorage.open
+    monkeypatch.setattr(LocalStorage, "open", noted)
+    share = Share(0, count - 1, count)
+    num_batches = len(payloads_of(ImageStream([corpus], size=8), share)) // 2
+    whole = run((share,), num_batches + 2)
+    order = list(opened)
+    for done in range(num_batches):
+        found = run(whole[done].shares, num_batches + 1 - done)
+        for expected, batch in zip(whole[done + 1 :], found, strict=True):
+            assert batch.shares == expected.shares
+            assert batch.names == expected.names
+            assert torch.equal(batch.image_BHWC, expected.image_BHWC)
+        mark = whole[done].shares[0].mark
+        wanted = [order[place] for place, _ in mark.open_units] + order[mark.num_opened :]
+        assert all(a == b for a, b in zip(opened, wanted, strict=False))
+    assert mark.num_opened - len(mark.open_units) > 0, "no shard was done with"
+
+
+def test_order_does_not_depend_on_who_is_faster(corpus, monkeypatch):
+    expected = take(corpus, 9, shuffle_buffer=5)
+    read, crop = ImageStream._samples, ImageStream._crop
+    delays = np.random.default_rng(0)
+
+    def slow_samples(self, uri, unit):
+        for sample in read(self, uri, unit):
+            time.sleep(delays.uniform(0, 0.004))
+            yield sample
+
+    def slow_crop(self, *arguments):
+        time.sleep(delays.uniform(0, 0.004))
+        return crop(self, *arguments)
+
+    monkeypatch.setattr(ImageStream, "_samples", slow_samples)
+    monkeypatch.setattr(ImageStream, "_crop", slow_crop)
+    for (shares1, image1), (shares2, image2) in zip(
+        expected, take(corpus, 9, shuffle_buffer=5, num_threads=4), strict=True
+    ):
+        assert shares1 == shares2
+        np.testing.assert_array_equal(image1, image2)
+
+
+def test_next_block_is_read_while_this_one_is_decoded_and_no_further(corpus, monkeypatch):
+    read_ahead, num_read = threading.Event(), 0
+    read, crop = ImageStream._images, ImageStream._crop
+
+    def counted(self, uri, unit):
+        nonlocal num_read
+        for image in read(self, uri, unit):
+            num_read += 1
+            if num_read > 5:
+                read_ahead.set()
+            yield image
+
+    def waiting(self, *arguments):
+        assert read_ahead.wait(20), "reading waits for decoding"
+        return crop(self, *arguments)
+
+    monkeypatch.setattr(ImageStream, "_images", counted)
+    monkeypatch.setattr(ImageStream, "_crop", waiting)
+    stream = ImageStream([corpus], size=16, shuffle_buffer=5)
+    with closing(stream.batches(2, ALONE)) as batches:
+        for _ in range(2):  # and the third, which begins the second block, is prepared
+            next(batches)
+        time.sleep(0.3)
+        assert num_read <= 3 * 5
+    assert not [thread.name for thread in threading.enumerate() if "reader" in thread.name]
+
+
+def test_units_take_turns_and_large_images_make_smaller_blocks(corpus, monkeypatch):
+    stream = ImageStream([corpus], size=16, open_shards=3, shuffle_buffer=1)
+    units = [image.unit for image in stream.encoded(Share(0, 0, 1))]
+    assert all(len(set(units[i : i + 3])) == 3 for i in range(0, 24, 3))
+    monkeypatch.setattr(loader, "SHUFFLE_BYTES", 2 * 5000)
+    blocks = list(ImageStream([corpus], size=16)._blocks_of(Share(0, 0, 1)))
+    assert len(blocks) > 3
+    for block in blocks[:-1]:
+        sizes = [len(image.payload) for image in block.images]
+        assert 5000 <= sum(sizes) < 5000 + max(sizes)
+
+
+def test_place_in_a_checkpoint_is_plain_numbers_and_may_be_of_before():
+    share = Share(3, 1, 4, 17, Mark(12, 5, 49, ((2, 3), (4, 1))))
+    assert Share.from_list(json.loads(json.dumps(share.to_list()))) == share
+    assert Share.from_list([3, 1, 4, 17]) == Share(3, 1, 4, 17)
+
+
 def test_epochs_and_seeds_differ(corpus):
     first, other_seed = take(corpus, 7), take(corpus, 1, seed=1)
     assert not np.array_equal(first[0][1], first[6][1])
@@ -61,7 +175,7 @@ def test_epochs_and_seeds_differ(corpus):
 def test_ranks_share_an_epoch_without_loss_or_repetition(corpus, world_size):
     """More ranks than shards included; told by the payloads, before any random crop."""
     stream = ImageStream([corpus], size=16)
-    parts = [list(stream._shuffled(Share(0, rank, world_size))) for rank in range(world_size)]
+    parts = [payloads_of(stream, Share(0, rank, world_size)) for rank in range(world_size)]
     payloads = [payload for part in parts for payload in part]
     assert len(payloads) == 24
     assert len(set(payloads)) == 24
@@ -76,7 +190,7 @@ def test_every_image_counts_once_an_epoch_whatever_becomes_of_the_ranks(corpus, 
 
     def work(shares: Shares, count: int) -> Shares:
         share, *later = shares
-        part = list(stream._shuffled(share))
+        part = payloads_of(stream, share)
         seen.extend((share.epoch, payload) for payload in part[share.position :][:count])
         if share.position + count < len(part):
             return (replace(share, position=share.position + count), *later)
@@ -92,7 +206,7 @@ def test_every_image_counts_once_an_epoch_whatever_becomes_of_the_ranks(corpus, 
     # Give everybody the rest of the epoch that is furthest behind, and of those before it.
     for shares in deal(of_ranks, 7):
         for share in shares[:-1]:
-            seen += [(share.epoch, p) for p in list(stream._shuffled(share))[share.position :]]
+            seen += [(share.epoch, p) for p in payloads_of(stream, share)[share.position :]]
     assert len(seen) == len(set(seen))
     epochs = 1 + max(epoch for epoch, _ in seen)
     assert len(seen) == 24 * epochs
@@ -111,9 +225,9 @@ def test_masks_and_depth_maps_are_not_learnt_as_photos(tmp_path):
                (("jpg", photo), ("seg.png", mask), ("depth.png", mask))]  # fmt: skip
     (tmp_path / "shard-000.tar").write_bytes(make_tar(members))
     stream = ImageStream([str(tmp_path)], size=16, sidecar_patterns=("*.seg.png", "*.depth.png"))
-    assert list(stream._shuffled(Share(0, 0, 1))) == [photo] * 4
+    assert payloads_of(stream, Share(0, 0, 1)) == [photo] * 4
     config = config_for(str(tmp_path), sidecar_patterns=["*.png"])
-    assert list(GeneratorTrainer(config)._stream._shuffled(Share(0, 0, 1))) == [photo] * 4
+    assert payloads_of(GeneratorTrainer(config)._stream, Share(0, 0, 1)) == [photo] * 4
 
 
 def test_too_few_images_are_named(corpus, tmp_path):
@@ -152,9 +266,9 @@ def test_damaged_shard_is_left_out_from_its_damage_on_and_named(corpus, tmp_path
     stream = ImageStream([where], size=16)
     if kind == "gone":
         (Path(where) / "shard-001.tar").unlink()
-    parts = [list(stream._shuffled(Share(0, rank, 2))) for rank in range(2)]
+    parts = [payloads_of(stream, Share(0, rank, 2)) for rank in range(2)]
     payloads = [payload for part in parts for payload in part]
-    whole = list(ImageStream([corpus], size=16)._shuffled(Share(0, 0, 1)))
+    whole = payloads_of(ImageStream([corpus], size=16), Share(0, 0, 1))
     assert len(payloads) == len(set(payloads))
     assert set(payloads) < set(whole)
     assert 16 <= len(payloads) < 24
