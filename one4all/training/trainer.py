@@ -149,6 +149,7 @@ class GeneratorTrainer:
         world_size: Number of workers.
         device: Device that it computes on.
         num_threads: Threads that decode images.
+        bank: Concepts that were embedded before; taken if they are what would be embedded here.
         wrap: Makes a module data-parallel, on the device.
 
     Raises:
@@ -165,6 +166,7 @@ class GeneratorTrainer:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         num_threads: int = 1,
+        bank: ConceptBank | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.config = config
@@ -177,7 +179,7 @@ class GeneratorTrainer:
                 f"a protector of kind {config.kind!r} has nothing to train; one4all fit makes some "
                 "that are not trained"
             )
-        self.objective = build_objective(config.objective, self._context())
+        self.objective = build_objective(config.objective, self._context(bank))
         self.encoder.to(self.device)
         whole = _Pass(self.generator, self.objective, config.epsilon_levels / 255)
         self._model = wrap(whole.to(self.device))
@@ -333,13 +335,17 @@ class GeneratorTrainer:
             training=training,
         )
 
-    def _context(self) -> ObjectiveContext:
+    def _context(self, known: ConceptBank | None) -> ObjectiveContext:
         config, encoder = self.config, self.encoder
         return ObjectiveContext(
             encode_image=encoder.encode_image,
             embedding_dim=encoder.embedding_dim,
             concept_bank=partial(
-                ConceptBank.build, config.vocabulary, encoder, templates=config.templates
+                ConceptBank.build,
+                config.vocabulary,
+                encoder,
+                templates=config.templates,
+                known=known,
             ),
             working_size=self.working_size,
             epsilon_levels=config.epsilon_levels,

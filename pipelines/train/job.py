@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from one4all.errors import ConflictError, One4AllError, UsageError
+from one4all.concepts import ConceptBank
+from one4all.errors import ConfigError, ConflictError, NotFoundError, One4AllError, UsageError
 from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
 from one4all.storage import Storage, open_storage
@@ -35,6 +36,7 @@ from pipelines.train.status import RUN_FILE, leave_pointer
 from pipelines.train.worker import train_loop
 
 _WORKER_ACTOR = "RayTrainWorker"  # what Ray Train calls its workers
+CONCEPTS_FILE = "concepts.safetensors"  # in the run folder: embedded once for all sittings
 _NAMED = 100  # damaged shards, at most, in the card; the run folder has them all
 
 
@@ -71,7 +73,8 @@ def train(
     given, config = config, _with_absolute_paths(config)
     for uri in config.source.split(","):
         open_storage(uri).check(writable=False)
-    GeneratorTrainer(config).check()
+    known = _known_concepts(config)
+    bank = _checked(config, known)
     open_storage(config.output).check(writable=True)
     _refuse_other_run(config)
     lease = Lease(
@@ -82,16 +85,19 @@ def train(
     )
     with lease:
         leave_pointer(open_storage(config.output), config.run_folder)
+        if bank is not None and (known is None or known.hash != bank.hash):
+            open_storage(config.run_folder).write_bytes(CONCEPTS_FILE, bank.to_bytes())
         log = RunLog(config.run_folder)
         on_start()
-        checkpoint = _fit(config, log, on_metrics, on_damage)
+        checkpoint = _fit(config, bank, log, on_metrics, on_damage)
         lease.check()  # what the other run writes is as good, but not ours
         with checkpoint.as_directory() as folder:
-            return _export(config, given.source, Path(folder), log, command)
+            return _export(config, bank, given.source, Path(folder), log, command)
 
 
 def _fit(
     config: TrainConfig,
+    bank: ConceptBank | None,
     log: RunLog,
     on_metrics: Callable[[Entry], None],
     on_damage: Callable[[str, str], None],
@@ -121,7 +127,11 @@ def _fit(
         }
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"config": config.model_dump_json(), "board": board},
+            train_loop_config={
+                "config": config.model_dump_json(),
+                "board": board,
+                "concepts": b"" if bank is None else bank.to_bytes(),
+            },
             scaling_config=ScalingConfig(
                 **workers,
                 use_gpu=gpus > 0,
@@ -167,13 +177,14 @@ def _stopped_by_ray() -> Iterator[None]:
 
 def _export(
     config: TrainConfig,
+    bank: ConceptBank | None,
     source: str,
     checkpoint: Path,
     log: RunLog,
     command: str,
 ) -> ProtectorCard:
     """Write the protector folder from the last checkpoint."""
-    trainer = GeneratorTrainer(config)
+    trainer = GeneratorTrainer(config, bank=bank)
     trainer.load(checkpoint)
     history = log.history
     training = {
@@ -193,6 +204,21 @@ def _export(
     }
     name = Path(config.output.rstrip("/")).name
     return trainer.protector(name, training).publish(open_storage(config.output))
+
+
+def _checked(config: TrainConfig, known: ConceptBank | None) -> ConceptBank | None:
+    """The concepts of a training that can begin; None if its objective has none."""
+    trainer = GeneratorTrainer(config, bank=known)
+    trainer.check()
+    return trainer.objective.bank
+
+
+def _known_concepts(config: TrainConfig) -> ConceptBank | None:
+    """The concepts that an earlier sitting has embedded, if there was one."""
+    try:
+        return ConceptBank.from_bytes(open_storage(config.run_folder).read_bytes(CONCEPTS_FILE))
+    except (NotFoundError, ConfigError):
+        return None
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from one4all.concepts import ConceptBank
 from one4all.training.loader import Shares
 from one4all.training.trainer import GeneratorTrainer
 from pipelines import telemetry
@@ -25,7 +26,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     """Train from the last checkpoint, if there is one, to the end.
 
     Args:
-        settings: ``config``, a `TrainConfig` as JSON, and ``board``, the actor for progress.
+        settings: ``config``, a `TrainConfig` as JSON; ``board``, the actor for progress; and
+            ``concepts``, a `ConceptBank` as bytes, or none.
     """
     import ray.train
     from ray.train import Checkpoint
@@ -41,6 +43,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         world_size=world_size,
         device=get_device(),
         num_threads=config.cpus_per_worker,
+        bank=ConceptBank.from_bytes(settings["concepts"]) if settings["concepts"] else None,
         wrap=prepare_model,
     )
     if checkpoint := ray.train.get_checkpoint():
