@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from one4all.corpus import Sample, Unit, images_of, open_corpora, read_samples
@@ -187,6 +188,8 @@ class ImageStream:
         shuffle_buffer: Encoded images that are shuffled with each other; as many more are read
             ahead. Fewer, if they are large: see `SHUFFLE_BYTES`.
         open_shards: Units that are read at once.
+        part: Part of the units that is read, of a random order that the seed draws: (0, 0.1) is a
+            tenth of them, at least one, and (0.1, 1) are the others, at least one too.
         sidecar_patterns: Images that are no photos, such as ``*.seg.png``, and are not learnt
             from; matched against the last component of the name.
         num_threads: Threads that decode.
@@ -198,7 +201,7 @@ class ImageStream:
             Its images before the damage are used, the others are left out.
 
     Raises:
-        UsageError: There is no unit in them.
+        UsageError: There is no unit in them, or only one for two parts.
     """
 
     damaged: dict[str, str]
@@ -211,11 +214,13 @@ class ImageStream:
         seed: int = 0,
         shuffle_buffer: int = 2000,
         open_shards: int = OPEN_SHARDS,
+        part: tuple[float, float] = (0, 1),
         sidecar_patterns: Sequence[str] = (),
         num_threads: int = 1,
         pin_memory: bool = False,
     ) -> None:
         self._units: Sequence[tuple[str, Unit]] = open_corpora(uris)
+        self._places = _part(len(self._units), part, seed)
         self._size, self._seed = size, seed
         self._shuffle_buffer, self._open_shards = shuffle_buffer, open_shards
         self._sidecar_patterns = tuple(sidecar_patterns)
@@ -226,6 +231,27 @@ class ImageStream:
     def encoded(self, share: Share) -> Iterator[EncodedImage]:
         """Images of a share in its random order, from the block on that its position is in."""
         return chain.from_iterable(block.images for block in self._blocks_of(share))
+
+    def first(self, count: int) -> Tensor:
+        """Crops of the first images of an epoch that can be read: the same every time.
+
+        Returns:
+            uint8 (N, S, S, 3); N is ``count``, or less if there are not so many.
+
+        Raises:
+            UsageError: There is none.
+        """
+        share = Share(0, 0, 1)
+        ready: list[tuple[Pixels, EncodedImage]] = []
+        for block in self._blocks_of(share):
+            if block.images:
+                chunk = list(enumerate(block.images, block.mark.position))
+                ready += self._decoded(share, chunk[: count - len(ready)])
+            if len(ready) == count:
+                break
+        if not ready:
+            raise UsageError(f"no image among those for validation can be read{self._losses()}")
+        return self._batch((share,), ready).image_BHWC
 
     def batches(self, batch_size: int, shares: Shares) -> Generator[Batch]:
         """Batches without end: of these shares, then of the last one's epoch after epoch.
@@ -315,7 +341,7 @@ class ImageStream:
         Raises:
             _StoppedError: ``stop`` was set.
         """
-        order = np.random.default_rng((self._seed, share.epoch)).permutation(len(self._units))
+        order = np.random.default_rng((self._seed, share.epoch)).permutation(self._places)
         by_unit = len(order) >= share.count
         if by_unit:
             order = order[share.index :: share.count]
@@ -392,6 +418,22 @@ class ImageStream:
         left = int(random.integers(width - crop_width + 1))
         crop = working_copy(pixels[top : top + crop_height, left : left + crop_width], self._size)
         return crop[:, ::-1] if random.random() < 0.5 else crop
+
+
+def _part(num_units: int, part: tuple[float, float], seed: int) -> NDArray[np.int64]:
+    """Numbers of the units of a part; see `ImageStream`."""
+    if part == (0, 1):
+        return np.arange(num_units)
+    if num_units < 2:
+        raise UsageError(
+            "one shard cannot be split into one to learn from and one to validate on; pack smaller "
+            "shards, or name images of their own in validation_source"
+        )
+    first, last = (
+        min(max(round(edge * num_units), 1), num_units - 1) if 0 < edge < 1 else edge * num_units
+        for edge in part
+    )
+    return np.random.default_rng(seed).permutation(num_units)[int(first) : int(last)]
 
 
 class _StoppedError(Exception):

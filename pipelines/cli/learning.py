@@ -154,6 +154,8 @@ def training_lines(found: Any) -> list[str]:
     losses = [entry["loss"] for entry in found.history]
     lines.append(f"  step {found.step:>9,} of {found.num_steps:,}; {pace}")
     lines.append(f"  loss {losses[0]:>9.3g} -> {losses[-1]:.3g}  {curve(losses)}")
+    if seen := [e["validation_loss"] for e in found.history if "validation_loss" in e]:
+        lines.append(f"  of validation {seen[0]:.3g} -> {seen[-1]:.3g}  {curve(seen)}")
     lines += [f"  damaged shard {uri}: {reason}" for uri, reason in found.damaged.items()]
     return lines
 

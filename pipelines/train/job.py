@@ -21,7 +21,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from one4all.concepts import ConceptBank
-from one4all.errors import ConfigError, ConflictError, NotFoundError, One4AllError, UsageError
+from one4all.errors import (
+    ConfigError,
+    ConflictError,
+    NotFiniteError,
+    NotFoundError,
+    One4AllError,
+    UsageError,
+)
 from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
 from one4all.storage import Storage, open_storage
@@ -31,12 +38,13 @@ from pipelines.provenance import commit
 from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.settings import absolute_path, absolute_weights
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import Entry, RunLog, progress_board
+from pipelines.train.progress import FAILURE_FILE, Entry, Failure, RunLog, progress_board
 from pipelines.train.status import RUN_FILE, leave_pointer
 from pipelines.train.worker import train_loop
 
 _WORKER_ACTOR = "RayTrainWorker"  # what Ray Train calls its workers
 CONCEPTS_FILE = "concepts.safetensors"  # in the run folder: embedded once for all sittings
+_NAMED_IMAGES = 16  # in an error; the run folder has them all
 _NAMED = 100  # damaged shards, at most, in the card; the run folder has them all
 
 
@@ -66,12 +74,13 @@ def train(
     Raises:
         UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
         LeaseHeldError: Another run trains in this run folder, or took it over.
+        NotFiniteError: A loss or a gradient is NaN or infinite; the images are named.
         One4AllError: Training failed more often than ``max_failures``.
     """
     if not config.source:
         raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
     given, config = config, _with_absolute_paths(config)
-    for uri in config.source.split(","):
+    for uri in filter(None, f"{config.source},{config.validation_source}".split(",")):
         open_storage(uri).check(writable=False)
     known = _known_concepts(config)
     bank = _checked(config, known)
@@ -111,6 +120,8 @@ def _fit(
         for uri, reason in log.add_damage(damaged).items():
             on_damage(uri, reason)
 
+    import ray
+
     with ray_session(config.ray), log, progress_board(log_entry, log_damage) as board:
         from ray.exceptions import RayError
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -144,18 +155,38 @@ def _fit(
                 **_ray_storage(config.run_folder),
                 # Nodes that were announced to go are not counted, and may be any number.
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             ),
         )
         try:
             room = watched_start(_WORKER_ACTOR, cpus=config.cpus_per_worker, gpus=gpus)
             with _stopped_by_ray(), room:
                 result = trainer.fit()
+            failure = ray.get(board.failure.remote())
         except (TrainingFailedError, RayError) as error:
             raise One4AllError(f"training failed: {_root_cause(error)}") from error
+        if failure is not None:
+            raise _not_finite(failure, config, log)
         if result.checkpoint is None:
             raise One4AllError("training ended without a checkpoint")
         return result.checkpoint
+
+
+def _not_finite(failure: Failure, config: TrainConfig, log: RunLog) -> NotFiniteError:
+    """The error that ends a training, with the images that may be the reason by their shards."""
+    said, images = failure
+    log.add_failure(failure)
+    by_unit: dict[str, list[str]] = {}
+    for unit, key in images[:_NAMED_IMAGES]:
+        by_unit.setdefault(unit, []).append(key)
+    named = "; ".join(f"{unit}: {', '.join(keys)}" for unit, keys in by_unit.items())
+    others = f" and {len(images) - _NAMED_IMAGES} more" if len(images) > _NAMED_IMAGES else ""
+    return NotFiniteError(
+        f"{said}; images: {named}{others}, all in {FAILURE_FILE} of {config.run_folder}. No "
+        "weights were changed by it. Leave out the image that is the reason, or begin a new run "
+        "with a lower learning_rate",
+        images,
+    )
 
 
 @contextmanager
@@ -225,13 +256,18 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in another directory, perhaps on another machine: paths are absolute."""
     return config.model_copy(
         update={
-            "source": ",".join(open_storage(u.strip()).uri for u in config.source.split(",")),
+            "source": _absolute(config.source),
+            "validation_source": _absolute(config.validation_source),
             "output": open_storage(config.output).uri,
             "run_folder": open_storage(config.run_folder).uri,
             "vocabulary": absolute_path(config.vocabulary),
             "encoder": absolute_weights(config.encoder),
         }
     )
+
+
+def _absolute(corpora: str) -> str:
+    return ",".join(open_storage(u.strip()).uri for u in corpora.split(",")) if corpora else ""
 
 
 def _refuse_other_run(config: TrainConfig) -> None:
@@ -248,6 +284,11 @@ def _refuse_other_run(config: TrainConfig) -> None:
         "max_failures",
         "log_every",
         "lease_seconds",
+        "keep_checkpoints",
+        "validation_source",
+        "validation_images",
+        "validate_every",
+        "compile",
     }
     wanted = config.model_dump(mode="json", exclude=free)
     try:

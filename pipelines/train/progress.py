@@ -19,6 +19,7 @@ from one4all.storage import LocalStorage, open_storage
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "damaged_shards.json"
+FAILURE_FILE = "not_finite.json"
 CURVES_FILE = "loss_curves.png"
 _REST = 20  # times as long as writing the log took, until it is written again
 # Of the run, not of what it learns.
@@ -27,6 +28,9 @@ _NOT_PLOTTED = ("epoch", "world_size", "images_per_second", "damaged_shards")
 Entry: TypeAlias = dict[str, float]
 """Figures of one step by name: those of `RESERVED_SCALARS`, and the objective's own scalars."""
 
+Failure: TypeAlias = tuple[str, list[tuple[str, str]]]
+"""What is wrong, and the unit and key of each image that may be the reason."""
+
 
 class ProgressBoard:
     """Ray actor that workers write to and the driver reads."""
@@ -34,6 +38,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._entries: list[Entry] = []
         self._damaged: dict[str, str] = {}
+        self._failure: Failure | None = None
 
     def post(self, entry: Entry) -> None:
         """Add an entry."""
@@ -42,6 +47,14 @@ class ProgressBoard:
     def post_damage(self, damaged: dict[str, str]) -> None:
         """Add what a rank knows of damaged shards: the reason, by URI."""
         self._damaged |= damaged
+
+    def post_failure(self, failure: Failure) -> None:
+        """Say why the training must not go on, nor be tried again."""
+        self._failure = failure
+
+    def failure(self) -> Failure | None:
+        """Why the training must not go on; None if it may."""
+        return self._failure
 
     def since(self, start: int, num_damaged: int) -> tuple[list[Entry], dict[str, str]]:
         """The entries from number ``start`` on, counted from 0; and damaged shards likewise."""
@@ -122,6 +135,12 @@ class RunLog:
             return self._storage.read_bytes(name).decode()
         except NotFoundError:
             return ""
+
+    def add_failure(self, failure: Failure) -> None:
+        """Log why the training ends, with all images that may be the reason."""
+        said, images = failure
+        record = json.dumps({"error": said, "images": images}, indent=1)
+        self._storage.write_bytes(FAILURE_FILE, record.encode())
 
     def add_damage(self, damaged: dict[str, str]) -> dict[str, str]:
         """Log damaged shards; those that are new."""

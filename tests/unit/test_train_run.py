@@ -1,6 +1,7 @@
 """What a run folder keeps: the run that it belongs to, and the concepts that were embedded."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from one4all.errors import ConfigError, UsageError
 from pipelines.train import job
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import _refuse_other_run, train
+from pipelines.train.progress import RunLog
 
 
 def begin(folder: Path, **options) -> tuple[TrainConfig, dict]:
@@ -57,6 +59,20 @@ def test_record_with_a_setting_that_is_unknown_here_is_named(tmp_path):
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(UsageError, match=r"run.json in run folder .*/run is damaged"):
         _refuse_other_run(config)
+
+
+def test_training_that_met_no_number_names_images_by_shard_and_keeps_them_all(tmp_path):
+    config, _ = begin(tmp_path)
+    images = [(f"in/{number // 10}.tar", f"k{number}") for number in range(20)]
+    log = RunLog(config.run_folder)
+    error = job._not_finite(("step 3, rank 1: the loss of a batch is nan", images), config, log)
+    assert re.search(
+        r"^step 3, rank 1: .* nan; images: in/0.tar: k0, .*, k9; in/1.tar: k10, .*, k15 and 4 more,"
+        " all in not_finite.json of .*/run. No weights were changed",
+        str(error),
+    )
+    found = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert found["images"] == [list(image) for image in images]
 
 
 @pytest.mark.slow

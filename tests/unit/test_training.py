@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from support.builders import TINY_ENCODER, TINY_GENERATOR, make_image, make_tar, write_corpus
 
-from one4all.errors import ConfigError, UsageError
+from one4all.errors import ConfigError, NotFiniteError, UsageError
 from one4all.evaluation.methods.controls import class_patterns, uniform_noise
 from one4all.perturbation import apply_perturbation
 from one4all.protectors import PerturbationModel, Protector
@@ -27,6 +27,7 @@ from one4all.training import loader
 from one4all.training.cost import cost_of_an_image
 from one4all.training.loader import Batch, ImageStream, Mark, Share, Shares, deal
 from one4all.training.trainer import GeneratorTrainer, TrainerConfig
+from pipelines.train.worker import one_failure
 
 ALONE = (Share(0, 0, 1),)
 
@@ -307,6 +308,69 @@ def test_training_ends_where_damage_leaves_too_little(corpus, tmp_path):
         take(str(where), 1)
 
 
+# --- images that are only looked at ------------------------------------------------------------
+
+
+def test_a_share_of_the_shards_is_kept_from_learning(tmp_path):
+    corpus = str(write_corpus(tmp_path / "c", num_shards=5, num_samples=4))
+
+    def units_of(part: tuple[float, float], seed: int = 0) -> set[str]:
+        stream = ImageStream([corpus], size=8, part=part, seed=seed)
+        return {image.unit for image in stream.encoded(Share(0, 0, 1))}
+
+    for share, count in ((0.01, 1), (0.4, 2), (0.5, 2), (0.99, 4)):
+        learnt, kept = units_of((share, 1)), units_of((0, share))
+        assert len(kept) == count
+        assert not learnt & kept
+        assert len(learnt | kept) == 5
+    assert units_of((0, 0.4)) == units_of((0, 0.4)) != units_of((0, 0.4), seed=1)
+    one = str(write_corpus(tmp_path / "one", num_shards=1))
+    with pytest.raises(UsageError, match="one shard cannot be split"):
+        ImageStream([one], size=8, part=(0.1, 1))
+
+
+def test_first_images_are_the_same_every_time_and_readable(corpus, tmp_path):
+    first, again = (ImageStream([corpus], size=8, shuffle_buffer=5).first(9) for _ in range(2))
+    assert first.shape == (9, 8, 8, 3)
+    assert torch.equal(first, again)
+    assert len(ImageStream([corpus], size=8).first(100)) == 24
+    (tmp_path / "s.tar").write_bytes(make_tar([("0.jpg", b"junk"), ("1.jpg", make_image())]))
+    assert len(ImageStream([str(tmp_path)], size=8).first(9)) == 1
+    (tmp_path / "s.tar").write_bytes(make_tar([("0.jpg", b"junk")]))
+    with pytest.raises(UsageError, match="no image among those for validation can be read"):
+        ImageStream([str(tmp_path)], size=8).first(9)
+
+
+@pytest.mark.slow
+def test_validation_changes_nothing_in_training_and_is_of_rank_0(corpus, tmp_path):
+    other = str(write_corpus(tmp_path / "c", num_shards=1, num_samples=6))
+    options = {"steps": 4, "validate_every": 2, "validation_images": 5}
+    plain = GeneratorTrainer(config_for(corpus, **options))
+    looking = GeneratorTrainer(config_for(corpus, validation_source=other, **options))
+    found = []
+    for _ in plain.steps():
+        assert plain.validate() == {}
+        assert not plain.validates
+    for step in looking.steps():
+        assert looking.validates == (step % 2 == 0)
+        found += [looking.validate(), looking.validate()]
+    for a, b in zip(plain.generator.parameters(), looking.generator.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert found[0] == found[1] != found[2]
+    assert {"validation_loss", "validation_l1", "validation_opposite_entropy"} <= found[0].keys()
+    with torch.no_grad():
+        looking._pass.eval()
+        loss, _ = looking._forward(looking._pass, looking._validation_BHWC)
+    assert found[-1]["validation_loss"] == pytest.approx(float(loss), rel=1e-4)
+    second = GeneratorTrainer(config_for(corpus, validation_source=other), rank=1, world_size=2)
+    assert second.validate() == {}
+
+
+def test_validation_is_said_in_one_way(corpus):
+    with pytest.raises(ValidationError, match="choose one of them"):
+        config_for(corpus, validation_source=corpus, validation_share=0.1)
+
+
 # --- training --------------------------------------------------------------------------------
 
 
@@ -354,6 +418,113 @@ def test_resumed_training_equals_uninterrupted_training(corpus, tmp_path):
     assert second.step_number == 8
     for a, b in zip(whole.generator.parameters(), second.generator.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_a_device_that_lays_out_memory_otherwise_is_resumed(corpus, tmp_path):
+    whole, first, second = (GeneratorTrainer(config_for(corpus, steps=4)) for _ in range(3))
+    for _ in whole.steps():
+        pass
+    next(first.steps())
+    first.save(tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["optimizer"]["param_groups"][0]["fused"] = None
+    for part in (state["generator"], *state["optimizer"]["state"].values()):
+        part.update({name: value.clone(memory_format=torch.contiguous_format)
+                     for name, value in part.items()})  # fmt: skip
+    torch.save(state, tmp_path / "state.pt")
+    second.load(tmp_path)
+    for _ in second.steps():
+        pass
+    for a, b in zip(whole.generator.parameters(), second.generator.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    second.protector("p", {}).save(tmp_path / "p")
+    assert Protector.load(str(tmp_path / "p"))
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_nothing_can_be_compiled(corpus, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("no C++ compiler was found\nand so on")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    trainer = GeneratorTrainer(config_for(corpus, steps=1, compile=True))
+    assert list(trainer.steps()) == [1]
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "training goes on without torch.compile, which fails here: no C++ compiler was found"
+    )
+
+
+@pytest.mark.slow
+def test_loss_that_is_no_number_ends_training_and_names_its_batch(corpus):
+    trainer = GeneratorTrainer(config_for(corpus, batch_size=2, accumulate_batches=3))
+    trainer._encode = spoilt(trainer)
+    next(trainer.steps())
+    before = [weight.detach().clone() for weight in trainer.generator.parameters()]
+    image_BHWC = torch.randint(0, 200, (6, 32, 32, 3), dtype=torch.uint8)
+    image_BHWC[3] = 255
+    names = [("a.tar", str(index)) for index in range(6)]
+    with pytest.raises(NotFiniteError, match="step 2, rank 0: the loss of a batch is nan") as error:
+        trainer.step(image_BHWC, names)
+    assert error.value.images == names[2:4]
+    for old, new in zip(before, trainer.generator.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.slow
+def test_gradient_that_is_infinite_ends_training_too(corpus):
+    trainer = GeneratorTrainer(config_for(corpus))
+    next(trainer.generator.parameters()).register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(NotFiniteError, match="rank 0: a gradient is not finite") as error:
+        next(trainer.steps())
+    assert not error.value.is_loss
+    assert len(error.value.images) == 4
+    unit, key = error.value.images[0]
+    assert unit.startswith(f"{corpus}/shard-00")
+    assert key.startswith("sample")
+
+
+def spoilt(trainer: GeneratorTrainer):
+    """An encoder that has no embedding for a white image."""
+    encode = trainer.encoder.encode_image
+
+    def encode_image(image_BCHW):
+        white = (image_BCHW == 1).flatten(1).all(dim=1)
+        return torch.where(white[:, None], torch.nan, encode(image_BCHW))
+
+    return encode_image
+
+
+def one_rank(rank: int, corpus: str, folder: str) -> None:
+    """A rank of two, of which the second has an image without an embedding; leaves what it says."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    wrap = torch.nn.parallel.DistributedDataParallel
+    config = config_for(corpus, batch_size=2)
+    trainer = GeneratorTrainer(config, rank=rank, world_size=2, wrap=wrap)
+    trainer._encode = spoilt(trainer)
+    image_BHWC = torch.randint(0, 200, (2, 32, 32, 3), dtype=torch.uint8)
+    trainer.step(image_BHWC)
+    image_BHWC[0] += rank * (255 - image_BHWC[0])
+    try:
+        trainer.step(image_BHWC, [(f"{rank}.tar", "0"), (f"{rank}.tar", "1")])
+    except NotFiniteError as error:
+        said = json.dumps([str(error), error.images, error.is_loss])
+        (Path(folder) / str(rank)).write_text(said)
+
+
+@pytest.mark.slow
+def test_all_ranks_meet_the_loss_of_one_at_the_same_step(corpus, tmp_path):
+    torch.multiprocessing.spawn(one_rank, (corpus, str(tmp_path)), nprocs=2)
+    of_ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert [is_loss for _, _, is_loss in of_ranks] == [False, True]
+    message, images = one_failure(of_ranks)
+    assert message == "step 1, rank 1: the loss of a batch is nan"
+    assert images == [["1.tar", "0"], ["1.tar", "1"]]
+    assert len(one_failure([(text, names, False) for text, names, _ in of_ranks])[1]) == 4
 
 
 @pytest.mark.slow

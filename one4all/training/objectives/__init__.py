@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from one4all.training.objectives.base import (
     RESERVED_SCALARS,
+    VALIDATION,
     Objective,
     ObjectiveConfig,
     ObjectiveContext,
@@ -25,6 +26,7 @@ __all__ = [
     "DEFAULT_OBJECTIVE",
     "OBJECTIVES",
     "RESERVED_SCALARS",
+    "VALIDATION",
     "AnyObjectiveConfig",
     "Objective",
     "ObjectiveConfig",

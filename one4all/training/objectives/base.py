@@ -31,6 +31,9 @@ RESERVED_SCALARS = frozenset(
 )
 """Names of what is logged for every objective; none may call a scalar of its own so."""
 
+VALIDATION = "validation_"
+"""How names of figures of the validation images begin; no scalar of an objective may."""
+
 
 class ObjectiveConfig(BaseModel):
     """Settings of an objective.
