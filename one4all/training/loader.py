@@ -246,12 +246,27 @@ class ImageStream:
         for block in self._blocks_of(share):
             if block.images:
                 chunk = list(enumerate(block.images, block.mark.position))
-                ready += self._decoded(share, chunk[: count - len(ready)])
+                ready += self.crops(share, chunk[: count - len(ready)])
             if len(ready) == count:
                 break
         if not ready:
             raise UsageError(f"no image among those for validation can be read{self._losses()}")
         return self._batch((share,), ready).image_BHWC
+
+    def crops(
+        self, share: Share, chunk: Sequence[tuple[int, EncodedImage]]
+    ) -> Iterator[tuple[Pixels, EncodedImage]]:
+        """Crops of numbered images of a share, decoded at once; without those that cannot be read.
+
+        Yields:
+            ``(crop_HWC, image)`` with crops uint8 (size, size, 3), in order.
+        """
+        indices, images = zip(*chunk, strict=True)
+        payloads = [image.payload for image in images]
+        crops = self._pool.map(partial(self._crop, share), indices, payloads)
+        for crop, image in zip(crops, images, strict=True):
+            if crop is not None:
+                yield crop, image
 
     def batches(self, batch_size: int, shares: Shares) -> Generator[Batch]:
         """Batches without end: of these shares, then of the last one's epoch after epoch.
@@ -284,7 +299,7 @@ class ImageStream:
                         chunk.append((index, image))
                         if len(chunk) < batch_size - len(ready):
                             continue
-                        ready += self._decoded(share, chunk)
+                        ready += self.crops(share, chunk)
                         chunk = []
                         if len(ready) == batch_size:
                             yielded = True
@@ -308,18 +323,6 @@ class ImageStream:
         image_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
         np.stack([crop for crop, _ in ready], out=image_BHWC.numpy())
         return Batch(shares, image_BHWC, [(image.unit, image.key) for _, image in ready])
-
-    def _decoded(
-        self, share: Share, chunk: list[tuple[int, EncodedImage]]
-    ) -> Iterator[tuple[Pixels, EncodedImage]]:
-        """Crops of numbered images of a share, without those that cannot be read."""
-        indices, images = zip(*chunk, strict=True)
-        crops = self._pool.map(
-            partial(self._crop, share), indices, [image.payload for image in images]
-        )
-        return (
-            (crop, image) for crop, image in zip(crops, images, strict=True) if crop is not None
-        )
 
     def _losses(self) -> str:
         """What the damaged units do to a message."""

@@ -181,6 +181,9 @@ class GeneratorTrainer:
         bank: Concepts that were embedded before; taken if they are what would be embedded here.
         wrap: Makes a module data-parallel, on the device.
 
+    Attributes:
+        stream: Where its images come from.
+
     Raises:
         ConfigError: A vocabulary that cannot be embedded, or a kind of protector without weights.
         UsageError: A source without images.
@@ -232,7 +235,7 @@ class GeneratorTrainer:
             num_threads=num_threads,
         )
         source, share = config.source.split(","), config.validation_share
-        self._stream = open_stream(
+        self.stream = open_stream(
             source,
             shuffle_buffer=config.shuffle_buffer,
             part=(share, 1),
@@ -255,7 +258,7 @@ class GeneratorTrainer:
     @property
     def damaged(self) -> Mapping[str, str]:
         """Why units could not be read to their end, by URI: those that this rank has met so far."""
-        return self._stream.damaged | (self._validation.damaged if self._validation else {})
+        return self.stream.damaged | (self._validation.damaged if self._validation else {})
 
     @property
     def working_size(self) -> int:
@@ -290,7 +293,7 @@ class GeneratorTrainer:
         if self.config.compile:
             self._compile()
         self._model.train()
-        batches = self._stream.batches(self.config.images_per_step, self.shares)
+        batches = self.stream.batches(self.config.images_per_step, self.shares)
         with closing(batches):
             while self.step_number < self.config.steps:
                 batch = next(batches)

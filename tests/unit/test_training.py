@@ -228,7 +228,7 @@ def test_masks_and_depth_maps_are_not_learnt_as_photos(tmp_path):
     stream = ImageStream([str(tmp_path)], size=16, sidecar_patterns=("*.seg.png", "*.depth.png"))
     assert payloads_of(stream, Share(0, 0, 1)) == [photo] * 4
     config = config_for(str(tmp_path), sidecar_patterns=["*.png"])
-    assert payloads_of(GeneratorTrainer(config)._stream, Share(0, 0, 1)) == [photo] * 4
+    assert payloads_of(GeneratorTrainer(config).stream, Share(0, 0, 1)) == [photo] * 4
 
 
 def test_too_few_images_are_named(corpus, tmp_path):
