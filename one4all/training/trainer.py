@@ -33,11 +33,11 @@ from one4all.errors import ConfigError, NotFiniteError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, resize_perturbation
 from one4all.protectors import Generator, GeneratorConfig, Protector
 from one4all.protectors.kinds import KINDS, build_model, parse_config
+from one4all.training import VALIDATION
 from one4all.training.loader import OPEN_SHARDS, ImageStream, Share, Shares, deal
 from one4all.training.objectives import (
     DEFAULT_OBJECTIVE,
     RESERVED_SCALARS,
-    VALIDATION,
     AnyObjectiveConfig,
     Objective,
     ObjectiveContext,

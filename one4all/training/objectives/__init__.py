@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from one4all.training.objectives.base import (
     RESERVED_SCALARS,
-    VALIDATION,
     Objective,
     ObjectiveConfig,
     ObjectiveContext,
@@ -26,7 +25,6 @@ __all__ = [
     "DEFAULT_OBJECTIVE",
     "OBJECTIVES",
     "RESERVED_SCALARS",
-    "VALIDATION",
     "AnyObjectiveConfig",
     "Objective",
     "ObjectiveConfig",

@@ -31,9 +31,6 @@ RESERVED_SCALARS = frozenset(
 )
 """Names of what is logged for every objective; none may call a scalar of its own so."""
 
-VALIDATION = "validation_"
-"""How names of figures of the validation images begin; no scalar of an objective may."""
-
 
 class ObjectiveConfig(BaseModel):
     """Settings of an objective.
@@ -132,6 +129,7 @@ class Objective(nn.Module, ABC):
             batch: Images and perturbations.
 
         Returns:
-            ``(loss, scalars)``: the loss, a scalar with gradient, is minimised; the scalars, under
-            names of the objective's choice but `RESERVED_SCALARS`, are logged, plotted and shown.
+            ``(loss, scalars)``: the loss, a scalar with gradient, is minimised; the scalars are
+            logged, plotted and shown. Their names are of the objective's choice, but for
+            `RESERVED_SCALARS` and what begins with `VALIDATION`.
         """
