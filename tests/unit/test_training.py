@@ -16,8 +16,9 @@ import pytest
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from support.builders import TINY_ENCODER, TINY_GENERATOR, make_image, make_tar, write_corpus
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from one4all.errors import ConfigError, NotFiniteError, UsageError
+from one4all.errors import ConfigError, NotFiniteError, StorageError, UsageError
 from one4all.evaluation.methods.controls import class_patterns, uniform_noise
 from one4all.perturbation import apply_perturbation
 from one4all.protectors import PerturbationModel, Protector
@@ -145,6 +146,18 @@ def test_next_block_is_read_while_this_one_is_decoded_and_no_further(corpus, mon
             next(batches)
         time.sleep(0.3)
         assert num_read <= 3 * 5
+    assert not [thread.name for thread in threading.enumerate() if "reader" in thread.name]
+
+
+def test_error_of_a_store_comes_out_of_the_thread_that_reads(corpus, monkeypatch):
+    def fail(self, uri, unit):
+        yield from islice(read(self, uri, unit), 3)
+        raise StorageError("the store is down")
+
+    read = ImageStream._samples
+    monkeypatch.setattr(ImageStream, "_samples", fail)
+    with pytest.raises(StorageError, match="the store is down"):
+        take(corpus, 9, shuffle_buffer=4)
     assert not [thread.name for thread in threading.enumerate() if "reader" in thread.name]
 
 
@@ -470,6 +483,27 @@ def test_loss_that_is_no_number_ends_training_and_names_its_batch(corpus):
     assert error.value.images == names[2:4]
     for old, new in zip(before, trainer.generator.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+class Questions(TorchDispatchMode):
+    """Counts how often a value is asked of a device, for which a CPU waits."""
+
+    num_asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_asked += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["default", "paper"])
+def test_device_is_asked_for_a_value_once_a_step(corpus, objective):
+    config = config_for(corpus, batch_size=2, accumulate_batches=3, objective=objective)
+    trainer = GeneratorTrainer(config)
+    next(trainer.steps())
+    with Questions() as questions:
+        trainer.step(torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8))
+    assert questions.num_asked == 1
 
 
 @pytest.mark.slow
