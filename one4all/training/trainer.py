@@ -5,7 +5,6 @@ Knows no Ray: `pipelines.train.job` runs one of these in every worker.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -48,8 +47,6 @@ from one4all.training.objectives import (
 
 _STATE_FILE = "state.pt"
 _FUSED_DEVICES = ("cuda", "cpu")  # on which PyTorch has Adam as one kernel
-
-_log = logging.getLogger(__name__)
 
 
 class TrainerConfig(BaseModel):
@@ -290,8 +287,6 @@ class GeneratorTrainer:
         Raises:
             NotFiniteError: See `step`.
         """
-        if self.config.compile:
-            self._compile()
         self._model.train()
         batches = self.stream.batches(self.config.images_per_step, self.shares)
         with closing(batches):
@@ -375,13 +370,17 @@ class GeneratorTrainer:
     def _encode_image(self, image_BCHW: Tensor) -> Tensor:
         return self._encode(image_BCHW)
 
-    def _compile(self) -> None:
-        """Have generator and encoder compiled when they are first called, if that works here."""
+    def compile(self) -> str:
+        """Have generator and encoder compiled when they are first called, if that works here.
+
+        Returns:
+            Why it does not, in a sentence; "" if it does.
+        """
         if problem := _compiler_problem(self.device):
-            _log.warning("training goes on without torch.compile, which fails here: %s", problem)
-            return
+            return f"training goes on without torch.compile, which fails here: {problem}"
         self.generator.compile()
         self._encode = torch.compile(self.encoder.encode_image)
+        return ""
 
     @property
     def validates(self) -> bool:

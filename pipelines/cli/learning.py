@@ -133,6 +133,7 @@ def train(
                 f"left out from its damage on: {uri}: {reason}"
             ),
             on_wait=progress.say,
+            on_note=progress.say,
         )
     if num_damaged := card.training["num_damaged_shards"]:
         show(f"damaged shards, used up to their damage: {num_damaged}, named in {DAMAGED_FILE}")

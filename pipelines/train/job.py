@@ -56,6 +56,7 @@ def train(
     on_metrics: Callable[[Entry], None] = lambda entry: None,
     on_damage: Callable[[str, str], None] = lambda uri, reason: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
+    on_note: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
 
@@ -67,6 +68,7 @@ def train(
         on_damage: Called with the URI of each shard that cannot be read to its end, and why. Its
             images before the damage are used.
         on_wait: Called with a sentence before waiting for a run that may have died.
+        on_note: Called with a sentence on what goes on otherwise than it was asked for.
 
     Returns:
         The card; ``training`` in it names damaged shards, too.
@@ -98,7 +100,7 @@ def train(
             open_storage(config.run_folder).write_bytes(CONCEPTS_FILE, bank.to_bytes())
         log = RunLog(config.run_folder)
         on_start()
-        checkpoint = _fit(config, bank, log, on_metrics, on_damage)
+        checkpoint = _fit(config, bank, log, on_metrics, on_damage, on_note)
         lease.check()  # what the other run writes is as good, but not ours
         with checkpoint.as_directory() as folder:
             return _export(config, bank, given.source, Path(folder), log, command)
@@ -110,6 +112,7 @@ def _fit(
     log: RunLog,
     on_metrics: Callable[[Entry], None],
     on_damage: Callable[[str, str], None],
+    on_note: Callable[[str], None],
 ) -> Any:
     """Run Ray Train to the end; its last checkpoint."""
 
@@ -122,7 +125,7 @@ def _fit(
 
     import ray
 
-    with ray_session(config.ray), log, progress_board(log_entry, log_damage) as board:
+    with ray_session(config.ray), log, progress_board(log_entry, log_damage, on_note) as board:
         from ray.exceptions import RayError
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer

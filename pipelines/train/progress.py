@@ -38,6 +38,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._entries: list[Entry] = []
         self._damaged: dict[str, str] = {}
+        self._notes: list[str] = []
         self._failure: Failure | None = None
 
     def post(self, entry: Entry) -> None:
@@ -48,6 +49,10 @@ class ProgressBoard:
         """Add what a rank knows of damaged shards: the reason, by URI."""
         self._damaged |= damaged
 
+    def post_note(self, sentence: str) -> None:
+        """Say what goes on otherwise than it was asked for."""
+        self._notes.append(sentence)
+
     def post_failure(self, failure: Failure) -> None:
         """Say why the training must not go on, nor be tried again."""
         self._failure = failure
@@ -56,19 +61,24 @@ class ProgressBoard:
         """Why the training must not go on; None if it may."""
         return self._failure
 
-    def since(self, start: int, num_damaged: int) -> tuple[list[Entry], dict[str, str]]:
-        """The entries from number ``start`` on, counted from 0; and damaged shards likewise."""
-        return self._entries[start:], dict(islice(self._damaged.items(), num_damaged, None))
+    def since(
+        self, start: int, num_damaged: int, num_notes: int
+    ) -> tuple[list[Entry], dict[str, str], list[str]]:
+        """Entries from number ``start`` on, counted from 0; and damaged shards and notes likewise."""
+        damaged = dict(islice(self._damaged.items(), num_damaged, None))
+        return self._entries[start:], damaged, self._notes[num_notes:]
 
 
 @contextmanager
 def progress_board(
-    on_entry: Callable[[Entry], None], on_damage: Callable[[dict[str, str]], None]
+    on_entry: Callable[[Entry], None],
+    on_damage: Callable[[dict[str, str]], None],
+    on_note: Callable[[str], None],
 ) -> Iterator[Any]:
     """A board for workers.
 
-    ``on_entry`` is called on the driver with each entry, in order; ``on_damage`` before it with
-    damaged shards that are new.
+    ``on_entry`` is called on the driver with each entry, in order; before it ``on_damage`` with
+    damaged shards that are new, and ``on_note`` with each sentence.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -80,15 +90,19 @@ def progress_board(
     stop = threading.Event()
 
     def watch() -> None:
-        seen, num_damaged, last = 0, 0, False
+        seen, num_damaged, num_notes, last = 0, 0, 0, False
         while not last:
             last = stop.wait(0.5)
-            entries, damaged = ray.get(board.since.remote(seen, num_damaged))
+            news = board.since.remote(seen, num_damaged, num_notes)
+            entries, damaged, notes = ray.get(news)
+            for note in notes:
+                on_note(note)
             if damaged:
                 on_damage(damaged)
             for entry in entries:
                 on_entry(entry)
             seen, num_damaged = seen + len(entries), num_damaged + len(damaged)
+            num_notes += len(notes)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

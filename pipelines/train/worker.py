@@ -50,12 +50,14 @@ def train_loop(settings: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
+    board = settings["board"]
+    if config.compile and (problem := trainer.compile()) and rank == 0:
+        board.post_note.remote(problem)
     destination = {"destination": config.output}
     for name in ("one4all_trained_images", "one4all_trained_steps", "one4all_trained_seconds"):
         telemetry.begin(name, **destination)
     stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
-    board = settings["board"]
     with (
         _not_finite_told(board, rank, world_size),
         _damage_told(trainer, board) as tell_damage,
