@@ -137,11 +137,12 @@ def bench(
 ) -> None:
     """Measure protect against a plain loop that does the same work."""
     from pipelines.bench import bench as run
-    from pipelines.bench import bench_containers, bench_memory, bench_plan, bench_train
+    from pipelines.bench import bench_containers, bench_memory, bench_plan
 
     if (config or set_) and not train:
         raise UsageError("--config and --set are settings of a training, for bench --train")
     if train:
+        from pipelines.bench import bench_train
         from pipelines.settings import load_config
         from pipelines.train.config import TrainConfig
 
