@@ -45,7 +45,7 @@ from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
 from pipelines.train.config import TrainConfig
-from pipelines.train.speed import STAGES, Speed, measure_stages, measure_start
+from pipelines.train.speed import STAGES, Speed, measure_stages, measure_start, this_machine
 
 ROUNDS = 3
 LISTED_AT_ONCE = 1000  # objects, by one request to S3
@@ -174,8 +174,7 @@ def bench_train(config: TrainConfig, output: Path, *, say: Callable[[str], None]
             )
     record = {
         "source": source,
-        "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        **this_machine()._asdict(),
         "batch_size": config.images_per_step,
         "start_cpu_seconds": asdict(start),
         "images_per_second": {

@@ -64,7 +64,7 @@ class ProgressBoard:
     def since(
         self, start: int, num_damaged: int, num_notes: int
     ) -> tuple[list[Entry], dict[str, str], list[str]]:
-        """Entries from number ``start`` on, counted from 0; and damaged shards and notes likewise."""
+        """Entries from number ``start`` on, from 0; and damaged shards and notes likewise."""
         damaged = dict(islice(self._damaged.items(), num_damaged, None))
         return self._entries[start:], damaged, self._notes[num_notes:]
 

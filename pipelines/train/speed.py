@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +47,18 @@ class StartCost:
     sent: float
 
 
+class Machine(NamedTuple):
+    """What is measured on: threads that decode and compute, and the device, "cpu" or "cuda"."""
+
+    threads: int
+    device: str
+
+
+def this_machine() -> Machine:
+    """As many threads as PyTorch has, and a GPU if there is one."""
+    return Machine(torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def measure_start(config: TrainerConfig) -> StartCost:
     """Build a trainer twice: without known concepts, and with them.
 
@@ -73,8 +86,8 @@ def measure_stages(
         num_steps: Steps of each round.
         rounds: Number of rounds.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = GeneratorTrainer(config, device=device, num_threads=torch.get_num_threads())
+    machine = this_machine()
+    trainer = GeneratorTrainer(config, device=machine.device, num_threads=machine.threads)
     stream = trainer.stream
     images = list(islice(stream.encoded(_SHARE), num_images))
     num_batches = max(1, len(images) // config.images_per_step - 1)
