@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from one4all.encoders import Encoder
 from one4all.errors import ConfigError
 from one4all.vocabularies import load_vocabulary
+
+_METADATA = "concepts"  # key in the file
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,12 @@ class ConceptBank:
 
     @classmethod
     def build(
-        cls, vocabulary: str, encoder: Encoder, *, templates: tuple[str, ...] = ()
+        cls,
+        vocabulary: str,
+        encoder: Encoder,
+        *,
+        templates: tuple[str, ...] = (),
+        known: ConceptBank | None = None,
     ) -> ConceptBank:
         """Embed a vocabulary.
 
@@ -47,6 +56,8 @@ class ConceptBank:
             vocabulary: Name of a shipped vocabulary, or path of a text file.
             encoder: Frozen encoder.
             templates: Prompts with one ``{}``; empty means the encoder's own.
+            known: A bank from before, which is taken if it is the same: embedding a thousand
+                prompts takes a large encoder a minute and more.
 
         Raises:
             ConfigError: Unknown vocabulary, or a template without ``{}``.
@@ -56,15 +67,40 @@ class ConceptBank:
             if template.count("{}") != 1:
                 raise ConfigError(f"prompt template {template!r} must contain {{}} exactly once")
         concepts = load_vocabulary(vocabulary)
+        identity = json.dumps([concepts, templates, encoder.content_hash()])
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        if known is not None and known.hash == digest:
+            return replace(known, vocabulary=vocabulary)
         with torch.no_grad():
             embeddings = torch.stack(
                 [encoder.encode_text([t.format(c) for c in concepts]) for t in templates]
             ).mean(dim=0)
-        identity = json.dumps([concepts, templates, encoder.content_hash()])
         return cls(
             vocabulary=vocabulary,
             concepts=concepts,
             templates=templates,
             embeddings=F.normalize(embeddings, dim=1),
-            hash=hashlib.sha256(identity.encode()).hexdigest(),
+            hash=digest,
         )
+
+    def to_bytes(self) -> bytes:
+        """The bank as a safetensors file."""
+        told = [self.vocabulary, self.concepts, self.templates, self.hash]
+        embeddings = self.embeddings.detach().cpu().contiguous()
+        return save({"embeddings": embeddings}, {_METADATA: json.dumps(told)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ConceptBank:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ConfigError: It is no such file.
+        """
+        try:
+            length = int.from_bytes(data[:8], "little")
+            told = json.loads(data[8 : 8 + length])["__metadata__"][_METADATA]
+            vocabulary, concepts, templates, digest = json.loads(told)
+            embeddings = load(data)["embeddings"]
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"no bank of concepts: {error}") from error
+        return cls(vocabulary, tuple(concepts), tuple(templates), embeddings, digest)

@@ -8,6 +8,7 @@
     │   └── AccessError          a bucket is missing, unreachable or denied
     ├── LeaseHeldError           another run is at work on the destination: exit code 75
     ├── StalledRunError          another run holds the destination and gets nothing done
+    ├── NotFiniteError           a loss or a gradient of a training is NaN or infinite
     ├── PerturbationError        a generator's output cannot be used
     ├── BadImageError            one image cannot be protected; the bad-image policy decides
     ├── ShardError               one shard cannot be trusted; it is not published
@@ -57,6 +58,21 @@ class LeaseHeldError(One4AllError):
 
 class StalledRunError(One4AllError):
     """Another run holds the destination and gets nothing done; waiting does not help."""
+
+
+class NotFiniteError(One4AllError):
+    """A training has met a loss or a gradient that is NaN or infinite, and must not go on.
+
+    Attributes:
+        images: URI of the unit and key of the sample, of each image that may be the reason.
+        is_loss: Whether it was a loss, so that one of these images is the reason.
+    """
+
+    def __init__(
+        self, message: str, images: list[tuple[str, str]], *, is_loss: bool = True
+    ) -> None:
+        super().__init__(message)
+        self.images, self.is_loss = images, is_loss
 
 
 class PerturbationError(One4AllError):

@@ -19,6 +19,7 @@ from one4all.errors import UsageError
 from one4all.extras import require
 from one4all.images import Pixels, colour
 from one4all.text import drawn, shown
+from one4all.training import VALIDATION
 
 AMPLIFICATION = 12
 _MOST_NUMBERED_CLASSES = 20
@@ -129,18 +130,28 @@ def _fit(pixels: Pixels, tile: int) -> Image.Image:
 def plot_loss_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """What was logged of a training, over its steps, as a PNG file: a panel for each name.
 
+    Figures of validation images are in the panel of what they are figures of.
+
     Args:
         history: Figures by name, in the order of their "step", which every entry has. Other names
             may be missing here and there.
         path: File to write.
     """
-    names = list(dict.fromkeys(name for entry in history for name in entry if name != "step"))
+    logged = {name for entry in history for name in entry}
+    names = [
+        name
+        for name in dict.fromkeys(name for entry in history for name in entry)
+        if name != "step" and name.removeprefix(VALIDATION) not in logged - {name}
+    ]
     rows = math.ceil(len(names) / _CURVE_COLUMNS)
     figure = _figure(_CURVE_COLUMNS * 4.2, rows * 2.6)
     for index, name in enumerate(names):
         axes = figure.add_subplot(rows, _CURVE_COLUMNS, index + 1)
-        logged = [entry for entry in history if name in entry]
-        axes.plot([e["step"] for e in logged], [e[name] for e in logged], marker=".")
+        for line, label in ((name, "training"), (VALIDATION + name, "validation")):
+            if points := [(entry["step"], entry[line]) for entry in history if line in entry]:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        if VALIDATION + name in logged:
+            axes.legend(fontsize=7)
         axes.set_title(drawn(name), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)

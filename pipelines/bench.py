@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +38,8 @@ from pipelines.protect.job import protect
 from pipelines.protect.worker import ProtectWorker, UnitStatus
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
+from pipelines.train.config import TrainConfig
+from pipelines.train.speed import STAGES, Speed, measure_stages, measure_start, this_machine
 
 ROUNDS = 3
 LISTED_AT_ONCE = 1000  # objects, by one request to S3
@@ -88,6 +90,57 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
         f"{record['shard_bytes'][1] / 1e9:.2f} GB, {small / 1e9:.2f} GB on one of "
         f"{record['shard_bytes'][0] / 1e9:.2f} GB; {output}"
     )
+
+
+def bench_train(config: TrainConfig, output: Path, *, say: Callable[[str], None]) -> str:
+    """Images/s and CPU seconds of each stage of one worker that trains.
+
+    Args:
+        config: Settings of a training; without a source, 4 shards of 64 photo crops are made.
+        output: JSON file.
+        say: Receives a line for each measurement.
+
+    Returns:
+        The result in one line.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if not config.source:
+            corpus = make_photo_corpus(Path(scratch) / "corpus", num_shards=4)
+            config = config.model_copy(update={"source": corpus})
+            source = "photo crops, 500x375 JPEG"
+        else:
+            source = config.source
+        start = measure_start(config)
+        say(
+            f"start of a worker: {start.sent:.2f} CPU s; {start.embedding:.2f} if it embedded the "
+            "concepts itself"
+        )
+        speeds: dict[str, list[Speed]] = {stage: [] for stage in STAGES}
+        for speed in measure_stages(config, num_images=256, num_steps=2, rounds=ROUNDS):
+            speeds[speed.stage].append(speed)
+            say(
+                f"round {len(speeds[speed.stage])}: {speed.stage} {speed.images_per_second:.1f} "
+                f"images/s, {1000 * speed.cpu_seconds:.2f} ms of CPU an image"
+            )
+    record = {
+        "source": source,
+        **this_machine()._asdict(),
+        "batch_size": config.images_per_step,
+        "start_cpu_seconds": asdict(start),
+        "images_per_second": {
+            stage: [speed.images_per_second for speed in found] for stage, found in speeds.items()
+        },
+        "cpu_ms_an_image": {
+            stage: [1000 * speed.cpu_seconds for speed in found] for stage, found in speeds.items()
+        },
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    told = ", ".join(
+        f"{stage} {statistics.median(s.images_per_second for s in found):.1f}"
+        for stage, found in speeds.items()
+    )
+    return f"training, images/s of one worker: {told}; {output}"
 
 
 def bench_containers(num_images: int, output: Path, *, say: Callable[[str], None]) -> str:

@@ -324,7 +324,7 @@ def _cosines(
         opposite_before=float(before[rows, opposite].mean()),
         opposite_after=float(after[rows, opposite].mean()),
         changed=float((after.argmax(dim=1) != own).double().mean()),
-        opposite_entropy=normalised_entropy(torch.bincount(opposite, minlength=len(texts))),
+        opposite_entropy=float(normalised_entropy(torch.bincount(opposite, minlength=len(texts)))),
     )
 
 

@@ -5,3 +5,6 @@
 * `trainer`: the state of one rank, a step at a time.
 * `cost`: what training costs for one image, from shapes alone.
 """
+
+VALIDATION = "validation_"
+"""How names of figures of the validation images begin; no scalar of an objective may."""

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -25,14 +24,16 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
-from one4all.errors import ConfigError
+from one4all.errors import ConfigError, NotFiniteError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, resize_perturbation
 from one4all.protectors import Generator, GeneratorConfig, Protector
 from one4all.protectors.kinds import KINDS, build_model, parse_config
-from one4all.training.loader import ImageStream, Share, Shares, deal
+from one4all.training import VALIDATION
+from one4all.training.loader import OPEN_SHARDS, ImageStream, Share, Shares, deal
 from one4all.training.objectives import (
     DEFAULT_OBJECTIVE,
     RESERVED_SCALARS,
@@ -45,6 +46,7 @@ from one4all.training.objectives import (
 )
 
 _STATE_FILE = "state.pt"
+_FUSED_DEVICES = ("cuda", "cpu")  # on which PyTorch has Adam as one kernel
 
 
 class TrainerConfig(BaseModel):
@@ -67,7 +69,19 @@ class TrainerConfig(BaseModel):
             those of workers are. Like them, each has its own "ratio" weight and batch statistics.
         learning_rate: Highest step size of Adam: warm-up over 1 % of the steps, then cosine to 0.
         weight_decay: Weight of Adam's L2 penalty.
-        shuffle_buffer: Encoded images that a rank holds to draw from.
+        shuffle_buffer: Encoded images that a rank shuffles with each other; as many more are read
+            ahead. Fewer, if they are larger than 128 MB together.
+        open_shards: Shards that a rank reads at once, an image of each in turn. Of a Parquet file a
+            row group is in memory.
+        validation_source: Corpus, or several, of images that are only looked at: see
+            ``validate_every``. Empty for none.
+        validation_share: Share of the shards of the source that is taken for it instead, and not
+            learnt from; drawn by the seed, and at least one.
+        validation_images: Number of those images, at most: the same, in the same crops, every time.
+        validate_every: Steps from one look at them to the next: the loss and the scalars of the
+            objective, as ``validation_loss`` and so on.
+        compile: Compile generator and encoder with torch.compile, which costs minutes at the start.
+            Where there is no compiler for the device, training goes on without it.
         sidecar_patterns: Images that are no photos, such as masks and depth maps, and are not
             learnt from: ``*.seg.png``; matched against the last component of the name.
         seed: Seed of everything random: weights at the start, order of images, crops, and what the
@@ -91,8 +105,23 @@ class TrainerConfig(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
     shuffle_buffer: Annotated[int, Field(ge=1)] = 2000
+    open_shards: Annotated[int, Field(ge=1, le=64)] = OPEN_SHARDS
+    validation_source: str = ""
+    validation_share: Annotated[float, Field(ge=0, le=0.5)] = 0
+    validation_images: Annotated[int, Field(ge=1, le=4096)] = 256
+    validate_every: Annotated[int, Field(ge=1)] = 100
+    compile: bool = False
     sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_set_for_validation(self) -> Self:
+        if self.validation_source and self.validation_share:
+            raise ValueError(
+                "validation_source and validation_share are two ways to say what validation is "
+                "for; choose one of them"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -146,7 +175,11 @@ class GeneratorTrainer:
         world_size: Number of workers.
         device: Device that it computes on.
         num_threads: Threads that decode images.
+        bank: Concepts that were embedded before; taken if they are what would be embedded here.
         wrap: Makes a module data-parallel, on the device.
+
+    Attributes:
+        stream: Where its images come from.
 
     Raises:
         ConfigError: A vocabulary that cannot be embedded, or a kind of protector without weights.
@@ -162,11 +195,13 @@ class GeneratorTrainer:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         num_threads: int = 1,
+        bank: ConceptBank | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.config = config
         self.device = torch.device(device)
         self.encoder = load_encoder(config.encoder)
+        self._encode = self.encoder.encode_image
         torch.manual_seed(config.seed)  # the same start on every rank
         self.generator = build_model(config.generator, self.encoder.embedding_dim)
         if not any(parameter.requires_grad for parameter in self.generator.parameters()):
@@ -174,24 +209,43 @@ class GeneratorTrainer:
                 f"a protector of kind {config.kind!r} has nothing to train; one4all fit makes some "
                 "that are not trained"
             )
-        self.objective = build_objective(config.objective, self._context())
-        self.encoder.to(self.device)
-        whole = _Pass(self.generator, self.objective, config.epsilon_levels / 255)
-        self._model = wrap(whole.to(self.device))
+        self.objective = build_objective(config.objective, self._context(bank))
+        # Images come with channels last; convolutions are fastest if weights have them there, too.
+        self.encoder.to(self.device).to(memory_format=torch.channels_last)
+        self._pass = _Pass(self.generator, self.objective, config.epsilon_levels / 255)
+        self._model = wrap(self._pass.to(self.device).to(memory_format=torch.channels_last))
+        self._weights = [weight for weight in self._pass.parameters() if weight.requires_grad]
+        self._fused = self.device.type in _FUSED_DEVICES
         self.optimizer = torch.optim.Adam(
-            [parameter for parameter in whole.parameters() if parameter.requires_grad],
+            self._weights,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
+            fused=self._fused,
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate_at)
-        self._stream = ImageStream(
-            config.source.split(","),
+        open_stream = partial(
+            ImageStream,
             size=self.working_size,
             seed=config.seed,
-            shuffle_buffer=config.shuffle_buffer,
+            open_shards=config.open_shards,
             sidecar_patterns=config.sidecar_patterns,
             num_threads=num_threads,
         )
+        source, share = config.source.split(","), config.validation_share
+        self.stream = open_stream(
+            source,
+            shuffle_buffer=config.shuffle_buffer,
+            part=(share, 1),
+            pin_memory=self.device.type == "cuda",
+        )
+        self._validation: ImageStream | None = None
+        if (share or config.validation_source) and rank == 0:
+            self._validation = open_stream(
+                source if share else config.validation_source.split(","),
+                shuffle_buffer=config.validation_images,
+                part=(0, share or 1),
+            )
+        self._validation_BHWC: Tensor | None = None
         self._rank, self._world_size = rank, world_size
         self.step_number = 0
         self.shares = deal([], world_size)[rank]
@@ -201,7 +255,7 @@ class GeneratorTrainer:
     @property
     def damaged(self) -> Mapping[str, str]:
         """Why units could not be read to their end, by URI: those that this rank has met so far."""
-        return self._stream.damaged
+        return self.stream.damaged | (self._validation.damaged if self._validation else {})
 
     @property
     def working_size(self) -> int:
@@ -219,34 +273,74 @@ class GeneratorTrainer:
         size = self.working_size
         clean = torch.zeros(1, 3, size, size, device=self.device)
         _, scalars = self._model.eval()(clean, self.encoder.encode_image(clean))
-        if taken := RESERVED_SCALARS & scalars.keys():
+        if taken := {
+            name for name in scalars if name in RESERVED_SCALARS or name.startswith(VALIDATION)
+        }:
             raise ConfigError(
                 f"objective {self.config.objective.name!r} names a scalar {min(taken)!r}, as "
                 "something that is logged for every objective; give it another name"
             )
 
     def steps(self) -> Iterator[int]:
-        """Train to the end, yielding the number of each step when it is done, from 1."""
-        self._model.train()
-        batches = self._stream.batches(self.config.images_per_step, self.shares)
-        while self.step_number < self.config.steps:
-            self.shares, image_BHWC = next(batches)
-            self.step(torch.from_numpy(image_BHWC))
-            self.step_number += 1
-            yield self.step_number
+        """Train to the end, yielding the number of each step when it is done, from 1.
 
-    def step(self, image_BHWC: Tensor) -> None:
-        """One optimiser step on clean images, uint8 (B, S, S, 3), ``batch_size`` at once."""
+        Raises:
+            NotFiniteError: See `step`.
+        """
+        self._model.train()
+        batches = self.stream.batches(self.config.images_per_step, self.shares)
+        with closing(batches):
+            while self.step_number < self.config.steps:
+                batch = next(batches)
+                self.step(batch.image_BHWC, batch.names)
+                self.shares = batch.shares
+                self.step_number += 1
+                yield self.step_number
+
+    def step(self, image_BHWC: Tensor, names: Sequence[tuple[str, str]] = ()) -> None:
+        """One optimiser step on clean images.
+
+        Args:
+            image_BHWC: uint8 (N, S, S, 3), computed ``batch_size`` at once.
+            names: Unit and key of each image, for an error to name.
+
+        Raises:
+            NotFiniteError: A loss or a gradient is NaN or infinite, of whichever rank: all of them
+                raise it at the same step. No weight was changed.
+        """
         # What is random in a step depends on nothing that came before: resumed is uninterrupted.
         torch.manual_seed(self._seed_of_step())
         self.optimizer.zero_grad(set_to_none=True)
         batches = torch.split(image_BHWC, self.config.batch_size)
-        for batch_BHWC in batches[:-1]:
-            with self._without_exchange():
-                self._backward(batch_BHWC, 1 / len(batches))
-        self._backward(batches[-1], 1 / len(batches))
+        losses: list[Tensor] = []
+        for number, batch_BHWC in enumerate(batches, 1):
+            with nullcontext() if number == len(batches) else self._without_exchange():
+                losses.append(self._backward(batch_BHWC, 1 / len(batches)))
+        self._loss = losses[-1]
+        # The only question to the device in a step: here it has little left to do.
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        if not math.isfinite(get_total_norm(gradients)):
+            raise self._not_finite(losses, names)
         self.optimizer.step()
         self._schedule.step()
+
+    def _not_finite(
+        self, losses: Sequence[Tensor], names: Sequence[tuple[str, str]]
+    ) -> NotFiniteError:
+        """What to say of a step with these losses, of its batches in order."""
+        size, values = self.config.batch_size, [float(loss) for loss in losses]
+        place = f"step {self.step_number + 1}, rank {self._rank}"
+        for number, value in enumerate(values):
+            if not math.isfinite(value):
+                batch = list(names[number * size :][:size])
+                return NotFiniteError(
+                    f"{place}: the loss of a batch is {value}", batch, is_loss=True
+                )
+        return NotFiniteError(
+            f"{place}: a gradient is not finite, of losses of {max(values):.3g} at most",
+            list(names),
+            is_loss=False,
+        )
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         """Workers exchange gradients once a step, with its last batch."""
@@ -254,17 +348,71 @@ class GeneratorTrainer:
         context: AbstractContextManager[None] = no_sync()
         return context
 
-    def _backward(self, image_BHWC: Tensor, weight: float) -> None:
-        """Add the gradients of one batch of clean images, uint8 (B, S, S, 3)."""
+    def _backward(self, image_BHWC: Tensor, weight: float) -> Tensor:
+        """Add the gradients of one batch of clean images, uint8 (B, S, S, 3); its loss."""
+        loss, self._scalars = self._forward(self._model, image_BHWC)
+        # A loss that is not finite must leave no gradient that is: so every rank sees it.
+        weight_ = torch.where(loss.detach().isfinite(), weight, math.nan).to(loss.dtype)
+        torch.autograd.backward(loss, weight_)
+        return loss.detach()
+
+    def _forward(self, model: nn.Module, image_BHWC: Tensor) -> tuple[Tensor, Scalars]:
+        """Loss and scalars of clean images, uint8 (B, S, S, 3)."""
         # Collated with channels last, permuted here: that is the fast memory layout.
         clean = image_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         gpu = self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
             with torch.no_grad():
-                clean_BD = self.encoder.encode_image(clean)
-            loss, self._scalars = self._model(clean, clean_BD)
-        (weight * loss).backward()
-        self._loss = loss.detach()
+                clean_BD = self._encode_image(clean)
+            result: tuple[Tensor, Scalars] = model(clean, clean_BD)
+        return result
+
+    def _encode_image(self, image_BCHW: Tensor) -> Tensor:
+        return self._encode(image_BCHW)
+
+    def compile(self) -> str:
+        """Have generator and encoder compiled when they are first called, if that works here.
+
+        Returns:
+            Why it does not, in a sentence; "" if it does.
+        """
+        if problem := _compiler_problem(self.device):
+            return f"training goes on without torch.compile, which fails here: {problem}"
+        self.generator.compile()
+        self._encode = torch.compile(self.encoder.encode_image)
+        return ""
+
+    @property
+    def validates(self) -> bool:
+        """Whether the step that was done last is one after which to `validate`, on this rank."""
+        config = self.config
+        due = self.step_number % config.validate_every == 0 or self.step_number == config.steps
+        return due and self._validation is not None
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Means of loss and scalars over the validation images, their names with `VALIDATION`.
+
+        Only rank 0 has any; others wait for it in their next step. So figures are the same with any
+        number of ranks.
+
+        Raises:
+            UsageError: None of the images can be read.
+        """
+        if self._validation is None:
+            return {}
+        if self._validation_BHWC is None:
+            self._validation_BHWC = self._validation.first(self.config.validation_images)
+        torch.manual_seed(self.config.seed)  # the next step seeds anew
+        self._pass.eval()
+        sums: dict[str, Tensor | float] = {}
+        for batch_BHWC in torch.split(self._validation_BHWC, self.config.batch_size):
+            loss, scalars = self._forward(self._pass, batch_BHWC)
+            for name, value in {"loss": loss, **scalars}.items():
+                sums[name] = sums.get(name, 0.0) + len(batch_BHWC) * value
+        self._pass.train()
+        count = len(self._validation_BHWC)
+        return {VALIDATION + name: float(value) / count for name, value in sums.items()}
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last step: of its last batch, the loss and the objective's scalars."""
@@ -289,7 +437,9 @@ class GeneratorTrainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "step": self.step_number,
-            "shares": [list(map(astuple, shares)) for shares in of_ranks or [self.shares]],
+            "shares": [
+                [share.to_list() for share in shares] for shares in of_ranks or [self.shares]
+            ],
         }
         torch.save(state, folder / _STATE_FILE)
 
@@ -304,15 +454,22 @@ class GeneratorTrainer:
         self.generator.load_state_dict(state["generator"])
         # Before there was a choice of objectives, there was one, which has no state.
         self.objective.load_state_dict(state.get("objective", {}))
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = self._fused  # it may have been saved on another device
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == weight.shape and value.stride() != weight.stride():
+                    moments[name] = torch.empty_like(weight).copy_(value)
         self._schedule.load_state_dict(state["schedule"])
         self.step_number = state["step"]
-        of_ranks = [tuple(Share(*share) for share in shares) for shares in state["shares"]]
+        of_ranks = [tuple(map(Share.from_list, shares)) for shares in state["shares"]]
         self.shares = deal(of_ranks, self._world_size)[self._rank]
 
     def protector(self, name: str, training: dict[str, Any]) -> Protector:
         """The trained protector, with its card."""
         config = self.config
+        self.generator.to(memory_format=torch.contiguous_format)
         return Protector.assemble(
             config.encoder,
             self.encoder.cpu(),
@@ -325,13 +482,17 @@ class GeneratorTrainer:
             training=training,
         )
 
-    def _context(self) -> ObjectiveContext:
+    def _context(self, known: ConceptBank | None) -> ObjectiveContext:
         config, encoder = self.config, self.encoder
         return ObjectiveContext(
-            encode_image=encoder.encode_image,
+            encode_image=self._encode_image,
             embedding_dim=encoder.embedding_dim,
             concept_bank=partial(
-                ConceptBank.build, config.vocabulary, encoder, templates=config.templates
+                ConceptBank.build,
+                config.vocabulary,
+                encoder,
+                templates=config.templates,
+                known=known,
             ),
             working_size=self.working_size,
             epsilon_levels=config.epsilon_levels,
@@ -346,3 +507,16 @@ class GeneratorTrainer:
         warm_up = max(1, self.config.steps // 100)
         progress = max(0, step - warm_up) / max(1, self.config.steps - warm_up)
         return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _compiler_problem(device: torch.device) -> str:
+    """Why torch.compile does not work here; "" if it does."""
+    try:
+        torch.compile(_probe)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds, by what is missing
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def _probe(values: Tensor) -> Tensor:
+    return values.sin() + values

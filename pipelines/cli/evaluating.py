@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from one4all.errors import UsageError
 from pipelines.cli.planning import plan_evaluate
 from pipelines.cli.terminal import (
+    ConfigOption,
     EvaluationFile,
     Progress,
     SetOption,
@@ -126,11 +128,26 @@ def bench(
             help="Measure so many photos as tar, Parquet and loose images instead.", min=0
         ),
     ] = 0,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Measure reading, decoding and steps of a training instead."),
+    ] = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Measure protect beside a plain loop, Ray Data and webdataset that do the same work."""
     from pipelines.bench import bench_containers, bench_memory, bench_plan
 
-    if plan_shards or plan_images:
+    if (config or set_) and not train:
+        raise UsageError("--config and --set are settings of a training, for bench --train")
+    if train:
+        from pipelines.bench import bench_train
+        from pipelines.settings import load_config
+        from pipelines.train.config import TrainConfig
+
+        settings = load_config(TrainConfig, config, set_, source=source)
+        show_text(bench_train(settings, output, say=show))
+    elif plan_shards or plan_images:
         what = "shards" if plan_shards else "images"
         show_text(bench_plan(plan_shards or plan_images, output, what=what, say=show))
     elif containers:

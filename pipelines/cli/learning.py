@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from one4all.errors import UsageError
+from one4all.training import VALIDATION
 from pipelines.cli.planning import plan_train
 from pipelines.cli.terminal import (
     ConfigOption,
@@ -24,6 +25,7 @@ from pipelines.cli.terminal import (
     show_text,
 )
 
+_SEEN_LOSS = f"{VALIDATION}loss"
 _NAMED = 20  # damaged shards, at the end
 # Of an entry of the training's metrics: said otherwise, or the same all along.
 _NOT_NOTED = {
@@ -131,6 +133,7 @@ def train(
                 f"left out from its damage on: {uri}: {reason}"
             ),
             on_wait=progress.say,
+            on_note=progress.say,
         )
     if num_damaged := card.training["num_damaged_shards"]:
         show(f"damaged shards, used up to their damage: {num_damaged}, named in {DAMAGED_FILE}")
@@ -154,13 +157,19 @@ def training_lines(found: Any) -> list[str]:
     losses = [entry["loss"] for entry in found.history]
     lines.append(f"  step {found.step:>9,} of {found.num_steps:,}; {pace}")
     lines.append(f"  loss {losses[0]:>9.3g} -> {losses[-1]:.3g}  {curve(losses)}")
+    if seen := [entry[_SEEN_LOSS] for entry in found.history if _SEEN_LOSS in entry]:
+        lines.append(f"  of validation {seen[0]:.3g} -> {seen[-1]:.3g}  {curve(seen)}")
     lines += [f"  damaged shard {uri}: {reason}" for uri, reason in found.damaged.items()]
     return lines
 
 
 def training_note(entry: dict[str, float]) -> str:
     """One line of how training goes: the loss, the objective's own scalars, and the pace."""
-    scalars = [f"{key} {value:.3g}" for key, value in entry.items() if key not in _NOT_NOTED]
+    scalars = [
+        f"{key} {value:.3g}"
+        for key, value in entry.items()
+        if key == _SEEN_LOSS or not (key in _NOT_NOTED or key.startswith(VALIDATION))
+    ]
     if num_damaged := entry.get("damaged_shards"):
         scalars.append(f"damaged shards {num_damaged:.0f}")
     return " ".join([*scalars, f"{entry['images_per_second']:.3g} images/s"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from one4all.training.trainer import TrainerConfig
 from pipelines.settings import JobConfig, RayConfig
@@ -19,6 +19,16 @@ def _workers(value: object) -> object:
     return value
 
 
+def _whole_gpus(value: float) -> float:
+    """A number of GPUs; a part of one cannot be trained on, for workers of one GPU cannot talk."""
+    if value > 0 and not value.is_integer():
+        raise ValueError(
+            f"training gives each worker whole GPUs, not {value:g}; write 1, or 0 for CPUs alone, "
+            "and fewer workers with a larger batch_size if a GPU has room"
+        )
+    return value
+
+
 class TrainConfig(TrainerConfig, JobConfig):
     """`one4all train`: what `TrainerConfig` says of the training itself, and how it is run.
 
@@ -28,10 +38,11 @@ class TrainConfig(TrainerConfig, JobConfig):
             several nodes. The same folder resumes.
         log_every: Steps from one entry of metrics.jsonl to the next.
         checkpoint_every: Steps from one checkpoint to the next.
+        keep_checkpoints: Number of checkpoints that are kept, the last ones.
         num_workers: Ray Train workers: a number, or the range [least, most], within which Ray takes
             as many as fit, when it starts and after each lost node.
         cpus_per_worker: CPUs that each worker takes.
-        gpus_per_worker: GPUs that each worker takes; below 0 means 1 if there is any.
+        gpus_per_worker: GPUs that each worker takes, whole ones; below 0 means 1 if there is any.
         resize_seconds: How often a group of a range looks whether more workers fit. Growing costs a
             restart, and the steps since the last checkpoint.
         max_failures: Restarts after lost workers; one more, and training has failed. A node whose
@@ -45,9 +56,10 @@ class TrainConfig(TrainerConfig, JobConfig):
     run_folder: str = "runs/train"
     log_every: Annotated[int, Field(ge=1)] = 10
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    gpus_per_worker: float = -1
+    gpus_per_worker: Annotated[float, AfterValidator(_whole_gpus)] = -1
     resize_seconds: Annotated[float, Field(ge=1)] = 60.0
     max_failures: Annotated[int, Field(ge=0)] = 3
     lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0

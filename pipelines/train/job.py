@@ -20,7 +20,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from one4all.errors import ConflictError, One4AllError, UsageError
+from one4all.concepts import ConceptBank
+from one4all.errors import (
+    ConfigError,
+    ConflictError,
+    NotFiniteError,
+    NotFoundError,
+    One4AllError,
+    UsageError,
+)
 from one4all.ledger.lease import Lease
 from one4all.protectors.card import ProtectorCard
 from one4all.storage import Storage, open_storage
@@ -30,11 +38,13 @@ from pipelines.provenance import commit
 from pipelines.ray_session import our_signal_handlers, ray_session, worker_layout
 from pipelines.settings import absolute_path, absolute_weights
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import Entry, RunLog, progress_board
+from pipelines.train.progress import FAILURE_FILE, Entry, Failure, RunLog, progress_board
 from pipelines.train.status import RUN_FILE, leave_pointer
 from pipelines.train.worker import train_loop
 
 _WORKER_ACTOR = "RayTrainWorker"  # what Ray Train calls its workers
+CONCEPTS_FILE = "concepts.safetensors"  # in the run folder: embedded once for all sittings
+_NAMED_IMAGES = 16  # in an error; the run folder has them all
 _NAMED = 100  # damaged shards, at most, in the card; the run folder has them all
 
 
@@ -46,6 +56,7 @@ def train(
     on_metrics: Callable[[Entry], None] = lambda entry: None,
     on_damage: Callable[[str, str], None] = lambda uri, reason: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
+    on_note: Callable[[str], None] = lambda sentence: None,
 ) -> ProtectorCard:
     """Train to the end, resuming if the run folder has a checkpoint, and write the protector.
 
@@ -57,6 +68,7 @@ def train(
         on_damage: Called with the URI of each shard that cannot be read to its end, and why. Its
             images before the damage are used.
         on_wait: Called with a sentence before waiting for a run that may have died.
+        on_note: Called with a sentence on what goes on otherwise than it was asked for.
 
     Returns:
         The card; ``training`` in it names damaged shards, too.
@@ -64,14 +76,16 @@ def train(
     Raises:
         UsageError: Nothing to train on, or a setting that cannot work; before Ray starts.
         LeaseHeldError: Another run trains in this run folder, or took it over.
+        NotFiniteError: A loss or a gradient is NaN or infinite; the images are named.
         One4AllError: Training failed more often than ``max_failures``.
     """
     if not config.source:
         raise UsageError("train needs a source: a folder or s3:// prefix of WebDataset shards")
     given, config = config, _with_absolute_paths(config)
-    for uri in config.source.split(","):
+    for uri in filter(None, f"{config.source},{config.validation_source}".split(",")):
         open_storage(uri).check(writable=False)
-    GeneratorTrainer(config).check()
+    known = _known_concepts(config)
+    bank = _checked(config, known)
     open_storage(config.output).check(writable=True)
     _refuse_other_run(config)
     lease = Lease(
@@ -82,19 +96,23 @@ def train(
     )
     with lease:
         leave_pointer(open_storage(config.output), config.run_folder)
+        if bank is not None and (known is None or known.hash != bank.hash):
+            open_storage(config.run_folder).write_bytes(CONCEPTS_FILE, bank.to_bytes())
         log = RunLog(config.run_folder)
         on_start()
-        checkpoint = _fit(config, log, on_metrics, on_damage)
+        checkpoint = _fit(config, bank, log, on_metrics, on_damage, on_note)
         lease.check()  # what the other run writes is as good, but not ours
         with checkpoint.as_directory() as folder:
-            return _export(config, given.source, Path(folder), log, command)
+            return _export(config, bank, given.source, Path(folder), log, command)
 
 
 def _fit(
     config: TrainConfig,
+    bank: ConceptBank | None,
     log: RunLog,
     on_metrics: Callable[[Entry], None],
     on_damage: Callable[[str, str], None],
+    on_note: Callable[[str], None],
 ) -> Any:
     """Run Ray Train to the end; its last checkpoint."""
 
@@ -105,7 +123,9 @@ def _fit(
         for uri, reason in log.add_damage(damaged).items():
             on_damage(uri, reason)
 
-    with ray_session(config.ray), log, progress_board(log_entry, log_damage) as board:
+    import ray
+
+    with ray_session(config.ray), log, progress_board(log_entry, log_damage, on_note) as board:
         from ray.exceptions import RayError
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -121,7 +141,11 @@ def _fit(
         }
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"config": config.model_dump_json(), "board": board},
+            train_loop_config={
+                "config": config.model_dump_json(),
+                "board": board,
+                "concepts": b"" if bank is None else bank.to_bytes(),
+            },
             scaling_config=ScalingConfig(
                 **workers,
                 use_gpu=gpus > 0,
@@ -134,18 +158,38 @@ def _fit(
                 **_ray_storage(config.run_folder),
                 # Nodes that were announced to go are not counted, and may be any number.
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             ),
         )
         try:
             room = watched_start(_WORKER_ACTOR, cpus=config.cpus_per_worker, gpus=gpus)
             with _stopped_by_ray(), room:
                 result = trainer.fit()
+            failure = ray.get(board.failure.remote())
         except (TrainingFailedError, RayError) as error:
             raise One4AllError(f"training failed: {_root_cause(error)}") from error
+        if failure is not None:
+            raise _not_finite(failure, config, log)
         if result.checkpoint is None:
             raise One4AllError("training ended without a checkpoint")
         return result.checkpoint
+
+
+def _not_finite(failure: Failure, config: TrainConfig, log: RunLog) -> NotFiniteError:
+    """The error that ends a training, with the images that may be the reason by their shards."""
+    said, images = failure
+    log.add_failure(failure)
+    by_unit: dict[str, list[str]] = {}
+    for unit, key in images[:_NAMED_IMAGES]:
+        by_unit.setdefault(unit, []).append(key)
+    named = "; ".join(f"{unit}: {', '.join(keys)}" for unit, keys in by_unit.items())
+    others = f" and {len(images) - _NAMED_IMAGES} more" if len(images) > _NAMED_IMAGES else ""
+    return NotFiniteError(
+        f"{said}; images: {named}{others}, all in {FAILURE_FILE} of {config.run_folder}. No "
+        "weights were changed by it. Leave out the image that is the reason, or begin a new run "
+        "with a lower learning_rate",
+        images,
+    )
 
 
 @contextmanager
@@ -167,13 +211,14 @@ def _stopped_by_ray() -> Iterator[None]:
 
 def _export(
     config: TrainConfig,
+    bank: ConceptBank | None,
     source: str,
     checkpoint: Path,
     log: RunLog,
     command: str,
 ) -> ProtectorCard:
     """Write the protector folder from the last checkpoint."""
-    trainer = GeneratorTrainer(config)
+    trainer = GeneratorTrainer(config, bank=bank)
     trainer.load(checkpoint)
     history = log.history
     training = {
@@ -195,17 +240,37 @@ def _export(
     return trainer.protector(name, training).publish(open_storage(config.output))
 
 
+def _checked(config: TrainConfig, known: ConceptBank | None) -> ConceptBank | None:
+    """The concepts of a training that can begin; None if its objective has none."""
+    trainer = GeneratorTrainer(config, bank=known)
+    trainer.check()
+    return trainer.objective.bank
+
+
+def _known_concepts(config: TrainConfig) -> ConceptBank | None:
+    """The concepts that an earlier sitting has embedded, if there was one."""
+    try:
+        return ConceptBank.from_bytes(open_storage(config.run_folder).read_bytes(CONCEPTS_FILE))
+    except (NotFoundError, ConfigError):
+        return None
+
+
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in another directory, perhaps on another machine: paths are absolute."""
     return config.model_copy(
         update={
-            "source": ",".join(open_storage(u.strip()).uri for u in config.source.split(",")),
+            "source": _absolute(config.source),
+            "validation_source": _absolute(config.validation_source),
             "output": open_storage(config.output).uri,
             "run_folder": open_storage(config.run_folder).uri,
             "vocabulary": absolute_path(config.vocabulary),
             "encoder": absolute_weights(config.encoder),
         }
     )
+
+
+def _absolute(corpora: str) -> str:
+    return ",".join(open_storage(u.strip()).uri for u in corpora.split(",")) if corpora else ""
 
 
 def _refuse_other_run(config: TrainConfig) -> None:
@@ -222,6 +287,11 @@ def _refuse_other_run(config: TrainConfig) -> None:
         "max_failures",
         "log_every",
         "lease_seconds",
+        "keep_checkpoints",
+        "validation_source",
+        "validation_images",
+        "validate_every",
+        "compile",
     }
     wanted = config.model_dump(mode="json", exclude=free)
     try:

@@ -144,11 +144,12 @@ def _estimate(
     images_per_step = config.images_per_step * num_workers
     seconds = config.steps * config.images_per_step / speed
     worker_hours = seconds * num_workers / 3600
+    learnt = num_images and num_images * (1 - config.validation_share)
     gpus = config.gpus_per_worker if config.gpus_per_worker > 0 else 1.0
     return TrainEstimate(
         num_workers=num_workers,
         images_per_step=images_per_step,
-        epochs=config.steps * images_per_step / num_images if num_images else None,
+        epochs=config.steps * images_per_step / learnt if learnt else None,
         seconds=seconds,
         worker_hours=worker_hours,
         gpu_hours=worker_hours * gpus if on_gpu else None,

@@ -19,6 +19,7 @@ from one4all.storage import LocalStorage, open_storage
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "damaged_shards.json"
+FAILURE_FILE = "not_finite.json"
 CURVES_FILE = "loss_curves.png"
 _REST = 20  # times as long as writing the log took, until it is written again
 # Of the run, not of what it learns.
@@ -27,6 +28,9 @@ _NOT_PLOTTED = ("epoch", "world_size", "images_per_second", "damaged_shards")
 Entry: TypeAlias = dict[str, float]
 """Figures of one step by name: those of `RESERVED_SCALARS`, and the objective's own scalars."""
 
+Failure: TypeAlias = tuple[str, list[tuple[str, str]]]
+"""What is wrong, and the unit and key of each image that may be the reason."""
+
 
 class ProgressBoard:
     """Ray actor that workers write to and the driver reads."""
@@ -34,6 +38,8 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._entries: list[Entry] = []
         self._damaged: dict[str, str] = {}
+        self._notes: list[str] = []
+        self._failure: Failure | None = None
 
     def post(self, entry: Entry) -> None:
         """Add an entry."""
@@ -43,19 +49,36 @@ class ProgressBoard:
         """Add what a rank knows of damaged shards: the reason, by URI."""
         self._damaged |= damaged
 
-    def since(self, start: int, num_damaged: int) -> tuple[list[Entry], dict[str, str]]:
-        """The entries from number ``start`` on, counted from 0; and damaged shards likewise."""
-        return self._entries[start:], dict(islice(self._damaged.items(), num_damaged, None))
+    def post_note(self, sentence: str) -> None:
+        """Say what goes on otherwise than it was asked for."""
+        self._notes.append(sentence)
+
+    def post_failure(self, failure: Failure) -> None:
+        """Say why the training must not go on, nor be tried again."""
+        self._failure = failure
+
+    def failure(self) -> Failure | None:
+        """Why the training must not go on; None if it may."""
+        return self._failure
+
+    def since(
+        self, start: int, num_damaged: int, num_notes: int
+    ) -> tuple[list[Entry], dict[str, str], list[str]]:
+        """Entries from number ``start`` on, from 0; and damaged shards and notes likewise."""
+        damaged = dict(islice(self._damaged.items(), num_damaged, None))
+        return self._entries[start:], damaged, self._notes[num_notes:]
 
 
 @contextmanager
 def progress_board(
-    on_entry: Callable[[Entry], None], on_damage: Callable[[dict[str, str]], None]
+    on_entry: Callable[[Entry], None],
+    on_damage: Callable[[dict[str, str]], None],
+    on_note: Callable[[str], None],
 ) -> Iterator[Any]:
     """A board for workers.
 
-    ``on_entry`` is called on the driver with each entry, in order; ``on_damage`` before it with
-    damaged shards that are new.
+    ``on_entry`` is called on the driver with each entry, in order; before it ``on_damage`` with
+    damaged shards that are new, and ``on_note`` with each sentence.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -67,15 +90,19 @@ def progress_board(
     stop = threading.Event()
 
     def watch() -> None:
-        seen, num_damaged, last = 0, 0, False
+        seen, num_damaged, num_notes, last = 0, 0, 0, False
         while not last:
             last = stop.wait(0.5)
-            entries, damaged = ray.get(board.since.remote(seen, num_damaged))
+            news = board.since.remote(seen, num_damaged, num_notes)
+            entries, damaged, notes = ray.get(news)
+            for note in notes:
+                on_note(note)
             if damaged:
                 on_damage(damaged)
             for entry in entries:
                 on_entry(entry)
             seen, num_damaged = seen + len(entries), num_damaged + len(damaged)
+            num_notes += len(notes)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -122,6 +149,12 @@ class RunLog:
             return self._storage.read_bytes(name).decode()
         except NotFoundError:
             return ""
+
+    def add_failure(self, failure: Failure) -> None:
+        """Log why the training ends, with all images that may be the reason."""
+        said, images = failure
+        record = json.dumps({"error": said, "images": images}, indent=1)
+        self._storage.write_bytes(FAILURE_FILE, record.encode())
 
     def add_damage(self, damaged: dict[str, str]) -> dict[str, str]:
         """Log damaged shards; those that are new."""

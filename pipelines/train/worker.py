@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from one4all.training.loader import Shares
+from one4all.concepts import ConceptBank
+from one4all.errors import NotFiniteError
 from one4all.training.trainer import GeneratorTrainer
 from pipelines import telemetry
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import Entry
+from pipelines.train.progress import Entry, Failure
 
+_T = TypeVar("_T")
 _NOTICE_SECONDS = 5.0  # between two questions; Ray looks for news as often
 
 
@@ -25,7 +27,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     """Train from the last checkpoint, if there is one, to the end.
 
     Args:
-        settings: ``config``, a `TrainConfig` as JSON, and ``board``, the actor for progress.
+        settings: ``config``, a `TrainConfig` as JSON; ``board``, the actor for progress; and
+            ``concepts``, a `ConceptBank` as bytes, or none.
     """
     import ray.train
     from ray.train import Checkpoint
@@ -41,28 +44,39 @@ def train_loop(settings: dict[str, Any]) -> None:
         world_size=world_size,
         device=get_device(),
         num_threads=config.cpus_per_worker,
+        bank=ConceptBank.from_bytes(settings["concepts"]) if settings["concepts"] else None,
         wrap=prepare_model,
     )
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
+    board = settings["board"]
+    if config.compile and (problem := trainer.compile()) and rank == 0:
+        board.post_note.remote(problem)
     destination = {"destination": config.output}
     for name in ("one4all_trained_images", "one4all_trained_steps", "one4all_trained_seconds"):
         telemetry.begin(name, **destination)
     stopwatch = _Stopwatch(trainer.step_number, config.images_per_step * world_size)
     notice = _Notice(trainer.step_number)
-    with _damage_told(trainer, settings["board"]) as tell_damage:
+    with (
+        _not_finite_told(board, rank, world_size),
+        _damage_told(trainer, board) as tell_damage,
+    ):
         for step in trainer.steps():
             tell_damage()
             telemetry.count("one4all_trained_images", config.images_per_step, **destination)
             entry: Entry = {}
-            if rank == 0 and (step % config.log_every == 0 or step in (1, config.steps)):
+            due = step % config.log_every == 0 or step in (1, config.steps)
+            if rank == 0 and (due or trainer.validates):
                 seconds, images_per_second = stopwatch.since_last(step)
                 entry = trainer.metrics() | {
                     "world_size": world_size,
                     "images_per_second": images_per_second,
                 }
-                settings["board"].post.remote(entry)
+                if trainer.validates:
+                    entry |= trainer.validate()
+                    stopwatch.restart()
+                board.post.remote(entry)
                 telemetry.count("one4all_trained_steps", stopwatch.num_steps, **destination)
                 telemetry.count(
                     "one4all_trained_seconds", seconds * stopwatch.num_steps, **destination
@@ -82,6 +96,35 @@ def train_loop(settings: dict[str, Any]) -> None:
                         checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
                         checkpoint_dir_name=f"step-{step:08d}",
                     )
+
+
+@contextmanager
+def _not_finite_told(board: Any, rank: int, world_size: int) -> Iterator[None]:
+    """Within the block, a `NotFiniteError` ends the training: the driver is told, and raises it.
+
+    All ranks meet it at the same step and end without an error: whoever raises is started again,
+    and would meet the same images with the same weights.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        import ray
+
+        of_ranks = _of_all_ranks((str(error), error.images, error.is_loss), world_size)
+        if rank == 0:
+            ray.get(board.post_failure.remote(one_failure(of_ranks)), timeout=30)
+
+
+def one_failure(of_ranks: Sequence[tuple[str, list[tuple[str, str]], bool]]) -> Failure:
+    """What to say of errors that are one: that of the rank with the bad loss, else all images.
+
+    Args:
+        of_ranks: Message, images and `NotFiniteError.is_loss` of each rank.
+    """
+    for message, images, is_loss in of_ranks:
+        if is_loss:
+            return message, images
+    return of_ranks[0][0], [image for _, images, _ in of_ranks for image in images]
 
 
 @contextmanager
@@ -131,6 +174,10 @@ class _Stopwatch:
         self._step, self._time = step, now
         return seconds, self._images_per_step / seconds
 
+    def restart(self) -> None:
+        """Leave out what was done since the last call."""
+        self._time = time.monotonic()
+
 
 class _Notice:
     """Whether it was announced that a node of this run will be taken away.
@@ -162,10 +209,10 @@ class _Notice:
         return is_new
 
 
-def _of_all_ranks(shares: Shares, world_size: int) -> Sequence[Shares]:
-    """The shares of every rank, by rank."""
+def _of_all_ranks(mine: _T, world_size: int) -> Sequence[_T]:
+    """What every rank calls this with, by rank."""
     if world_size == 1:
-        return [shares]
+        return [mine]
     of_ranks: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(of_ranks, shares)
+    torch.distributed.all_gather_object(of_ranks, mine)
     return of_ranks

@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from support.builders import TINY_ENCODER, TINY_GENERATOR, write_corpus
 
-from one4all.errors import LeaseHeldError, UsageError
+from one4all.concepts import ConceptBank
+from one4all.encoders import load_encoder
+from one4all.errors import LeaseHeldError, NotFiniteError, UsageError
 from one4all.ledger.lease import Lease
 from one4all.protectors.protector import Protector
 from one4all.storage import open_storage
 from pipelines.train.config import TrainConfig
-from pipelines.train.job import train
+from pipelines.train.job import CONCEPTS_FILE, train
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,9 @@ def test_killed_worker_resumes_from_the_last_checkpoint(corpus, tmp_path):
                     break
 
     killed: list[int] = []
-    config = config_for(corpus, tmp_path, steps=60)
+    config = config_for(
+        corpus, tmp_path, steps=60, validation_source=corpus, validate_every=25, keep_checkpoints=4
+    )
     card = train(config, command="test", on_metrics=kill_once)
     assert killed
     assert steps[-1] == 60
@@ -77,6 +83,13 @@ def test_killed_worker_resumes_from_the_last_checkpoint(corpus, tmp_path):
     assert [int(entry["step"]) for entry in history] == list(range(1, 61))
     first, last = (sum(entry["loss"] for entry in part) for part in (history[:10], history[-10:]))
     assert last < first
+    seen = {
+        entry["step"]: entry["validation_loss"] for entry in history if "validation_l1" in entry
+    }
+    assert seen.keys() == {25, 50, 60}
+    assert seen[60] < history[0]["loss"]
+    assert len(list((tmp_path / "run").glob("step-*"))) == 4
+    assert (tmp_path / "run/concepts.safetensors").is_file()
     assert Protector.load(str(tmp_path / "protector")).card == card
     assert (tmp_path / "run/loss_curves.png").stat().st_size > 1000
     assert list((tmp_path / "run/tensorboard").glob("events*"))
@@ -108,6 +121,23 @@ def test_damaged_shards_are_left_out_and_named(corpus, tmp_path):
     assert json.loads((tmp_path / "run" / "damaged_shards.json").read_text()) == said
     assert [entry["step"] for entry in entries] == list(range(1, 41)), "it was started again"
     assert entries[-1]["damaged_shards"] == read_log(tmp_path / "run")[-1]["damaged_shards"] == 2
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.fault("loss of a training that is NaN")
+def test_loss_that_is_no_number_ends_the_run_and_is_not_tried_again(corpus, tmp_path):
+    bank = ConceptBank.build("broad", load_encoder(TINY_ENCODER))
+    spoilt = replace(bank, embeddings=bank.embeddings * torch.nan)
+    config = config_for(corpus, tmp_path)
+    open_storage(config.run_folder).write_bytes(CONCEPTS_FILE, spoilt.to_bytes())
+    entries: list[dict[str, float]] = []
+    with pytest.raises(NotFiniteError, match=rf"step 1, rank 0: .* nan; images: {corpus}/shard-00"):
+        train(config, on_metrics=entries.append)
+    assert entries == []
+    found = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert len(found["images"]) == config.batch_size
+    assert not list((tmp_path / "run").glob("step-*"))
+    assert not list((tmp_path / "protector").glob("*.json")), "only the pointer to its run folder"
 
 
 def test_killed_driver_resumes_with_the_same_command(corpus, tmp_path):

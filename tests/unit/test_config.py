@@ -45,6 +45,14 @@ def test_workers_are_a_number_or_a_range():
             load_config(TrainConfig, None, [f"num_workers={text}"])
 
 
+def test_a_worker_trains_on_whole_gpus():
+    for text in ("-1", "0", "1", "2"):
+        load_config(TrainConfig, None, [f"gpus_per_worker={text}"])
+    for text in ("0.5", "1.5"):
+        with pytest.raises(ConfigError, match=rf"gpus_per_worker: .*whole GPUs, not {text}; write"):
+            load_config(TrainConfig, None, [f"gpus_per_worker={text}"])
+
+
 def test_arguments_beat_set_beats_file_beats_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 7\nbatch_size: 3\nseed: 5\nencoder: {input_size: 64}\n")

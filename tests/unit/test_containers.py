@@ -134,8 +134,8 @@ def test_who_learns_reads_it_too(corpus):
     assert [member.name for member in sample.members] == ["0.jpg", "0.cls"]
     assert read_labelled(corpus.uri, size=16).labels_N.tolist() == [0, 1, 0, 1]
     stream = ImageStream([corpus.uri], size=16)
-    _, images = next(stream.batches(4, (Share(0, 0, 1),)))
-    assert images.shape == (4, 16, 16, 3)
+    batch = next(stream.batches(4, (Share(0, 0, 1),)))
+    assert batch.image_BHWC.shape == (4, 16, 16, 3)
     config = FitConfig(source=corpus.uri, encoder=TINY_ENCODER)
     embedder = PartEmbedder(config.model_dump_json())
     found = [embedder.embed(part) for part in _choose_parts(config)]

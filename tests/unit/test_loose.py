@@ -361,8 +361,8 @@ def test_who_learns_reads_groups(sides):
     keys = [sample.key for sample in read_samples(source, unit)]
     assert keys == sorted([*ODD_KEYS, "b.txt", "c.jpg"])
     stream = ImageStream([source.uri], size=16)
-    _, images = next(stream.batches(7, (Share(0, 0, 1),)))
-    assert images.shape == (7, 16, 16, 3)
+    batch = next(stream.batches(7, (Share(0, 0, 1),)))
+    assert batch.image_BHWC.shape == (7, 16, 16, 3)
 
 
 def make_row(key: str, version: int, *, output: str | None = None) -> ObjectRow:

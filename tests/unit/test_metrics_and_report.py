@@ -99,6 +99,20 @@ def test_training_curves_have_a_panel_for_whatever_was_logged(tmp_path, num_name
     assert (tmp_path / "all.png").read_bytes() != blank.read_bytes()
 
 
+def test_curve_of_validation_is_in_the_panel_of_training(tmp_path):
+    names = ["loss", "l1", "l2"]
+    plain = [{"step": step, **dict.fromkeys(names, 1.0 * step)} for step in (1, 2, 5)]
+    seen = [*plain[:2], plain[2] | {f"validation_{name}": 2.0 for name in names}]
+    sizes, pictures = [], []
+    for path, entries in (("plain.png", plain), ("seen.png", seen)):
+        plot_loss_curves(entries, tmp_path / path)
+        with Image.open(tmp_path / path) as curves:
+            sizes.append(curves.size)
+            pictures.append(curves.tobytes())
+    assert sizes[0] == sizes[1]
+    assert pictures[0] != pictures[1]
+
+
 def test_curves_and_confusion_are_png_files():
     curves = plot_curves({"a": [(0, 1), (2, 3)], "b": []}, xlabel="x", ylabel="y", title="t")
     small = plot_confusion([[3, 1], [0, 0]], title="t", names=("cat", "dog"))

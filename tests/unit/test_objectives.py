@@ -1,6 +1,7 @@
 """The seam for objectives: settings by name, and an objective unknown to the trainer."""
 
 import json
+from contextlib import nullcontext
 from typing import Literal
 
 import pytest
@@ -240,7 +241,7 @@ def test_entropy_of_opposites_is_of_the_latest_images_only(concept_objective):
     def entropy_after(embedding_BD: torch.Tensor) -> float:
         image = torch.rand(len(embedding_BD), 20, 8, 8)
         batch = TrainingBatch(image, embedding_BD, image, image)
-        return concept_objective(batch)[1]["opposite_entropy"]
+        return float(concept_objective(batch)[1]["opposite_entropy"])
 
     assert entropy_after(-torch.eye(20).repeat(30, 1)) == pytest.approx(1, abs=0.01)
     hub = -torch.eye(20)[:1].expand(16, -1)
@@ -248,6 +249,24 @@ def test_entropy_of_opposites_is_of_the_latest_images_only(concept_objective):
     assert entropies == sorted(entropies, reverse=True)
     assert entropies[0] > 0.5
     assert entropies[-1] == 0
+
+
+def test_objective_asks_the_device_for_no_value(concept_objective, monkeypatch):
+    """A meta tensor has none: whoever asks for one fails, where a GPU would make the CPU wait."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    image = torch.rand(6, 20, 8, 8, device="meta")
+    batch = TrainingBatch(image, image[:, :, 0, 0], image, image)
+    for objective in objective_presets().values():
+        concept_objective.config = objective
+        loss, scalars = concept_objective(batch)
+        assert {loss.device.type} == {value.device.type for value in scalars.values()} == {"meta"}
+
+
+def test_images_that_are_only_looked_at_leave_no_trace(concept_objective):
+    image = torch.rand(6, 20, 8, 8)
+    concept_objective.eval()
+    concept_objective(TrainingBatch(image, image[:, :, 0, 0], image, image))
+    assert len(concept_objective._recent_opposites) == 0
 
 
 def test_loss_is_computed_in_float32_within_autocast(concept_objective):

@@ -75,6 +75,9 @@ def test_plan_counts_steps_epochs_shards_and_money(corpus, monkeypatch):
     assert two.seconds == five.seconds == 720
     assert (two.gpu_hours, two.price) == (0.4, 1.0)
     assert found.device_bytes > found.cost.encoder_bytes + found.cost.generator_bytes
+    kept = config.model_copy(update={"validation_share": 0.2})
+    found = plan_training(kept, num_images=300, images_per_second=10)
+    assert found.estimates[0].epochs == pytest.approx(60)
 
 
 @pytest.mark.slow

@@ -24,6 +24,8 @@ def training(tmp_path):
     log = RunLog(run)
     for step in range(1, 41):
         entry = {"step": step, "epoch": 0, "loss": 8 / step, "world_size": 2}
+        if step % 20 == 0:
+            entry["validation_loss"] = 20 / step
         log.add(entry | {"images_per_second": 32.0, "learning_rate": 0.1})
     log._write()
     log.add_damage({"in/a.tar": "truncated"})
@@ -35,6 +37,7 @@ def test_learning_curve_is_seen_from_the_output_and_from_the_run_folder(training
         shown = CliRunner().invoke(app, ["status", place], catch_exceptions=False).output
         assert "step        40 of 100; 32 images/s of 2 workers, about 30 s left" in shown
         assert "loss         8 -> 0.2  █" in shown
+        assert "of validation 1 -> 0.5  █▁" in shown
         assert "damaged shard in/a.tar: truncated" in shown
     found = json.loads(CliRunner().invoke(app, ["status", training[0], "--json"]).output)
     assert [entry["loss"] for entry in found["history"]][:2] == [8, 4]

@@ -129,6 +129,7 @@ class Objective(nn.Module, ABC):
             batch: Images and perturbations.
 
         Returns:
-            ``(loss, scalars)``: the loss, a scalar with gradient, is minimised; the scalars, under
-            names of the objective's choice but `RESERVED_SCALARS`, are logged, plotted and shown.
+            ``(loss, scalars)``: the loss, a scalar with gradient, is minimised; the scalars are
+            logged, plotted and shown. Their names are of the objective's choice, but for
+            `RESERVED_SCALARS` and what begins with `VALIDATION`.
         """

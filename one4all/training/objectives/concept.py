@@ -151,7 +151,7 @@ def concept_objective(
         with torch.no_grad():
             lambda_ = (l1 / l2.clamp_min(_SMALLEST_DENOMINATOR)).abs().clamp(*_LAMBDA_RANGE)
     else:
-        lambda_ = l1.new_tensor(config.lambda_)
+        lambda_ = torch.full_like(l1, config.lambda_)
     return ConceptTerms(
         loss=l1 - lambda_ * l2,
         l1=l1.detach(),
@@ -168,7 +168,7 @@ class ConceptObjective(Objective):
 
     Scalars: the terms of Eq. 4, the cosines of the protected images to their own and to their
     opposite concept, and ``opposite_entropy``, how evenly opposites were chosen for the last 64
-    images of this worker (`normalised_entropy`).
+    images of this worker, or when not in training for those of the batch (`normalised_entropy`).
 
     Args:
         config: Choices that the paper leaves open.
@@ -202,9 +202,13 @@ class ConceptObjective(Objective):
             terms = concept_objective(
                 batch.embedding_BD, protected_BD, self._concepts_ND, self.config
             )
-        seen = torch.cat([self._recent_opposites, terms.targets.opposite.cpu()])
-        self._recent_opposites = seen[-_RECENT_IMAGES:]
-        counts_N = torch.bincount(self._recent_opposites, minlength=len(self._concepts_ND))
+        # All of it stays on the device: asking for a value would make the CPU wait for every batch.
+        chosen = terms.targets.opposite
+        if self.training:
+            recent = torch.cat([self._recent_opposites.to(chosen.device), chosen])
+            self._recent_opposites = chosen = recent[-_RECENT_IMAGES:]
+        counts_N = chosen.new_zeros(len(self._concepts_ND))
+        counts_N.scatter_add_(0, chosen, torch.ones_like(chosen))
         return terms.loss, {
             "l1": terms.l1,
             "l2": terms.l2,
@@ -223,19 +227,17 @@ def _refuse_small_vocabulary(num_concepts: int, num_similar: int) -> None:
         )
 
 
-def normalised_entropy(counts_N: Tensor) -> float:
+def normalised_entropy(counts_N: Tensor) -> Tensor:
     """Entropy of a histogram of chosen concepts, as a share of what its size allows.
 
     Args:
         counts_N: How often each concept was chosen, (N,).
 
     Returns:
-        0 when one concept takes all (hub collapse), 1 when choices are spread as evenly as the
-        number of choices and concepts permits.
+        float32 (): 0 when one concept takes all (hub collapse), 1 when choices are spread as evenly
+        as the number of choices and concepts permits. On the device of the counts.
     """
-    total = float(counts_N.sum())
-    if total <= 1:
-        return 0.0
-    share = counts_N[counts_N > 0].double() / total
-    entropy = float(-(share * share.log()).sum())
-    return entropy / float(torch.tensor(min(total, len(counts_N))).double().log())
+    counts_N = counts_N.float()
+    total = counts_N.sum()
+    entropy: Tensor = torch.special.entr(counts_N / total.clamp_min(1)).sum()
+    return entropy / total.clamp(2, max(2, len(counts_N))).log()
