@@ -117,7 +117,8 @@ def _fit(
     """Run Ray Train to the end; its last checkpoint."""
 
     def log_entry(entry: Entry) -> None:
-        on_metrics(log.add(entry))
+        if not log.knows(entry):
+            on_metrics(log.add(entry))
 
     def log_damage(damaged: dict[str, str]) -> None:
         for uri, reason in log.add_damage(damaged).items():

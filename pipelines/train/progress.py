@@ -6,8 +6,9 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "damaged_shards.json"
 FAILURE_FILE = "not_finite.json"
 CURVES_FILE = "loss_curves.png"
+_ENTRIES_FILE = "entries.jsonl"
+_KEPT_ENTRIES = 1000  # in a checkpoint
 _REST = 20  # times as long as writing the log took, until it is written again
 # Of the run, not of what it learns.
 _NOT_PLOTTED = ("epoch", "world_size", "images_per_second", "damaged_shards")
@@ -30,6 +33,31 @@ Entry: TypeAlias = dict[str, float]
 
 Failure: TypeAlias = tuple[str, list[tuple[str, str]]]
 """What is wrong, and the unit and key of each image that may be the reason."""
+
+
+class Told:
+    """The last entries that rank 0 has told; they go into a checkpoint.
+
+    The log may be written a while after the checkpoint of the same step. If the driver dies
+    meanwhile, whoever goes on from the checkpoint tells them again, and the log has no hole.
+    """
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque(maxlen=_KEPT_ENTRIES)
+
+    def save(self, folder: Path) -> None:
+        """Write them to a folder of a checkpoint."""
+        (folder / _ENTRIES_FILE).write_text(_lines(self.entries), "utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read them, if it has some: checkpoints of before have none."""
+        with suppress(FileNotFoundError):
+            text = (folder / _ENTRIES_FILE).read_text("utf-8")
+            self.entries.extend(map(json.loads, text.splitlines()))
+
+
+def _lines(entries: Iterable[Entry]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 class ProgressBoard:
@@ -164,6 +192,10 @@ class RunLog:
             self._storage.write_bytes(DAMAGED_FILE, json.dumps(self.damaged, indent=1).encode())
         return new
 
+    def knows(self, entry: Entry) -> bool:
+        """Whether these figures of a step are logged."""
+        return entry.items() <= self._by_step.get(entry["step"], {}).items()
+
     def add(self, entry: Entry) -> Entry:
         """Log the figures of one step; written at once, unless writing takes too much time.
 
@@ -184,8 +216,7 @@ class RunLog:
         return entry
 
     def _write(self) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        self._storage.write_bytes(METRICS_FILE, lines.encode())
+        self._storage.write_bytes(METRICS_FILE, _lines(self.history).encode())
 
     def __enter__(self) -> Self:
         if isinstance(self._storage, LocalStorage):

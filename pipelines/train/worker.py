@@ -16,7 +16,7 @@ from one4all.errors import NotFiniteError
 from one4all.training.trainer import GeneratorTrainer
 from pipelines import telemetry
 from pipelines.train.config import TrainConfig
-from pipelines.train.progress import Entry, Failure
+from pipelines.train.progress import Entry, Failure, Told
 
 _T = TypeVar("_T")
 _NOTICE_SECONDS = 5.0  # between two questions; Ray looks for news as often
@@ -47,10 +47,15 @@ def train_loop(settings: dict[str, Any]) -> None:
         bank=ConceptBank.from_bytes(settings["concepts"]) if settings["concepts"] else None,
         wrap=prepare_model,
     )
+    told = Told()
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load(Path(folder))
+            told.load(Path(folder))
     board = settings["board"]
+    if rank == 0:
+        for earlier in told.entries:
+            board.post.remote(earlier)
     if config.compile and (problem := trainer.compile()) and rank == 0:
         board.post_note.remote(problem)
     destination = {"destination": config.output}
@@ -77,6 +82,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                     entry |= trainer.validate()
                     stopwatch.restart()
                 board.post.remote(entry)
+                told.entries.append(entry)
                 telemetry.count("one4all_trained_steps", stopwatch.num_steps, **destination)
                 telemetry.count(
                     "one4all_trained_seconds", seconds * stopwatch.num_steps, **destination
@@ -91,6 +97,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     if rank == 0:
                         trainer.save(Path(folder), of_ranks)
+                        told.save(Path(folder))
                     ray.train.report(
                         entry or {"step": step},
                         checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,

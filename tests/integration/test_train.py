@@ -158,12 +158,15 @@ def test_killed_driver_resumes_with_the_same_command(corpus, tmp_path):
     driver.wait()
     assert not list((tmp_path / "protector").glob("*.json")), "only the pointer to its run folder"
     time.sleep(3)
-    (run / "metrics.jsonl").unlink(missing_ok=True)
+    (run / "metrics.jsonl").unlink(missing_ok=True)  # as if it had not been written lately
+    [told, *_] = sorted(run.glob("step-*/entries.jsonl"))  # a later one may not be whole
+    before = [json.loads(line) for line in told.read_text().splitlines()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    steps = [entry["step"] for entry in read_log(run)]
-    assert steps[0] > 1
-    assert steps[-1] == 60
+    log = read_log(run)
+    assert [entry["step"] for entry in log] == list(range(1, 61))
+    assert 1 <= len(before) < 60
+    assert all(old.items() <= new.items() for old, new in zip(before, log, strict=False))
     assert Protector.load(str(tmp_path / "protector"))
 
     other = config.model_copy(update={"learning_rate": 1e-3})
