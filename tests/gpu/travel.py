@@ -1,7 +1,7 @@
 """Make the folders that travel to a machine without a network: docs/gpu.md.
 
     python tests/gpu/travel.py packages FOLDER [--weights]
-    python tests/gpu/travel.py photos TRAIN TEST FOLDER --classes 40
+    python tests/gpu/travel.py photos TRAIN TEST FOLDER --classes 36
 
 Runs where the project is installed.
 """
@@ -89,7 +89,7 @@ def pack_photos(
     num_classes: int,
     train_per_class: int,
     test_per_class: int,
-    quality: int = 85,
+    quality: int = 75,
 ) -> None:
     """A part of a labelled photo set, and the codes of its training photos.
 
@@ -154,10 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     photos.add_argument("train")
     photos.add_argument("test")
     photos.add_argument("folder", type=Path)
-    photos.add_argument("--classes", type=int, default=40)
+    photos.add_argument("--classes", type=int, default=36)
     photos.add_argument("--train-per-class", type=int, default=60)
     photos.add_argument("--test-per-class", type=int, default=20)
-    photos.add_argument("--quality", type=int, default=85, help="of the JPEG files")
+    photos.add_argument("--quality", type=int, default=75, help="of the JPEG files")
     return parser
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from gpu import adversaries, travel
 from gpu.codes import read_codes
 from gpu.record import Record
@@ -35,6 +36,8 @@ def photos(tmp_path_factory):
             files.append((f"{index:03d}.cls", str(index % 3).encode()))
         (folder / "source" / split).mkdir(parents=True)
         (folder / "source" / split / "a.tar").write_bytes(make_tar(files))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others would spin
     travel.pack_photos(
         str(folder / "source" / "train"),
         str(folder / "source" / "test"),
@@ -43,6 +46,7 @@ def photos(tmp_path_factory):
         train_per_class=3,
         test_per_class=2,
     )
+    torch.set_num_threads(threads)
     return folder / "set"
 
 
@@ -62,7 +66,7 @@ def check(tmp_path):
                 *("--output", output, *options),
             ],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(blocked)},
+            env=os.environ | {"PYTHONPATH": str(blocked), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
