@@ -71,7 +71,7 @@ class Sizes:
     threads: int = cpu_count() or 1
 
 
-TINY = Sizes(1, 5, (80, 60), 3, 2, (2,), 1, 1, "eager", 2)
+TINY = Sizes(2, 3, (80, 60), 3, 2, (2,), 1, 1, "eager", 2)
 
 
 def run(record: Record, work: Path, *, photos: Path | None, tiny: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 
 Figures = Mapping[str, Any]
 
+_NOT_TOLD = ("traceback", "curve")  # the JSON has them
 _TOLD_VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow", "scipy", "pyarrow")
 
 
@@ -97,7 +98,8 @@ class Record:
         entry = {"table": table, "row": row, "seconds": round(seconds, 2), **figures}
         self.rows.append(entry)
         self.write()
-        self._say(f"{table}: {row}: " + ", ".join(f"{k} {_told(v)}" for k, v in figures.items()))
+        told = [f"{k} {_told(v)}" for k, v in figures.items() if k not in _NOT_TOLD]
+        self._say(f"{table}: {row}: " + ", ".join(told))
 
     def fail(self, table: str, row: str, seconds: float, error: BaseException) -> None:
         """Add a row that could not be measured."""
@@ -127,8 +129,8 @@ class Record:
         parts = [f"`{self._content['command']}` on {place}:"]
         for table in dict.fromkeys(row["table"] for row in self.rows):
             rows = [row for row in self.rows if row["table"] == table]
-            hidden = {"table", "row", "traceback", "curve"}
-            columns = dict.fromkeys(key for row in rows for key in row if key not in hidden)
+            keys = (key for row in rows for key in row if key not in _NOT_TOLD)
+            columns = [key for key in dict.fromkeys(keys) if key not in ("table", "row")]
             parts.append(f"\n### {table}\n")
             parts += markdown_table(
                 ["", *columns],

@@ -87,7 +87,7 @@ def test_protect_is_measured_on_a_bare_machine(check, photos):
     assert "rewrite of shards" in result.text
     for name in ("as shipped", "float32", "bfloat16", "codecs alone", "bfloat16, compiled"):
         row = rows[f"{name}, batches of 2"]
-        assert (row["images"], row["images/s"][0] > 0) == (5, True)
+        assert (row["images"], row["images/s"][0] > 0) == (6, True)
         assert row["bound by"] in row["seconds of stages"]
     for config in ("imagenet", "paper"):
         for step in ("step alone", "with the loader", "DDP of one rank, gloo"):
