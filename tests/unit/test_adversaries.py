@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
@@ -16,7 +17,7 @@ from one4all.evaluation.adversaries import (
     build_network,
     train_adversary,
 )
-from one4all.evaluation.adversaries.augmentation import Augmentation, augment, prepare
+from one4all.evaluation.adversaries.augmentation import Augmentation, _chain, augment, prepare
 from one4all.evaluation.adversaries.classifier import build_classifier
 from one4all.evaluation.adversaries.networks import NarrowResNet18
 from one4all.evaluation.adversaries.training import learning_rate_at
@@ -156,6 +157,20 @@ def test_each_image_has_draws_of_its_own():
     for kind in set(get_args(Augmentation)) - {"none", "flip_crop", "gray", "gray_0.1", "gray_0.2"}:
         result = augment(np.repeat(one, 24, axis=0), kind, np.random.default_rng(0), CPU)
         assert len(result.unique(dim=0)) > 12, kind
+
+
+@pytest.mark.parametrize("kind", ["jitter", "simclr", "moco_v2", "randaugment", "trivialaugment"])
+def test_a_gpu_augments_as_a_cpu_does(kind):
+    """There, chains take tensors instead of Pillow images."""
+    images = separable(24, seed=0, size=32).images_NHWC
+    results = []
+    for inputs in (map(Image.fromarray, images), torch.from_numpy(images).permute(0, 3, 1, 2)):
+        torch.manual_seed(3)
+        results.append(torch.stack([_chain(kind, 32)(image) for image in inputs]).float())
+    apart = (results[0] - results[1]).abs().mean(dim=(1, 2, 3))
+    assert apart.max() < 6  # levels: other rounding, and the same draws
+    assert apart.median() < 2
+    assert (results[0] - results[0].roll(1, dims=0)).abs().mean() > 10  # other draws differ
 
 
 def test_one_image_in_five_turns_gray_and_the_test_image_only_if_all_do():

@@ -116,8 +116,13 @@ def prepare(images_BHWC: Pixels, kind: Augmentation, device: torch.device) -> Te
 
 def to_levels(images_BHWC: Pixels, device: torch.device) -> Tensor:
     """(B, 3, H, W) float32 levels, channels last in memory, on the device."""
+    return _channels_first(images_BHWC, device).float()
+
+
+def _channels_first(images_BHWC: Pixels, device: torch.device) -> Tensor:
+    """(B, 3, H, W) uint8, channels last in memory, on the device."""
     writable = np.require(images_BHWC, requirements=["C", "W", "E"])
-    return torch.from_numpy(writable).to(device).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(writable).to(device).permute(0, 3, 1, 2)
 
 
 def _flip_and_shift(images_BHWC: Pixels, random: np.random.Generator) -> Pixels:
@@ -173,21 +178,27 @@ def _all_gray(image_BCHW: Tensor) -> Tensor:
 
 def _each(
     images_BHWC: Pixels,
-    chain: Callable[[Image.Image], Tensor],
+    chain: Callable[[Any], Tensor],
     random: np.random.Generator,
     device: torch.device,
 ) -> Tensor:
-    """Every image through a chain, one after the other: on a batch it would draw once for all."""
+    """Every image through a chain, one after the other: on a batch it would draw once for all.
+
+    On a CPU as Pillow images, in which colours are changed fastest; on a GPU where the batch is
+    going to be, as a large image is slow to blur on one core. The draws are the same.
+    """
     seed = int(random.integers(2**63))
+    gpu = device.type != "cpu"
+    inputs = _channels_first(images_BHWC, device) if gpu else map(Image.fromarray, images_BHWC)
     with torch.random.fork_rng(devices=[]):  # what the trainer draws elsewhere stays as it is
         torch.default_generator.manual_seed(seed)
-        images = torch.stack([chain(Image.fromarray(image)) for image in images_BHWC])
+        images = torch.stack([chain(image) for image in inputs])
     return images.to(device).float().contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache
-def _chain(kind: Augmentation, size: int) -> Callable[[Image.Image], Tensor]:
-    """From a Pillow image, in which colours are changed fastest, to a tensor (3, H, W) uint8."""
+def _chain(kind: Augmentation, size: int) -> Callable[[Any], Tensor]:
+    """From a Pillow image, or a tensor (3, H, W) uint8, to such a tensor."""
     require("torchvision", "evaluate")
     from torchvision.transforms import v2
 
@@ -218,5 +229,5 @@ def _chain(kind: Augmentation, size: int) -> Callable[[Image.Image], Tensor]:
         "trivialaugment": [v2.TrivialAugmentWide(), to_tensor],
         "crop_0.35": [crop(0.35), mirror, to_tensor],
     }
-    chain: Callable[[Image.Image], Tensor] = v2.Compose(chains[kind])
+    chain: Callable[[Any], Tensor] = v2.Compose(chains[kind])
     return chain
