@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -53,6 +53,13 @@ def precision_of(backend: BackendName) -> Precision:
 def backend_of(precision: Precision) -> BackendName:
     """The backend that makes the patterns of a precision; any, in float32."""
     return "auto" if precision == "float32" else precision
+
+
+def check_backend(backend: str) -> None:
+    """Raises: ConfigError if there is none of that name."""
+    if backend not in get_args(BackendName):
+        names = ", ".join(get_args(BackendName))
+        raise ConfigError(f"no encoder_backend {backend!r}, only {names}")
 
 
 class EncoderBackend(ABC):
@@ -96,9 +103,10 @@ def load_backend(
         device: Where to compute. On a GPU, "auto" is PyTorch in float32.
 
     Raises:
-        ConfigError: The backend that is named cannot be had here.
+        ConfigError: No such backend, or it cannot be had here.
         UsageError: Its package is not installed.
     """
+    check_backend(backend)
     device = torch.device(device)
     size = image_size or encoder.input_size
     if backend.startswith("openvino"):

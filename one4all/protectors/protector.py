@@ -27,7 +27,13 @@ from torch import Tensor
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.encoders.backends import BackendName, EncoderBackend, load_backend, to_device
+from one4all.encoders.backends import (
+    BackendName,
+    EncoderBackend,
+    check_backend,
+    load_backend,
+    to_device,
+)
 from one4all.errors import BadImageError, ProtectorError, UsageError
 from one4all.images import (
     DEFAULT_MAX_PIXELS,
@@ -70,6 +76,7 @@ class Protector:
         self.card = card
         self.encoder = encoder
         self.model = model.eval().requires_grad_(False)
+        check_backend(encoder_backend)
         self._encoder_backend = encoder_backend
         self._loaded_backend: EncoderBackend | None = None
         self.to("cpu")
