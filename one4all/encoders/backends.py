@@ -18,10 +18,11 @@ import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from one4all.extras import installed, require
 from one4all.images import Pixels
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 BackendName = Literal["auto", "torch", "openvino", "torch-bfloat16", "openvino-bfloat16"]
 """How embeddings are computed: "auto" is float32 by the fastest that is here, the next two are
@@ -83,6 +85,10 @@ class EncoderBackend(ABC):
         Returns:
             (B, D) float32, L2-normalised, on the device of the backend.
         """
+
+    def map(self, function: Callable[..., _Result], *items: Iterable[Any]) -> Iterator[_Result]:
+        """As the built-in; on all threads where images are computed one by one."""
+        return map(function, *items)
 
 
 def load_backend(
@@ -190,7 +196,7 @@ class OpenVinoBackend(EncoderBackend):
         threads = torch.get_num_threads()
         probe_1HWC = _probe(image_size)
         try:
-            with _one_thread():
+            with one_thread():
                 expected = _expected(encoder, probe_1HWC)
                 converted = _convert(encoder, probe_1HWC)
             compiled = core.compile_model(
@@ -209,6 +215,8 @@ class OpenVinoBackend(EncoderBackend):
             raise ConfigError(f"OpenVINO cannot convert this encoder ({reason})") from error
         self._queue = openvino.AsyncInferQueue(compiled, threads)
         self._queue.set_callback(_keep)
+        # For what follows an embedding: PyTorch would start a team of threads for each.
+        self._pool = ThreadPoolExecutor(threads, "images", torch.set_num_threads, (1,))
         self._width, self._lock = encoder.embedding_dim, threading.Lock()
         difference = float((self.embed(probe_1HWC) - expected).abs().max())
         if not difference <= _TOLERANCE[precision]:
@@ -225,6 +233,10 @@ class OpenVinoBackend(EncoderBackend):
                 self._queue.start_async([image[None]], userdata=row)
             self._queue.wait_all()
         return torch.from_numpy(result_BD)
+
+    def map(self, function: Callable[..., _Result], *items: Iterable[Any]) -> Iterator[_Result]:
+        """See the base class."""
+        return self._pool.map(function, *items)
 
 
 _last: dict[object, OpenVinoBackend] = {}
@@ -277,7 +289,7 @@ def _convert(encoder: Encoder, example_1HWC: Pixels) -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """PyTorch on one thread: for little work, others spin longer than they help."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -32,6 +32,7 @@ from one4all.encoders.backends import (
     EncoderBackend,
     check_backend,
     load_backend,
+    one_thread,
     to_device,
 )
 from one4all.errors import BadImageError, ProtectorError, UsageError
@@ -170,16 +171,22 @@ class Protector:
         size = self._pass_size(len(working_NHWC), batch_size)
         if embedding_ND is None:
             embedding_ND = self._embed(working_NHWC, size)
-        parts = []
-        for start in range(0, len(working_NHWC), size):
-            working, known = working_NHWC[start : start + size], embedding_ND[start : start + size]
-            image = to_device(_fill(working, size), self._device)
-            known = F.pad(known, (0, 0, 0, size - len(known))).to(self._device)
-            with torch.autocast(self._device.type, torch.bfloat16, self._device.type == "cuda"):
-                delta = self.model(known, image)
-            levels = delta[: len(working)].float() * self.card.epsilon_levels
-            parts.append(levels.permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(parts)
+        starts = range(0, len(working_NHWC), size)
+        working = (_fill(working_NHWC[start : start + size], size) for start in starts)
+        known = (embedding_ND[start : start + size] for start in starts)
+        filled = (F.pad(part, (0, 0, 0, size - len(part))) for part in known)
+        parts = list(self.backend.map(self._levels, working, filled))
+        return np.concatenate(parts)[: len(working_NHWC)]
+
+    @torch.inference_mode()
+    def _levels(self, working_BHWC: Pixels, embedding_BD: Tensor) -> Levels:
+        """Perturbations of one pass, float32 (B, h, w, 3) in levels."""
+        image, on_gpu = to_device(working_BHWC, self._device), self._device.type == "cuda"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=on_gpu):
+            delta = self.model(embedding_BD.to(self._device), image)
+        levels = delta.float() * self.card.epsilon_levels
+        result: Levels = levels.permute(0, 2, 3, 1).cpu().numpy()
+        return result
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Pixels], *, batch_size: int = 8) -> Tensor:
@@ -374,8 +381,9 @@ class Protector:
         """
         card = load_card(protector)
         weights = _load_weights(protector, card)
-        encoder = encoder or load_encoder(card.encoder)
-        _check_encoder(card, encoder)
+        with one_thread():
+            encoder = encoder or load_encoder(card.encoder)
+            _check_encoder(card, encoder)
         model = build_model(card.generator, encoder.embedding_dim)
         try:
             model.load_state_dict(weights)
