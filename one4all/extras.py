@@ -2,6 +2,7 @@
 
     s3          boto3: corpora and protectors at s3://
     jobs        Ray and the command line
+    openvino    embeddings on CPUs at half the CPU time; part of jobs, too
     parquet     corpora of Parquet files: pyarrow
     clip        open_clip's encoders
     visibility  how different two pictures look: CIEDE2000, FLIP, SSIMULACRA2

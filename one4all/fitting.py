@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.encoders.backends import BackendName, load_backend
 from one4all.errors import UsageError
 from one4all.images import Pixels, check_pixels, decode, from_pillow, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
@@ -37,6 +38,7 @@ def fit(
     num_concepts: int | None = None,
     codebook: CodebookConfig = DEFAULT_CODEBOOK,
     encoder: EncoderConfig = DEFAULT_ENCODER,
+    encoder_backend: BackendName = "auto",
     epsilon_levels: int = DEFAULT_EPSILON_LEVELS,
     seed: int = 0,
     name: str = "codebook",
@@ -50,6 +52,8 @@ def fit(
         num_concepts: Number of clusters of images; default: as ``codebook`` says.
         codebook: Other settings of it.
         encoder: Encoder whose embeddings are clustered.
+        encoder_backend: What computes them; see `BackendName`. In another, clusters and so the
+            protector may differ a little.
         epsilon_levels: Budget in 8-bit levels.
         seed: Seed of the clusters' starts and of the patterns.
         name: Name for people.
@@ -60,11 +64,12 @@ def fit(
         BadImageError: An image that cannot be read; leave it out, and fit again.
     """
     loaded = load_encoder(encoder)
+    backend = load_backend(loaded, encoder_backend)
     working = (working_copy(_pixels(image), loaded.input_size) for image in images)
     parts: list[Embeddings] = []
     count = 0
     while batch := list(islice(working, _BATCH)):
-        parts.append(embed(loaded, np.stack(batch)))
+        parts.append(backend.embed(np.stack(batch)).numpy())
         count += len(batch)
         on_image(count)
     if count < 2:
@@ -82,25 +87,6 @@ def fit(
         epsilon_levels=epsilon_levels,
         training={"num_images": count, "seed": seed},
     )
-
-
-@torch.inference_mode()
-def embed(
-    encoder: Encoder, image_BHWC: Pixels, *, device: torch.device | str = "cpu"
-) -> Embeddings:
-    """Embeddings of working copies.
-
-    Args:
-        encoder: Frozen encoder, on ``device``.
-        image_BHWC: (B, S, S, 3) uint8.
-        device: Where it computes.
-
-    Returns:
-        (B, D) float32, L2-normalised.
-    """
-    batch = torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).to(device)
-    result: Embeddings = encoder.encode_image(batch).cpu().numpy()
-    return result
 
 
 def _pixels(image: Any) -> Pixels:

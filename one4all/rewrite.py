@@ -20,6 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from one4all.corpus import (
@@ -50,7 +51,7 @@ from one4all.images import (
 )
 from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
 from one4all.perturbation import Levels
-from one4all.protectors.protector import Protector, fill_batch
+from one4all.protectors.protector import Protector
 from one4all.recode import RecodedImage, recode
 from one4all.storage import Storage
 
@@ -85,8 +86,9 @@ class RewriteConfig(BaseModel):
         image_columns: Columns of Parquet files of which every value is an image. Others are found
             by what the file says, or by the content of their values.
         others: For loose objects that are no images: "copy" or "skip" them.
-        batch_size: Images in one forward pass. Another size may round a pixel here
-            and there to its other neighbour.
+        batch_size: Images in memory at once, and in one forward pass where the encoder's backend
+            takes several; there, another size may round a pixel here and there to its other
+            neighbour.
         batch_pixels: Pixels of decoded images in one batch; bounds memory: three are in flight. An
             image of more than these is in flight alone, and takes about 16 bytes a pixel.
     """
@@ -373,11 +375,10 @@ class _UnitRewrite:
         if images:
             before = self._seconds["device"]
             with self.timer("device"):
-                # Always a full batch: one shape, and results that do not depend on neighbours.
-                working = [copy for _, copy in images.values()]
-                deltas = self._protector.perturb(fill_batch(working, self._config.batch_size))
+                working_NHWC = np.stack([copy for _, copy in images.values()])
+                deltas = self._protector.perturb(working_NHWC, batch_size=self._config.batch_size)
             self._on_batch(self._seconds["device"] - before)
-            for (name, (image, _)), delta in zip(images.items(), deltas, strict=False):
+            for (name, (image, _)), delta in zip(images.items(), deltas, strict=True):
                 batch.protected[name] = self._pool.submit(self._encode, name, image, delta)
         return batch
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from one4all.concepts import ConceptBank
 from one4all.corpus import Unit, images_of, open_corpora, read_samples
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.encoders.backends import BackendName, load_backend
 from one4all.errors import BadImageError, NotFoundError, One4AllError, ShardError, UsageError
-from one4all.fitting import Embeddings, embed
+from one4all.fitting import Embeddings
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, decode, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.card import ProtectorCard
@@ -66,6 +67,7 @@ class FitConfig(JobConfig):
         output: Protector folder or s3:// prefix to write.
         encoder: Encoder whose embeddings are clustered; docs/results.md was measured at 224
             pixels.
+        encoder_backend: What computes them, as for protect.
         codebook: Number of patterns, and their shape.
         epsilon_levels: Budget.
         num_images: About so many images are looked at, evenly over the shards.
@@ -81,6 +83,7 @@ class FitConfig(JobConfig):
     container: str = ""
     output: str = "protector"
     encoder: EncoderConfig = DEFAULT_ENCODER
+    encoder_backend: BackendName = "auto"
     codebook: CodebookConfig = DEFAULT_CODEBOOK
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS
     num_images: Annotated[int, Field(ge=2)] = 20_000
@@ -282,6 +285,8 @@ class PartEmbedder:
             torch.set_num_threads(self._config.cpus_per_worker)
         self._encoder: Encoder = load_encoder(self._config.encoder)
         self._encoder.to(self._device)
+        backend = self._config.encoder_backend
+        self._backend = load_backend(self._encoder, backend, device=self._device)
 
     def embed(self, part: _Part) -> PartEmbeddings:
         """Embeddings and thumbnails of one unit; a damaged one is a finding, not an exception."""
@@ -293,7 +298,7 @@ class PartEmbedder:
             return PartEmbeddings(name, empty, [], error=str(damage))
         working = [pixels for pixels in map(self._working_copy, drawn) if pixels is not None]
         found = [
-            embed(self._encoder, np.stack(working[start : start + _BATCH]), device=self._device)
+            self._backend.embed(np.stack(working[start : start + _BATCH])).cpu().numpy()
             for start in range(0, len(working), _BATCH)
         ]
         return PartEmbeddings(

@@ -14,6 +14,7 @@ from pydantic import Field
 from one4all.audit import UnitAudit, audit_unit
 from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit, open_source
 from one4all.corpus.loose import GROUP_OBJECTS
+from one4all.encoders.backends import BackendName, backend_of
 from one4all.errors import One4AllError, UsageError
 from one4all.ledger import (
     Binding,
@@ -328,7 +329,7 @@ def audit_one(
         measure_visibility=measure_visibility,
     )
     if task.recompute:
-        loaded = _load(protector)
+        loaded = _load(protector, backend_of(binding.encoder_precision))
         for problem in recompute_unit(
             unit,
             manifest,
@@ -344,8 +345,8 @@ def audit_one(
 
 
 @lru_cache(maxsize=1)
-def _load(protector: str) -> Protector:
-    return Protector.load(protector)
+def _load(protector: str, encoder_backend: BackendName) -> Protector:
+    return Protector.load(protector, encoder_backend=encoder_backend)
 
 
 def _notes(result: Verification) -> list[str]:

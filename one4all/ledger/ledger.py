@@ -161,6 +161,10 @@ class Ledger:
             advice = "use the same configuration and version, or another prefix"
             if changed == ["source_uri"]:
                 advice = f"if it is the same corpus, moved: protect --moved-from {bound.source_uri}"
+            if changed == ["encoder_precision"]:
+                named = bound.encoder_precision
+                backend = "auto" if named == "float32" else named
+                advice = f"use --set encoder_backend={backend}, or another prefix"
             raise BindingError(
                 f"destination {self._storage.uri} is bound to another configuration "
                 f"({'; '.join(changes)}); {advice}"

@@ -19,6 +19,8 @@ class Binding(_Record):
 
     ``transform_version`` stands for the code: another one writes other bytes. ``container`` says
     what the corpus is made of; should a tar file come to lie among loose images, they stay images.
+    ``encoder_precision`` is float32 for every backend and device that computes in it: they make the
+    same patterns. In bfloat16 each makes others, and is named.
     """
 
     format: Literal[1] = 1
@@ -26,6 +28,7 @@ class Binding(_Record):
     container: str = "tar"
     protector: str
     protector_sha256: str
+    encoder_precision: Literal["float32", "torch-bfloat16", "openvino-bfloat16"] = "float32"
     epsilon_levels: int
     output_format: OutputFormat
     on_bad_image: Literal["drop", "fail", "passthrough"]

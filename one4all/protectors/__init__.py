@@ -5,6 +5,7 @@
   concept. `model` is what every kind has to be.
 """
 
+from one4all.encoders.backends import BackendName
 from one4all.protectors.card import DEFAULT_PROTECTOR, ProtectorCard, load_card, locate
 from one4all.protectors.codebook import Codebook, CodebookConfig
 from one4all.protectors.generator import Generator, GeneratorConfig
@@ -27,10 +28,12 @@ __all__ = [
 ]
 
 
-def load(protector: str = DEFAULT_PROTECTOR) -> Protector:
+def load(protector: str = DEFAULT_PROTECTOR, *, encoder_backend: BackendName = "auto") -> Protector:
     """Load a protector by name, path or URI; see `Protector.load`.
 
     Args:
         protector: Name of a shipped one (``default``, ``14a``), a folder, or ``s3://bucket/prefix``.
+        encoder_backend: What computes embeddings: "auto", "torch", "openvino", or one of these in
+            bfloat16.
     """
-    return Protector.load(protector)
+    return Protector.load(protector, encoder_backend=encoder_backend)

@@ -27,6 +27,14 @@ from torch import Tensor
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.encoders.backends import (
+    BackendName,
+    EncoderBackend,
+    check_backend,
+    load_backend,
+    one_thread,
+    to_device,
+)
 from one4all.errors import BadImageError, ProtectorError, UsageError
 from one4all.images import (
     DEFAULT_MAX_PIXELS,
@@ -55,13 +63,23 @@ class Protector:
         card: Description; its encoder must be the one given.
         encoder: Frozen encoder.
         model: Trained network, fitted codebook, or whatever kind the card says.
+        encoder_backend: What computes embeddings; see `BackendName`.
     """
 
-    def __init__(self, card: ProtectorCard, encoder: Encoder, model: PerturbationModel) -> None:
+    def __init__(
+        self,
+        card: ProtectorCard,
+        encoder: Encoder,
+        model: PerturbationModel,
+        *,
+        encoder_backend: BackendName = "auto",
+    ) -> None:
         self.card = card
         self.encoder = encoder
         self.model = model.eval().requires_grad_(False)
-        self._device = torch.device("cpu")
+        check_backend(encoder_backend)
+        self._encoder_backend = encoder_backend
+        self._loaded_backend: EncoderBackend | None = None
         self.to("cpu")
 
     @classmethod
@@ -106,28 +124,65 @@ class Protector:
         return cls(card, encoder, model)
 
     def to(self, device: str | torch.device) -> Self:
-        """Move to a device. On a GPU, inference runs in bfloat16 autocast."""
+        """Move to a device. On a GPU, a trained generator runs in bfloat16 autocast."""
         self._device = torch.device(device)
+        self._loaded_backend = None
         self.encoder.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
+    @property
+    def backend(self) -> EncoderBackend:
+        """What computes embeddings; loaded when it is first asked for, which may take seconds.
+
+        Raises:
+            ConfigError, UsageError: See `load_backend`.
+        """
+        if self._loaded_backend is None:
+            self._loaded_backend = load_backend(
+                self.encoder,
+                self._encoder_backend,
+                image_size=self.card.working_size,
+                device=self._device,
+            )
+        return self._loaded_backend
+
     @torch.inference_mode()
-    def perturb(self, working_BHWC: Pixels, embedding_BD: Tensor | None = None) -> Levels:
+    def perturb(
+        self,
+        working_NHWC: Pixels,
+        embedding_ND: Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Levels:
         """Perturbations of working copies.
 
         Args:
-            working_BHWC: (B, S, S, 3) uint8 with S = ``card.working_size``.
-            embedding_BD: Their embeddings, if they are known (`embed`).
+            working_NHWC: (N, S, S, 3) uint8 with S = ``card.working_size``, N at least 1.
+            embedding_ND: Their embeddings, if they are known (`embed`).
+            batch_size: Images a forward pass; default: all. The last pass is filled up, so that
+                each has the same shape and an image's result does not depend on its neighbours.
+                Where the backend computes images one by one, passes are of one image.
 
         Returns:
-            (B, h, w, 3) float32 in levels, within +-``card.epsilon_levels``, on the generator's
+            (N, h, w, 3) float32 in levels, within +-``card.epsilon_levels``, on the generator's
             grid; `apply` takes it to an image's own size.
         """
-        image = self._on_device(working_BHWC)
-        with self._autocast():
-            if embedding_BD is None:
-                embedding_BD = self.encoder.encode_image(image)
+        size = self._pass_size(len(working_NHWC), batch_size)
+        if embedding_ND is None:
+            embedding_ND = self._embed(working_NHWC, size)
+        starts = range(0, len(working_NHWC), size)
+        working = (_fill(working_NHWC[start : start + size], size) for start in starts)
+        known = (embedding_ND[start : start + size] for start in starts)
+        filled = (F.pad(part, (0, 0, 0, size - len(part))) for part in known)
+        parts = list(self.backend.map(self._levels, working, filled))
+        return np.concatenate(parts)[: len(working_NHWC)]
+
+    @torch.inference_mode()
+    def _levels(self, working_BHWC: Pixels, embedding_BD: Tensor) -> Levels:
+        """Perturbations of one pass, float32 (B, h, w, 3) in levels."""
+        image, on_gpu = to_device(working_BHWC, self._device), self._device.type == "cuda"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=on_gpu):
             delta = self.model(embedding_BD.to(self._device), image)
         levels = delta.float() * self.card.epsilon_levels
         result: Levels = levels.permute(0, 2, 3, 1).cpu().numpy()
@@ -143,10 +198,21 @@ class Protector:
         """
         parts = []
         for start in range(0, len(images), batch_size):
-            working = self._working(images[start : start + batch_size])
-            with self._autocast():
-                found = self.encoder.encode_image(self._on_device(fill_batch(working, batch_size)))
-            parts.append(found[: len(working)].float().cpu())
+            working = np.stack(self._working(images[start : start + batch_size]))
+            parts.append(self._embed(working, self._pass_size(len(working), batch_size)).cpu())
+        return torch.cat(parts)
+
+    def _pass_size(self, num_images: int, batch_size: int | None) -> int:
+        return 1 if self.backend.one_by_one else batch_size or num_images
+
+    def _embed(self, working_NHWC: Pixels, pass_size: int) -> Tensor:
+        """Embeddings of working copies, float32 (N, D), on the device of the backend."""
+        if self.backend.one_by_one:  # it does so itself, on all threads
+            return self.backend.embed(working_NHWC)
+        parts = []
+        for start in range(0, len(working_NHWC), pass_size):
+            working = working_NHWC[start : start + pass_size]
+            parts.append(self.backend.embed(_fill(working, pass_size))[: len(working)])
         return torch.cat(parts)
 
     def protect_image(self, image: Image.Image) -> Image.Image:
@@ -238,8 +304,7 @@ class Protector:
 
         Args:
             images: (H, W, C) uint8 each, C in 1..4: gray, gray and alpha, RGB, RGB and alpha.
-            batch_size: Images a forward pass. The last batch is filled up, so that every pass has
-                the same shape and an image's result does not depend on its neighbours.
+            batch_size: Images in memory at once, and in a forward pass; see `perturb`.
             embeddings_ND: What `embed` gave for these images, if they are known.
 
         Raises:
@@ -253,10 +318,9 @@ class Protector:
             known = None
             if embeddings_ND is not None:
                 known = embeddings_ND[start : start + batch_size]
-                known = F.pad(known, (0, 0, 0, batch_size - len(known)))
-            deltas = self.perturb(fill_batch(self._working(batch), batch_size), known)
+            deltas = self.perturb(np.stack(self._working(batch)), known, batch_size=batch_size)
             protected += [
-                self.apply(pixels, delta) for pixels, delta in zip(batch, deltas, strict=False)
+                self.apply(pixels, delta) for pixels, delta in zip(batch, deltas, strict=True)
             ]
         return protected
 
@@ -270,15 +334,6 @@ class Protector:
 
     def _working(self, images: Sequence[Pixels]) -> list[Pixels]:
         return [working_copy(pixels, self.card.working_size) for pixels in images]
-
-    def _on_device(self, working_BHWC: Pixels) -> Tensor:
-        """(B, 3, S, S) in [0, 1]. Channels stay last in memory: (B, H, W, C) permuted is that."""
-        image = torch.from_numpy(working_BHWC).to(self._device, non_blocking=True)
-        return image.permute(0, 3, 1, 2).float() / 255
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self._device.type == "cuda"
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled)
 
     def save(self, folder: Path) -> ProtectorCard:
         """Write the artefact; returns the card with the digest of the weights filled in."""
@@ -303,13 +358,22 @@ class Protector:
         return card
 
     @classmethod
-    def load(cls, protector: str, *, encoder: Encoder | None = None) -> Protector:
+    def load(
+        cls,
+        protector: str,
+        *,
+        encoder: Encoder | None = None,
+        encoder_backend: BackendName = "auto",
+    ) -> Protector:
         """Load a protector by name, path or URI.
 
         Args:
             protector: Name of a shipped one (``default``, ``14a``), a folder, or
                 ``s3://bucket/prefix``.
             encoder: Use this one instead of loading the card's; it must have the same content.
+            encoder_backend: What computes embeddings: "auto", "torch" or "openvino" for the same
+                images; "openvino-bfloat16" and "torch-bfloat16" are faster and make others. It is
+                loaded with the first image, or by `backend`.
 
         Raises:
             ProtectorError: Missing, damaged, or of another version; or the encoder found here is
@@ -317,14 +381,15 @@ class Protector:
         """
         card = load_card(protector)
         weights = _load_weights(protector, card)
-        encoder = encoder or load_encoder(card.encoder)
-        _check_encoder(card, encoder)
+        with one_thread():
+            encoder = encoder or load_encoder(card.encoder)
+            _check_encoder(card, encoder)
         model = build_model(card.generator, encoder.embedding_dim)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise _other_tensors(protector) from error
-        return cls(card, encoder, model)
+        return cls(card, encoder, model, encoder_backend=encoder_backend)
 
 
 def check_protector(protector: str) -> ProtectorCard:
@@ -355,11 +420,10 @@ def golden_embedding(encoder: Encoder) -> tuple[float, ...]:
     return tuple(round(float(section.sum()), 6) for section in sections)
 
 
-def fill_batch(working: Sequence[Pixels], batch_size: int) -> Pixels:
-    """Stack (S, S, 3) copies to (batch_size, S, S, 3), filling up with zeros."""
-    batch = np.zeros((batch_size, *working[0].shape), np.uint8)
-    batch[: len(working)] = working
-    return batch
+def _fill(images_NHWC: Pixels, size: int) -> Pixels:
+    """(size, H, W, C): filled up with zeros."""
+    missing = size - len(images_NHWC)
+    return np.pad(images_NHWC, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images_NHWC
 
 
 def _load_weights(protector: str, card: ProtectorCard) -> dict[str, Tensor]:

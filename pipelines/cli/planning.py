@@ -148,7 +148,10 @@ def _print_protect_plan(found: Any) -> None:
             f"  {estimate.num_workers:>5,} workers: {in_words(estimate.seconds):>9}, "
             f"{number_in_words(amount)} {hours}"
         )
-    show(f"  measured on {measured} images of {len(found.sampled)} shards, on this hardware")
+    show(
+        f"  measured on {measured} images of {len(found.sampled)} shards, on this hardware; "
+        f"embeddings by {found.encoder}"
+    )
     if found.relative_low is None:
         show("  uncertainty: unknown, since only one shard could be sampled")
     else:

@@ -443,7 +443,9 @@ def _show_runs(found: Any, *, as_json: bool) -> None:
         show(
             f"{began}  {record.run_id}  exit code {record.exit_code}, {in_words(record.seconds)}: "
             f"{done:,}{stands} {record.noun}s, {record.num_protected_now:,} now "
-            f"({record.num_images:,} images, {size_in_words(record.bytes_written)} written)"
+            f"({record.num_images:,} images, {size_in_words(record.bytes_written)} written"
+            + "".join(f"; embeddings by {encoder}" for encoder in record.encoders)
+            + ")"
             + (f": {record.error}" if record.error else "")
         )
     if not found:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
+from one4all.encoders.backends import BackendName
 from one4all.protectors.pattern import STRENGTHS
 from one4all.rewrite import RewriteConfig
 from pipelines.settings import JobConfig, RayConfig, since_seconds
@@ -35,6 +36,11 @@ class ProtectConfig(RewriteConfig, JobConfig):
     Attributes:
         protector: Name, folder or URI. Empty: one of the destination's own, which its first run
             fits to a sample of the corpus and keeps below it.
+        encoder_backend: What computes embeddings. "auto" is OpenVINO on CPUs where it is installed,
+            and PyTorch elsewhere; "torch" and "openvino" are that one; all three in float32, with
+            the same patterns. "openvino-bfloat16" takes half of the time again on CPUs with AMX or
+            AVX512_BF16; it and "torch-bfloat16", for GPUs, make patterns of their own, which a
+            destination is bound to.
         strength: Look of that one: discreet (hardly seen, the default), balanced, or strong.
         fit_images: About so many images are looked at to fit it; 0 takes the shipped one.
         container: What the corpus is made of: tar, parquet or images; empty for what most of its
@@ -67,6 +73,7 @@ class ProtectConfig(RewriteConfig, JobConfig):
     """
 
     protector: str = ""
+    encoder_backend: BackendName = "auto"
     strength: Annotated[str, BeforeValidator(_strength)] = ""
     fit_images: Annotated[int, Field(ge=0)] = 6000
     container: str = ""

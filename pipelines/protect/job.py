@@ -19,6 +19,7 @@ from itertools import islice
 
 from one4all.corpus import Unit, find_container, is_empty, open_source, what_is_read
 from one4all.corpus.sources import read_list
+from one4all.encoders.backends import precision_of
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
 from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.ledger import (
@@ -191,6 +192,7 @@ def protect(
             container=container.name,
             protector=card.name,
             protector_sha256=card.content_hash,
+            encoder_precision=precision_of(config.encoder_backend),
             epsilon_levels=card.epsilon_levels,
             **config.bound,
             transform_version=TRANSFORM_VERSION,

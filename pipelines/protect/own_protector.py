@@ -113,6 +113,7 @@ def _fit(
             output=str(folder),
             codebook=CodebookConfig(pattern=STRENGTHS[config.strength or DEFAULT_STRENGTH]),
             num_images=config.fit_images,
+            encoder_backend=config.encoder_backend,
             max_image_pixels=config.max_image_pixels,
             sidecar_patterns=config.sidecar_patterns,
             ray=config.ray,

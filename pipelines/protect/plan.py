@@ -63,6 +63,7 @@ class Sampled:
         seconds: That these took.
         codec_seconds: That they took again, with a device that answers at once.
         cpu_seconds: That they took again, on a GPU node, with CPUs alone; 0 if not measured.
+        encoder: What computed embeddings, and how precisely.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Sampled:
     seconds: float = 0.0
     codec_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    encoder: str = ""
 
     def all_seconds(self, measured_seconds: float) -> float:
         """Of one worker for all images, if those measured took so long.
@@ -111,6 +113,7 @@ class Plan:
         images_per_second: Of one worker.
         relative_low, relative_high: Seconds by the fastest and the slowest sampled shard, relative
             to the estimate; None if only one shard could be sampled.
+        encoder: What computed embeddings on it, and how precisely.
         limited_by: "reading", "codecs" or "the device": what takes most of the time.
         codec_share: Part of a worker's time that a device that answers at once would leave.
         cpu_images_per_second: Of a worker without a GPU.
@@ -130,6 +133,7 @@ class Plan:
     images_per_second: float = 0.0
     relative_low: float | None = None
     relative_high: float | None = None
+    encoder: str = ""
     limited_by: str = ""
     codec_share: float = 0.0
     cpu_images_per_second: float | None = None
@@ -257,6 +261,7 @@ def extrapolate(
         limited_by=(
             "reading" if reading > working else "codecs" if codec_share >= 0.5 else "the device"
         ),
+        encoder=sampled[0].encoder,
         codec_share=codec_share,
         cpu_images_per_second=speed(lambda s: s.cpu_seconds) if on_gpu else measured,
         gpu_images_per_second=measured if on_gpu else undelayed,
@@ -296,7 +301,9 @@ def measure(
                 rehearsal.begin()
                 seconds = _run(worker, unit)
                 rehearsal.repeat()
-                found.append(replace(head, seconds=seconds, codec_seconds=_run(worker, unit)))
+                again = _run(worker, unit)
+                told = replace(head, seconds=seconds, codec_seconds=again, encoder=worker.encoder)
+                found.append(told)
             if device != "cpu":
                 rehearsal.begin()
                 rehearsal.protector.to("cpu")
@@ -326,11 +333,11 @@ class _Rehearsal:
         """Give the same answers again, in the same order."""
         self._repeated = iter(self._answers)
 
-    def perturb(self, working_BHWC: Pixels) -> Levels:
+    def perturb(self, working_NHWC: Pixels, *, batch_size: int) -> Levels:
         """As `Protector.perturb`."""
         if self._repeated is not None:
             return next(self._repeated)
-        self._answers.append(self.protector.perturb(working_BHWC))
+        self._answers.append(self.protector.perturb(working_NHWC, batch_size=batch_size))
         return self._answers[-1]
 
 

@@ -40,6 +40,7 @@ class RunRecord(BaseModel):
         error: Why it ended before its time; "" if it came to its end.
         source, destination: What was protected, and where to.
         protector, protector_sha256: Name and content hash.
+        encoders: What computed embeddings in its workers; one, unless nodes differ.
         noun: Word for what is counted: "shard"; or "file", of loose images and Parquet.
         num_shards, num_done: Shards of the source, and those that are done; None if it did not come
             to its end.
@@ -62,6 +63,7 @@ class RunRecord(BaseModel):
     destination: str
     protector: str
     protector_sha256: str
+    encoders: tuple[str, ...] = ()
     noun: str = "shard"
     num_shards: int | None = None
     num_done: int | None = None
@@ -86,6 +88,7 @@ class RunRecord(BaseModel):
 
         def count(status: UnitStatus) -> None:
             if status.outcome == "done":
+                self.encoders = tuple(sorted({*self.encoders, status.encoder}))
                 self.num_protected_now += status.num_objects
                 self.num_images += status.num_protected
                 self.bytes_read += status.num_bytes

@@ -57,6 +57,7 @@ class UnitStatus:
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
         peak_bytes: Peak memory of the worker until now.
+        encoder: What computes its embeddings, and how precisely.
         error: Why it is not done; "" if it is.
         error_kind: Name of the class of the error; "" without one.
         attempt: Number of this attempt, of those that count against the unit; 0 if it does not
@@ -75,6 +76,7 @@ class UnitStatus:
     num_bytes_written: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    encoder: str = ""
     error: str = ""
     error_kind: str = ""
     attempt: int = 0
@@ -82,6 +84,9 @@ class UnitStatus:
 
 class ProtectWorker:
     """Protects one unit at a time. A Ray Data actor, and a plain object in tests.
+
+    Attributes:
+        encoder: What computes its embeddings, and how precisely.
 
     Args:
         config: The run's configuration.
@@ -95,6 +100,7 @@ class ProtectWorker:
 
     Raises:
         ProtectorError: The protector found here is not the one that the destination is bound to.
+        ConfigError, UsageError: The encoder backend of the configuration cannot be had here.
     """
 
     def __init__(
@@ -117,9 +123,12 @@ class ProtectWorker:
         self._ledger = Ledger(self._destination)
         self._pool = ThreadPoolExecutor(num_threads, "codec")
         self._protector: Protector | None = None
+        self.encoder = ""
         worker = uuid.uuid4().hex
         if self._ledger.begin_start(run_id, worker) <= max_starts:
-            self._protector = _load(config.protector, protector_sha256).to(device)
+            protector = _load(config, protector_sha256).to(device)
+            self.encoder = protector.backend.label  # loads it, before a unit's time counts
+            self._protector = protector
             self._ledger.end_start(run_id, worker)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +152,7 @@ class ProtectWorker:
         """
         with CpuLimit(self._config.max_step_cpu_seconds) as limit:
             status = self._attempt(unit, recorded, limit)
-        return replace(status, peak_bytes=_peak_bytes())
+        return replace(status, peak_bytes=_peak_bytes(), encoder=self.encoder)
 
     def _attempt(self, unit: Unit, recorded: str, limit: CpuLimit) -> UnitStatus:
         if is_group(unit):
@@ -247,12 +256,12 @@ def _reason(error: Exception) -> str:
     return reason if isinstance(error, One4AllError) else f"{type(error).__name__}: {reason}"
 
 
-def _load(protector: str, sha256: str) -> Protector:
+def _load(config: ProtectConfig, sha256: str) -> Protector:
     """The protector that the destination is bound to, whatever lies on this node."""
-    loaded = Protector.load(protector)
+    loaded = Protector.load(config.protector, encoder_backend=config.encoder_backend)
     if loaded.card.content_hash != sha256:
         raise ProtectorError(
-            f"protector {protector} changed, or another copy of it lies on this node: "
+            f"protector {config.protector} changed, or another copy of it lies on this node: "
             f"{loaded.card.content_hash[:12]} instead of {sha256[:12]}"
         )
     return loaded

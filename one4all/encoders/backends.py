@@ -1,0 +1,314 @@
+"""What computes image embeddings when no gradient is asked for: PyTorch, or OpenVINO on a CPU.
+
+PyTorch's convolutions leave most of a CPU idle. OpenVINO compiles the same network, converted in
+memory, for the CPU that it finds: half the CPU time in float32, a quarter in bfloat16
+(docs/pipeline.md, "Speed"). It takes one image at a time at no loss, so nothing is filled up, and
+an image's embedding does not depend on its neighbours, nor on the number of threads.
+
+In float32 both are the same to six digits, and make the same patterns; which of them computes is
+nobody's business. In bfloat16 each makes patterns of its own, so it has to be asked for by name.
+
+Shape suffixes: B batch, H W image, C channels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from one4all.encoders.base import Encoder
+from one4all.errors import ConfigError
+from one4all.extras import installed, require
+from one4all.images import Pixels
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+BackendName = Literal["auto", "torch", "openvino", "torch-bfloat16", "openvino-bfloat16"]
+"""How embeddings are computed: "auto" is float32 by the fastest that is here, the next two are
+float32 by that one, and the others are bfloat16."""
+
+Precision = Literal["float32", "torch-bfloat16", "openvino-bfloat16"]
+"""What of a `BackendName` changes patterns."""
+
+# Largest difference of a value of an embedding, of unit length, from PyTorch's in float32.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+def precision_of(backend: BackendName) -> Precision:
+    """What a destination is bound to, if its embeddings are computed by this backend."""
+    return backend if backend in ("torch-bfloat16", "openvino-bfloat16") else "float32"
+
+
+def backend_of(precision: Precision) -> BackendName:
+    """The backend that makes the patterns of a precision; any, in float32."""
+    return "auto" if precision == "float32" else precision
+
+
+def check_backend(backend: str) -> None:
+    """Raises: ConfigError if there is none of that name."""
+    if backend not in get_args(BackendName):
+        names = ", ".join(get_args(BackendName))
+        raise ConfigError(f"no encoder_backend {backend!r}, only {names}")
+
+
+class EncoderBackend(ABC):
+    """Embeds images by an encoder, without gradients.
+
+    Attributes:
+        label: Name and precision, for people.
+        one_by_one: Whether each image is computed alone, in whatever number they come.
+    """
+
+    label: str
+    one_by_one: bool
+
+    @abstractmethod
+    def embed(self, image_BHWC: Pixels) -> Tensor:
+        """Embeddings of images.
+
+        Args:
+            image_BHWC: (B, S, S, 3) uint8; S is the size that it was loaded for.
+
+        Returns:
+            (B, D) float32, L2-normalised, on the device of the backend.
+        """
+
+    def map(self, function: Callable[..., _Result], *items: Iterable[Any]) -> Iterator[_Result]:
+        """As the built-in; on all threads where images are computed one by one."""
+        return map(function, *items)
+
+
+def load_backend(
+    encoder: Encoder,
+    backend: BackendName = "auto",
+    *,
+    image_size: int = 0,
+    device: torch.device | str = "cpu",
+) -> EncoderBackend:
+    """Prepare an encoder for inference.
+
+    Args:
+        encoder: Frozen encoder, on ``device``. OpenVINO takes a copy of its weights.
+        backend: Which one. "auto" falls back to PyTorch, and says so once, where OpenVINO is not
+            installed or does not compute this encoder as PyTorch does.
+        image_size: Side of the images that will come, pixels; 0 means the encoder's own. It
+            resizes others.
+        device: Where to compute. On a GPU, "auto" is PyTorch in float32.
+
+    Raises:
+        ConfigError: No such backend, or it cannot be had here.
+        UsageError: Its package is not installed.
+    """
+    check_backend(backend)
+    device = torch.device(device)
+    size = image_size or encoder.input_size
+    if backend.startswith("openvino"):
+        if device.type != "cpu":
+            raise ConfigError(
+                f"encoder_backend {backend} computes on CPUs, and this worker has a GPU; use auto, "
+                "torch or torch-bfloat16, or no GPU: gpus_per_worker=0"
+            )
+        require("openvino", "openvino")
+        return _open_vino(encoder, size, bfloat16=backend == "openvino-bfloat16")
+    if backend == "auto" and device.type == "cpu":
+        if not installed("openvino"):
+            _say_once(
+                "openvino is not installed: embeddings are computed by PyTorch, which takes twice "
+                "the CPU time: pip install 'one4all[openvino]'"
+            )
+        else:
+            try:
+                return _open_vino(encoder, size)
+            except ConfigError as error:
+                _say_once(f"{error}: embeddings are computed by PyTorch, which takes longer")
+    return TorchBackend(encoder, device, bfloat16=backend == "torch-bfloat16")
+
+
+class TorchBackend(EncoderBackend):
+    """PyTorch, on a CPU or a GPU.
+
+    The rounding of an embedding depends on the number of images in a pass, so the caller gives
+    passes of one size.
+
+    Args:
+        encoder: Frozen encoder.
+        device: Where it is.
+        bfloat16: Compute in bfloat16 where PyTorch's autocast holds that to be safe.
+    """
+
+    one_by_one = False
+
+    def __init__(self, encoder: Encoder, device: torch.device, *, bfloat16: bool = False) -> None:
+        self.label = f"torch {'bfloat16' if bfloat16 else 'float32'}"
+        self._encoder, self._device, self._bfloat16 = encoder, device, bfloat16
+
+    @torch.inference_mode()
+    def embed(self, image_BHWC: Pixels) -> Tensor:
+        """See the base class."""
+        image = to_device(image_BHWC, self._device)
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
+        # TF32, which GPUs take for float32 unless told otherwise, has the digits of float16.
+        with autocast, torch.backends.cudnn.flags(allow_tf32=False):
+            return self._encoder.encode_image(image).float()
+
+
+class OpenVinoBackend(EncoderBackend):
+    """OpenVINO on the CPU, on as many threads as PyTorch has here, each with an image of its own.
+
+    Args:
+        encoder: Frozen encoder, on the CPU.
+        image_size: Side of the images that will come, pixels.
+        bfloat16: Compute in bfloat16.
+
+    Raises:
+        ConfigError: The encoder cannot be converted, it comes out as another function, or the CPU
+            has no bfloat16.
+    """
+
+    one_by_one = True
+
+    def __init__(self, encoder: Encoder, image_size: int, *, bfloat16: bool = False) -> None:
+        # The package tells its makers of each use, unless that part of it cannot be imported.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        import openvino
+
+        precision = "bfloat16" if bfloat16 else "float32"
+        self.label = f"openvino {precision}"
+        core = openvino.Core()
+        if bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ConfigError(
+                "this CPU does not compute in bfloat16 (it takes AMX or AVX512_BF16); use "
+                "encoder_backend auto"
+            )
+        threads = torch.get_num_threads()
+        probe_1HWC = _probe(image_size)
+        try:
+            with one_thread():
+                expected = _expected(encoder, probe_1HWC)
+                converted = _convert(encoder, probe_1HWC)
+            compiled = core.compile_model(
+                converted,
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
+                    "INFERENCE_NUM_THREADS": threads,
+                    "NUM_STREAMS": threads,
+                    # Workers side by side would all choose the same cores.
+                    "ENABLE_CPU_PINNING": False,
+                },
+            )
+        except Exception as error:  # of every kind: an operation it does not know, a shape
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"OpenVINO cannot convert this encoder ({reason})") from error
+        self._queue = openvino.AsyncInferQueue(compiled, threads)
+        self._queue.set_callback(_keep)
+        # For what follows an embedding: PyTorch would start a team of threads for each.
+        self._pool = ThreadPoolExecutor(threads, "images", torch.set_num_threads, (1,))
+        self._width, self._lock = encoder.embedding_dim, threading.Lock()
+        difference = float((self.embed(probe_1HWC) - expected).abs().max())
+        if not difference <= _TOLERANCE[precision]:
+            raise ConfigError(
+                f"OpenVINO {openvino.__version__} embeds a test image differently from PyTorch, by "
+                f"{difference:.2g}; use another version of it, or encoder_backend torch"
+            )
+
+    def embed(self, image_BHWC: Pixels) -> Tensor:
+        """See the base class."""
+        result_BD = np.empty((len(image_BHWC), self._width), np.float32)
+        with self._lock:
+            for row, image in zip(result_BD, np.ascontiguousarray(image_BHWC), strict=True):
+                self._queue.start_async([image[None]], userdata=row)
+            self._queue.wait_all()
+        return torch.from_numpy(result_BD)
+
+    def map(self, function: Callable[..., _Result], *items: Iterable[Any]) -> Iterator[_Result]:
+        """See the base class."""
+        return self._pool.map(function, *items)
+
+
+_last: dict[object, OpenVinoBackend] = {}
+
+
+def _open_vino(encoder: Encoder, size: int, *, bfloat16: bool = False) -> OpenVinoBackend:
+    """A backend; the last one is kept, and shared by several protectors of one encoder."""
+    key = (encoder.content_hash(), size, bfloat16, torch.get_num_threads())
+    if key not in _last:
+        backend = OpenVinoBackend(encoder, size, bfloat16=bfloat16)
+        _last.clear()
+        _last[key] = backend
+    return _last[key]
+
+
+def _keep(request: Any, row: Any) -> None:
+    """Copy what a request has computed to where it is wanted."""
+    row[:] = request.get_output_tensor().data[0]
+
+
+def to_device(image_BHWC: Pixels, device: torch.device) -> Tensor:
+    """(B, 3, H, W) in [0, 1]. Channels stay last in memory: (B, H, W, C) permuted is that."""
+    image = torch.from_numpy(image_BHWC).to(device, non_blocking=True)
+    return image.permute(0, 3, 1, 2).float() / 255
+
+
+class _OfPixels(nn.Module):
+    """An encoder that takes (B, H, W, C) uint8, to be traced as one graph."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image_BHWC: Tensor) -> Tensor:
+        return self.encoder.encode_image(image_BHWC.permute(0, 3, 1, 2).float() / 255)
+
+
+def _convert(encoder: Encoder, example_1HWC: Pixels) -> Any:
+    """OpenVINO's form of an encoder, for one image of that size."""
+    import openvino
+
+    pixels = torch.from_numpy(example_1HWC)
+    with warnings.catch_warnings(), torch.inference_mode():
+        # Tracing is to be replaced by torch.export, which takes seconds more.
+        warnings.simplefilter("ignore")
+        trace: Any = torch.jit.trace
+        traced = trace(_OfPixels(encoder).eval(), pixels, check_trace=False)
+        frozen = torch.jit.freeze(traced)
+        return openvino.convert_model(frozen, example_input=pixels, input=[pixels.shape])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: for little work, others spin longer than they help."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def _expected(encoder: Encoder, image_BHWC: Pixels) -> Tensor:
+    return encoder.encode_image(to_device(image_BHWC, torch.device("cpu"))).float()
+
+
+def _probe(size: int) -> Pixels:
+    """A picture with something everywhere, (1, S, S, 3) uint8: noise, the same each time."""
+    return np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    _log.warning("%s", sentence)

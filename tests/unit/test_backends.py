@@ -1,0 +1,227 @@
+"""What computes embeddings: the same ones whichever it is, alone or with others; said if slower."""
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from support.builders import TINY_ENCODER, make_binding, make_image, make_pixels, make_protector
+
+import one4all
+from one4all.encoders import backends, load_encoder
+from one4all.encoders.backends import load_backend
+from one4all.errors import BindingError, ConfigError, UsageError
+from one4all.extras import installed
+from one4all.images import decode, working_copy
+from one4all.ledger import Binding, Ledger
+from one4all.protectors.card import load_card
+from one4all.protectors.codebook import Codebook
+from one4all.storage import open_storage
+from pipelines.protect import job
+from pipelines.protect.config import ProtectConfig
+
+needs_openvino = pytest.mark.skipif(not installed("openvino"), reason="the extra openvino")
+PHOTOS = sorted((Path(one4all.__file__).parent / "assets" / "photos").glob("*.jpg"))
+
+
+@pytest.fixture
+def tiny():
+    return load_encoder(TINY_ENCODER)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    backends._say_once.cache_clear()
+
+
+def tiny_images(count: int) -> np.ndarray:
+    return np.stack([make_pixels(32, 32, seed=seed) for seed in range(count)])
+
+
+@needs_openvino
+def test_photos_get_the_same_bytes_from_either_backend():
+    files = [path.read_bytes() for path in PHOTOS]
+    one, other = (one4all.load(encoder_backend=name) for name in ("torch", "openvino"))
+    assert (one.backend.label, other.backend.label) == ("torch float32", "openvino float32")
+    assert one.protect_files(files) == other.protect_files(files)
+
+
+@needs_openvino
+def test_bfloat16_votes_as_float32_does_but_for_one_in_a_hundred():
+    protector = one4all.load(encoder_backend="torch")
+    assert isinstance(protector.model, Codebook)
+    whole = [decode(path.read_bytes()).pixels for path in PHOTOS]
+    parts = [
+        part
+        for pixels in whole
+        for row in np.array_split(pixels, 2)
+        for part in np.array_split(row, 2, axis=1)
+    ]
+    images = np.stack([working_copy(part, 224) for part in (*whole, *parts)])
+    try:
+        rough = load_backend(protector.encoder, "openvino-bfloat16")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    exact, close = protector.backend.embed(images), rough.embed(images)
+    assert not torch.equal(exact, close)
+    agree = protector.model.vote(exact) == protector.model.vote(close)
+    assert agree.float().mean() >= 0.97  # of 2,163 photos, .996
+
+
+@needs_openvino
+def test_neighbours_batches_and_threads_change_no_bit(tiny, monkeypatch):
+    images = tiny_images(5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = load_backend(tiny, "openvino")
+    expected = torch.cat([alone.embed(images[i : i + 1]) for i in range(5)])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = load_backend(tiny, "openvino")
+    assert together is not alone
+    assert torch.equal(together.embed(images), expected)
+    assert torch.equal(together.embed(images[::-1]), expected.flip(0))
+
+
+@needs_openvino
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batch_size_changes_no_pixel_on_openvino(batch_size):
+    protector = make_protector()
+    images = list(tiny_images(4))
+    expected = [protector.protect([image])[0] for image in images]
+    found = protector.protect(images, batch_size=batch_size)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    embeddings_ND = protector.embed(images, batch_size=batch_size)
+    for one, other in zip(
+        expected,
+        protector.protect(images, batch_size=batch_size, embeddings_ND=embeddings_ND),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_last_batch_is_filled_up_on_torch(monkeypatch):
+    protector = one4all.Protector.load("default", encoder_backend="torch")
+    shapes = []
+    embed = protector.backend.embed
+    monkeypatch.setattr(
+        protector.backend, "embed", lambda images: shapes.append(images.shape[0]) or embed(images)
+    )
+    protector.protect([make_pixels(seed=seed) for seed in range(3)], batch_size=2)
+    assert shapes == [2, 2]
+
+
+@needs_openvino
+def test_use_is_told_to_nobody(tiny):
+    load_backend(tiny, "openvino")
+    assert sys.modules["openvino_telemetry"] is None
+
+
+def test_without_openvino_pytorch_computes_and_it_is_said_once(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "installed", lambda module: False)
+    with caplog.at_level(logging.WARNING):
+        labels = [load_backend(tiny).label for _ in range(3)]
+    assert labels == ["torch float32"] * 3
+    [record] = caplog.records
+    assert "pip install 'one4all[openvino]'" in record.message
+
+
+@needs_openvino
+@pytest.mark.parametrize("fault", ["conversion", "another function"])
+def test_what_openvino_gets_wrong_pytorch_computes(tiny, monkeypatch, caplog, fault):
+    def refuse(*arguments):
+        raise RuntimeError("no such operation\nand a page of details")
+
+    monkeypatch.setattr(backends, "_last", {})
+    if fault == "conversion":
+        monkeypatch.setattr(backends, "_convert", refuse)
+        message = r"cannot convert this encoder \(no such operation\)"
+    else:
+        monkeypatch.setattr(backends, "_expected", lambda encoder, image: torch.zeros(1, 1280))
+        message = "embeds a test image differently"
+    with caplog.at_level(logging.WARNING):
+        assert [load_backend(tiny).label for _ in range(2)] == ["torch float32"] * 2
+    assert len(caplog.records) == 1
+    with pytest.raises(ConfigError, match=message):
+        load_backend(tiny, "openvino")
+
+
+def test_a_backend_that_is_named_is_had_or_missed_in_a_sentence(tiny, monkeypatch):
+    with pytest.raises(ConfigError, match="gpus_per_worker=0"):
+        load_backend(tiny, "openvino", device="cuda")
+    monkeypatch.setattr("one4all.extras.find_spec", lambda module: None)
+    with pytest.raises(UsageError, match=r"pip install 'one4all\[openvino\]'"):
+        load_backend(tiny, "openvino-bfloat16")
+
+
+@needs_openvino
+def test_bfloat16_is_refused_where_the_cpu_has_none(tiny, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *arguments: ["FP32", "INT8"])
+    with pytest.raises(ConfigError, match="does not compute in bfloat16"):
+        load_backend(tiny, "openvino-bfloat16")
+
+
+@pytest.mark.parametrize("name", ["onnx", "", "bfloat16", "OpenVINO"])
+def test_garbage_is_no_backend(name):
+    with pytest.raises(ConfigError, match=r"no encoder_backend .*, only auto, torch"):
+        one4all.load(encoder_backend=name)
+    with pytest.raises(ValidationError, match="encoder_backend"):
+        ProtectConfig(encoder_backend=name)
+
+
+def test_a_binding_of_before_is_one_to_float32():
+    written = make_binding().model_dump()
+    del written["encoder_precision"]
+    assert Binding.model_validate(written).encoder_precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("bound", "asked", "advice"),
+    [
+        ("float32", "openvino-bfloat16", "encoder_backend=auto"),
+        ("float32", "torch-bfloat16", "encoder_backend=auto"),
+        ("openvino-bfloat16", "auto", "encoder_backend=openvino-bfloat16"),
+        ("openvino-bfloat16", "torch-bfloat16", "encoder_backend=openvino-bfloat16"),
+        ("float32", "auto", ""),
+        ("float32", "torch", ""),
+        ("float32", "openvino", ""),
+        ("torch-bfloat16", "torch-bfloat16", ""),
+    ],
+)
+def test_a_destination_does_not_mix_what_makes_other_patterns(
+    tmp_path, protector_folder, monkeypatch, bound, asked, advice
+):
+    class GotPastTheBindingError(Exception):
+        pass
+
+    def stop(*arguments):
+        raise GotPastTheBindingError
+
+    monkeypatch.setattr(job, "_try_places", stop)
+    source, out = (open_storage(str(tmp_path / name)) for name in ("in", "out"))
+    source.write_bytes("a.jpg", make_image())
+    config = ProtectConfig(protector=str(protector_folder), encoder_backend=asked)
+    card = load_card(config.protector)
+    Ledger(out).bind(
+        Binding(
+            source_uri=source.uri,
+            container="images",
+            protector=card.name,
+            protector_sha256=card.content_hash,
+            encoder_precision=bound,
+            epsilon_levels=card.epsilon_levels,
+            **config.bound,
+            transform_version=job.TRANSFORM_VERSION,
+        )
+    )
+    expected = (
+        pytest.raises(BindingError, match=advice)
+        if advice
+        else pytest.raises(GotPastTheBindingError)
+    )
+    with expected:
+        job.protect(source.uri, out.uri, config)
