@@ -161,7 +161,7 @@ class TorchBackend(EncoderBackend):
         image = to_device(image_BHWC, self._device)
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
         # TF32, which GPUs take for float32 unless told otherwise, has the digits of float16.
-        with autocast, torch.backends.cudnn.flags(allow_tf32=False):
+        with autocast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self._encoder.encode_image(image).float()
 
 

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 _shards_log = logging.getLogger("one4all.shards")
 
 # Raise this when the same configuration would write other bytes than before.
-TRANSFORM_VERSION = 4  # AVIF, HEIC and JPEG XL are protected; before, they were bad images
+TRANSFORM_VERSION = 5  # large photos are seen through reduced copies; float32 on GPUs, too
 
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_LOOKED_AT = 1000  # objects of a source without shards, to say what is there

@@ -225,3 +225,16 @@ def test_a_destination_does_not_mix_what_makes_other_patterns(
     )
     with expected:
         job.protect(source.uri, out.uri, config)
+
+
+def test_pytorch_embeds_in_whole_float32_and_with_cudnn(tiny, monkeypatch):
+    """TF32 is not float32; and who says so to cuDNN must not switch it off."""
+    seen = []
+
+    def encode_image(image_BCHW):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return torch.zeros(len(image_BCHW), 4)
+
+    monkeypatch.setattr(tiny, "encode_image", encode_image)
+    load_backend(tiny, "torch").embed(tiny_images(2))
+    assert seen == [(True, False)]
