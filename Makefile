@@ -37,9 +37,10 @@ check: .venv/ready  ## format, lint, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/ready  ## images/s and memory of protect beside a plain loop; a plan of a million shards
+bench: .venv/ready  ## protect beside other programs; containers; training; a plan of a million shards
 	$(BIN)/one4all bench
 	$(BIN)/one4all bench --containers 400 --output runs/bench-containers.json
+	$(BIN)/one4all bench --train --output runs/bench-train.json
 	$(BIN)/one4all bench --plan-shards 1000000 --output runs/bench-plan.json
 	$(BIN)/one4all bench --plan-images 1000000 --output runs/bench-plan-images.json
 
