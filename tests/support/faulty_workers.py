@@ -81,5 +81,5 @@ class StillbornWorker(ProtectWorker):
     """Dies while it loads the protector, before it can say which shard it works on."""
 
     def __init__(self, *args, **options):
-        protect_worker.Protector.load = lambda location: _die()
+        protect_worker.Protector.load = lambda *arguments, **options: _die()
         super().__init__(*args, **options)
