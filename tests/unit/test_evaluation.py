@@ -15,7 +15,7 @@ from support.builders import (
 )
 
 from one4all.clustering import k_means
-from one4all.encoders import load_encoder
+from one4all.encoders import backends, load_encoder
 from one4all.errors import ConfigError, ShardError, UsageError
 from one4all.evaluation.label_clusters import cluster_quality, merge_labels
 from one4all.evaluation.labelled import LabelledImages, read_labelled
@@ -383,6 +383,7 @@ def test_codebooks_of_one_corpus_encode_it_once(tmp_path, monkeypatch):
         return original(self, image)
 
     monkeypatch.setattr(kind, "_embed_image", count)
+    monkeypatch.setattr(backends, "installed", lambda module: False)  # what it encodes, is counted
 
     def copy(strength: str, folder: Path | None) -> np.ndarray:
         embeddings._recent.clear()  # as in another process
