@@ -126,14 +126,16 @@ def load_backend(
     if backend == "auto" and device.type == "cpu":
         if not installed("openvino"):
             _say_once(
+                logging.INFO,  # for a photo or two it is no loss
                 "openvino is not installed: embeddings are computed by PyTorch, which takes twice "
-                "the CPU time: pip install 'one4all[openvino]'"
+                "the CPU time: pip install 'one4all[openvino]'",
             )
         else:
             try:
                 return _open_vino(encoder, size)
             except ConfigError as error:
-                _say_once(f"{error}: embeddings are computed by PyTorch, which takes longer")
+                slower = f"{error}: embeddings are computed by PyTorch, which takes longer"
+                _say_once(logging.WARNING, slower)
     return TorchBackend(encoder, device, bfloat16=backend == "torch-bfloat16")
 
 
@@ -310,5 +312,5 @@ def _probe(size: int) -> Pixels:
 
 
 @cache
-def _say_once(sentence: str) -> None:
-    _log.warning("%s", sentence)
+def _say_once(level: int, sentence: str) -> None:
+    _log.log(level, "%s", sentence)

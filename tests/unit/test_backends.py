@@ -121,7 +121,7 @@ def test_use_is_told_to_nobody(tiny):
 
 def test_without_openvino_pytorch_computes_and_it_is_said_once(tiny, monkeypatch, caplog):
     monkeypatch.setattr(backends, "installed", lambda module: False)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         labels = [load_backend(tiny).label for _ in range(3)]
     assert labels == ["torch float32"] * 3
     [record] = caplog.records
