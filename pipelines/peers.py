@@ -52,7 +52,7 @@ from pipelines.settings import RayConfig
 ROUNDS = 3
 BATCH_SIZE = ProtectConfig().batch_size
 _FIRST = 64  # images, after which the clock starts
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,13 @@ class Clock:
 
     _start: tuple[int, float, float] | None = None
     _end: tuple[int, float, float] = (0, 0.0, 0.0)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _cpu: dict[tuple[int, float], float] = field(default_factory=dict)  # by process, also ended
 
     def tick(self, num_images: int) -> None:
         """So many images are done by now; the first call with ``_FIRST`` of them is the start."""
-        with self._lock:
-            if num_images >= _FIRST:
-                self._end = (num_images, time.perf_counter(), self._cpu_seconds())
-                self._start = self._start or self._end
+        if num_images >= _FIRST:
+            self._end = (num_images, time.perf_counter(), self._cpu_seconds())
+            self._start = self._start or self._end
 
     def measured(self) -> Measured:
         """What lies between the first tick and the last.
@@ -109,11 +108,11 @@ class Clock:
     def _cpu_seconds(self) -> float:
         import psutil
 
-        total = 0.0
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
-                total += sum(process.cpu_times()[:4])  # its own, and of children that have ended
-        return total
+                times = process.cpu_times()
+                self._cpu[process.pid, process.create_time()] = times.user + times.system
+        return sum(self._cpu.values())
 
 
 Side = Callable[[str, str, int], Measured]
@@ -207,8 +206,11 @@ def _watched(num_images: Callable[[], int]) -> Iterator[Clock]:
     clock, ended = Clock(), threading.Event()
 
     def watch() -> None:
+        seen = 0
         while not ended.wait(_POLL_SECONDS):
-            clock.tick(num_images())
+            if (now := num_images()) != seen:  # else looking would cost more than it tells
+                clock.tick(now)
+                seen = now
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
