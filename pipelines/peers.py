@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from one4all.corpus import images_of, list_units, read_samples, write_unit
-from one4all.errors import One4AllError
+from one4all.errors import One4AllError, UsageError
 from one4all.extras import require
 from one4all.images import DEFAULT_MAX_PIXELS, decode, working_copy
 from one4all.protectors.card import DEFAULT_PROTECTOR
@@ -131,7 +131,7 @@ def bench_peers(source: str | None, output: Path, *, say: Callable[[str], None])
         A table of the medians.
 
     Raises:
-        UsageError: A package is missing.
+        UsageError: A package is missing, or the source is none that all sides can read.
     """
     for module in ("psutil", "webdataset"):
         require(module, "dev")
@@ -140,6 +140,7 @@ def bench_peers(source: str | None, output: Path, *, say: Callable[[str], None])
     kept: dict[str, dict[str, bool]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         corpus = source or make_photo_corpus(Path(scratch) / "corpus")
+        _check_source(corpus)
         alone = _alone(corpus, num_threads)
         for name, rate in alone.items():
             say(f"{name} alone: {rate:.1f} images/s")
@@ -185,6 +186,22 @@ def bench_peers(source: str | None, output: Path, *, say: Callable[[str], None])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n")
     return "\n".join([*lines, f"{output}"])
+
+
+def _check_source(source: str) -> None:
+    """All sides read shards in a folder, of samples with one image each, ``jpg``."""
+    shards = sorted(Path(source).glob("*.tar"))
+    if not shards:
+        raise UsageError(f"{source} is no folder with .tar shards; give one, or nothing")
+    storage = open_storage(source)
+    for unit in list_units(storage):
+        for sample in read_samples(storage, unit):
+            names = [member.name for member in images_of(sample)]
+            if names != [f"{sample.key}.jpg"]:
+                raise UsageError(
+                    f"sample {sample.key!r} of {unit.name} has the images {names}; all sides can "
+                    "read only samples of one image, whose extension is jpg"
+                )
 
 
 def _apart(side: Side, source: str, target: str, num_threads: int) -> Measured:
@@ -353,7 +370,7 @@ def what_is_kept(source: Path, target: Path) -> dict[str, bool]:
         One4AllError: There are fewer members, or an image that is not protected.
     """
     before, after = ([*_members(folder)] for folder in (source, target))
-    payloads = dict(((name, payload) for _, name, payload in before))
+    payloads = {name: payload for _, name, payload in before}
     changed = [name for _, name, payload in after if payloads.get(name) != payload]
     images = [name for name in payloads if name.endswith(".jpg")]
     if sorted(name for _, name, _ in after) != sorted(payloads) or not set(images) <= {*changed}:
