@@ -3,7 +3,7 @@
     z      = normalise(A (E_I(x) - m))          what the corpus varies in most: 64 directions
     p_k(x) ~ exp(-|z - c_k|^2 / 2 T)            how much x is like each of K concepts
     b_j(x) = sign sum_k p_k(x) b_jk             each bit of its code, by the vote of all concepts
-    delta  = +-epsilon * (-1, 1, -1)            a green or magenta cell for each bit
+    delta  = +-epsilon * (-1, 1, -1)            a green or magenta cell for each bit, or its look
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
 Like concepts have like codes: their bits are signs of the directions in which concepts differ most.
@@ -52,7 +52,7 @@ class CodebookConfig(BaseModel):
         directions: Number P of directions of the embedding that are looked at, at most.
         temperature: T above, in squared distance of vectors of unit length. Towards 0, the nearest
             concept decides.
-        pattern: Look of a code, or the name of one: discreet, balanced or strong.
+        pattern: Look of a code, or the name of one: discreet, balanced, strong or gray-proof.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,7 +106,7 @@ class Codebook(PerturbationModel):
             image_BCHW: Not looked at: the code of an image depends on its embedding alone.
 
         Returns:
-            float (B, 3, h, w) with h = w = 8 * ``config.pattern.cells``, in [-1, 1].
+            float (B, 3, h, w) with h = w = ``config.pattern.side``, in [-1, 1].
         """
         return self.paint(self.vote(embedding_BD)).to(embedding_BD)
 

@@ -1,8 +1,9 @@
-"""How the bits of a code look on a picture: green and magenta cells, hard or blurred.
+"""How the bits of a code look on a picture: green and magenta cells, or cells of stripes.
 
 Photos vary most in brightness, less between yellow and blue, and least between green and magenta.
 There a cell of a few levels stands out most, and a network finds it in fewer steps than any other
-colour (docs/lab-notebook.md, "Patterns").
+colour (docs/lab-notebook.md, "Patterns"). A gray copy has no colour; stripes of brightness are what
+it keeps, and what everybody sees.
 
 Shape suffixes: N patterns, B bits, C channels, g cells a side, h w grid.
 """
@@ -11,19 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from one4all.images import Pixels, colour
 from one4all.perturbation import Levels
 
-VALUES_PER_CELL = 8
+VALUES_PER_CELL = 8  # of a cell of one colour; stripes have as many for each of their periods
 COLOUR = (-1.0, 1.0, -1.0)  # red, green, blue of a bit that is 1
 _PHOTO_BLUR = 0.25  # cells
 _SAMPLES_A_SIDE = 8  # of a value of the grid; more would not change what is left after the blur
@@ -49,6 +57,10 @@ class PatternConfig(BaseModel):
         in_place: Share of the photo's own colour that is counted in, 0..1. Where a green cell
             falls on what is green already, less is added; where it falls on magenta, up to twice
             as much, within the budget. So a reader finds the same, and the eye sees less of it.
+        stripes: Periods of stripes that a cell has, upright for a bit that is 1 and lying for one
+            that is not; they are lighter and darker, in no colour. 0 means cells of one colour.
+            What hides a colour (``smoothing``, ``masking``, ``in_place``) does not hide stripes,
+            and must be 0 with them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +70,22 @@ class PatternConfig(BaseModel):
     amplitude: Annotated[float, Field(gt=0, le=1)] = 0.36
     masking: Annotated[float, Field(ge=0, le=1)] = 1.0
     in_place: Annotated[float, Field(ge=0, le=1)] = 1.0
+    stripes: Annotated[int, Field(ge=0, le=16)] = 0
+
+    @model_validator(mode="after")
+    def _stripes_are_not_hidden(self) -> Self:
+        hiding = [name for name in ("smoothing", "masking", "in_place") if getattr(self, name)]
+        if self.stripes and hiding:
+            raise ValueError(f"{hiding[0]} does not hide stripes: set it to 0, or stripes to 0")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_stripes(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Protectors made before there were stripes keep their content hash."""
+        dumped: dict[str, Any] = dump(self)
+        if not self.stripes:
+            dumped.pop("stripes", None)
+        return dumped
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +103,11 @@ class PatternConfig(BaseModel):
         )
 
     @property
+    def side(self) -> int:
+        """Values a side of a painted pattern."""
+        return self.cells * VALUES_PER_CELL * max(1, self.stripes)
+
+    @property
     def num_bits(self) -> int:
         """Cells that differ: left of the middle, and the middle."""
         return self.cells * _half(self.cells)
@@ -85,6 +118,7 @@ STRENGTHS: Mapping[str, PatternConfig] = {
     "discreet": PatternConfig(),
     "balanced": PatternConfig(smoothing=0.625, amplitude=1.0, masking=0.0, in_place=0.0),
     "strong": PatternConfig().hard(),
+    "gray-proof": PatternConfig(smoothing=0, amplitude=1, masking=0, in_place=0, stripes=5),
 }
 
 
@@ -92,21 +126,34 @@ def paint(bits_NB: Tensor, config: PatternConfig) -> Tensor:
     """Patterns of codes.
 
     Args:
-        bits_NB: 1 green, -1 magenta; the cells of the left half, row by row.
+        bits_NB: 1 green or upright, -1 magenta or lying; the cells of the left half, row by row.
         config: Their look.
 
     Returns:
-        float32 (N, 3, 8 g, 8 g) within +- ``config.amplitude``. A blurred pattern is scaled until
-        its largest value is that again.
+        float32 (N, 3, h, w), h = w = ``config.side``, within +- ``config.amplitude``. A blurred
+        pattern is scaled until its largest value is that again.
     """
     half, cells = _half(config.cells), config.cells
     left_N1gq = bits_NB.float().view(-1, 1, cells, half)
     signs_N1gg = torch.cat([left_N1gq, left_N1gq[..., : cells // 2].flip(3)], dim=3)
-    pattern_N1hw = F.interpolate(signs_N1gg, scale_factor=VALUES_PER_CELL, mode="nearest")
+    pattern_N1hw = F.interpolate(signs_N1gg, size=(config.side,) * 2, mode="nearest")
+    if config.stripes:
+        upright_w = _stripes(config)
+        lying_hw = upright_w[:, None].expand(-1, config.side)
+        pattern_N1hw = torch.where(pattern_N1hw > 0, upright_w, lying_hw)
+        return config.amplitude * pattern_N1hw.repeat(1, 3, 1, 1)
     if config.smoothing:
         pattern_N1hw = _blur(pattern_N1hw, config.smoothing * VALUES_PER_CELL)
         pattern_N1hw = pattern_N1hw / pattern_N1hw.abs().amax(dim=(2, 3), keepdim=True)
     return config.amplitude * pattern_N1hw * torch.tensor(COLOUR)[:, None, None]
+
+
+def _stripes(config: PatternConfig) -> Tensor:
+    """Lighter and darker by turns along a side, float32 (w,); a stripe lies on the middle."""
+    values_w = torch.arange(config.side)
+    from_middle_w = (2 * values_w - config.side + 1).abs() // 2
+    wide = VALUES_PER_CELL // 2
+    return 1.0 - 2.0 * ((from_middle_w + wide // 2) // wide % 2)
 
 
 def draw_patterns(num_patterns: int, config: PatternConfig, *, seed: int) -> Tensor:

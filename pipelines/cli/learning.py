@@ -63,7 +63,9 @@ def fit(
     ] = None,
     strength: Annotated[
         str | None,
-        typer.Option(help="discreet (hardly seen, the default), balanced, or strong (tiles)."),
+        typer.Option(
+            help="discreet (hardly seen, the default), balanced, strong (tiles) or gray-proof (stripes)."
+        ),
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -56,7 +56,9 @@ def protect(
     ] = None,
     strength: Annotated[
         str | None,
-        typer.Option(help="Of the fitted one: discreet (hardly seen), balanced or strong (tiles)."),
+        typer.Option(
+            help="Of the fitted one: discreet (hardly seen), balanced, strong (tiles), gray-proof (stripes)."
+        ),
     ] = None,
     output_format: Annotated[
         str | None,

@@ -88,5 +88,7 @@ def test_images_that_nobody_can_read_are_none_to_fit_to(own, tmp_path, monkeypat
 
 
 def test_strength_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="no strength 'loud', only discreet, balanced, strong"):
+    with pytest.raises(
+        ValueError, match="no strength 'loud', only discreet, balanced, strong, gray-proof"
+    ):
         ProtectConfig(strength="loud")

@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 from support.builders import make_pixels
 
+from one4all.perturbation import apply_perturbation, around_middle
 from one4all.protectors import pattern
+from one4all.protectors.card import load_card
 from one4all.protectors.pattern import STRENGTHS, PatternConfig, draw_patterns, hide, paint
 
 STRONG, BALANCED, DISCREET = (STRENGTHS[name] for name in ("strong", "balanced", "discreet"))
+GRAY_PROOF = STRENGTHS["gray-proof"]
 
 
 def one_pattern(config: PatternConfig, *, seed: int = 0) -> np.ndarray:
@@ -19,15 +24,51 @@ def one_pattern(config: PatternConfig, *, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("cells", [1, 3, 4])
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_patterns_look_the_same_in_a_mirror_and_are_green_or_magenta(cells, strength):
+def test_patterns_look_the_same_in_a_mirror_and_are_of_two_colours(cells, strength):
     config = STRENGTHS[strength].model_copy(update={"cells": cells})
     drawn = draw_patterns(4, config, seed=0)
-    assert drawn.shape == (4, 3, 8 * cells, 8 * cells)
+    assert drawn.shape == (4, 3, config.side, config.side)
     torch.testing.assert_close(drawn, drawn.flip(3))
     red, green, blue = drawn.unbind(1)
-    assert torch.equal(red, -green)
+    assert torch.equal(red, green if config.stripes else -green)
     assert torch.equal(red, blue)
     assert drawn.abs().amax(dim=(1, 2, 3)).tolist() == pytest.approx([config.amplitude] * 4)
+
+
+@pytest.mark.parametrize("cells", [1, 3, 4])
+def test_stripes_are_upright_or_lying_and_leave_brightness_as_it_is(cells):
+    config = GRAY_PROOF.model_copy(update={"cells": cells})
+    bits = torch.stack([torch.ones(config.num_bits), -torch.ones(config.num_bits)])
+    upright, lying = paint(bits, config)[:, 0]
+    assert (upright == upright[:1]).all()
+    torch.testing.assert_close(lying, upright.T)
+    assert abs(upright.mean()) < 0.11
+    changes = (upright[0].diff() != 0).sum()  # two in each period, but at the edges
+    assert abs(int(changes) - 2 * cells * config.stripes) <= 1
+
+
+def test_stripes_survive_gray_and_a_size_of_64_pixels():
+    """What is left of them once a training pipeline has shrunk the photo, and averaged it."""
+    clean = np.full((500, 700, 3), 128, np.uint8)
+    delta = around_middle(one_pattern(GRAY_PROOF), 500, 700)
+    protected = apply_perturbation(clean, hide(delta, clean, GRAY_PROOF), epsilon_levels=8)
+    gray = (
+        Image.fromarray(protected[:, 100:600]).convert("L").resize((64, 64), Image.Resampling.BOX)
+    )
+    assert np.asarray(gray, np.float64).std() > 3.5
+    assert np.abs(protected.astype(int) - clean).max() == 8
+
+
+def test_what_hides_a_colour_does_not_hide_stripes():
+    with pytest.raises(ValidationError, match="smoothing does not hide stripes"):
+        PatternConfig(stripes=5)
+
+
+def test_protectors_made_before_stripes_keep_their_hash():
+    assert "stripes" not in DISCREET.model_dump()
+    assert PatternConfig.model_validate(GRAY_PROOF.model_dump()) == GRAY_PROOF
+    shipped = "e7b587678cc1f13af73f758dac7a4620b46f201b30b73b875cd7265b97c4de9e"
+    assert load_card("default").content_hash == shipped
 
 
 @pytest.mark.parametrize("seed", range(5))
