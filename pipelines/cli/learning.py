@@ -63,9 +63,7 @@ def fit(
     ] = None,
     strength: Annotated[
         str | None,
-        typer.Option(
-            help="discreet (hardly seen, the default), balanced, strong (tiles) or gray-proof (stripes)."
-        ),
+        typer.Option(help="Look: discreet (the default), balanced, strong or gray-proof."),
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,

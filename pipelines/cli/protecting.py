@@ -56,9 +56,7 @@ def protect(
     ] = None,
     strength: Annotated[
         str | None,
-        typer.Option(
-            help="Of the fitted one: discreet (hardly seen), balanced, strong (tiles), gray-proof (stripes)."
-        ),
+        typer.Option(help="Look of the fitted one: discreet, balanced, strong or gray-proof."),
     ] = None,
     output_format: Annotated[
         str | None,

@@ -41,8 +41,8 @@ class ProtectConfig(RewriteConfig, JobConfig):
             the same patterns. "openvino-bfloat16" takes half of the time again on CPUs with AMX or
             AVX512_BF16; it and "torch-bfloat16", for GPUs, make patterns of their own, which a
             destination is bound to.
-        strength: Look of that one: discreet (hardly seen, the default), balanced, strong, or gray-proof (stripes; what
-            a copy in gray keeps).
+        strength: Look of that one: discreet (hardly seen, the default), balanced, strong
+            (tiles), or gray-proof (stripes, which a gray copy keeps).
         fit_images: About so many images are looked at to fit it; 0 takes the shipped one.
         container: What the corpus is made of: tar, parquet or images; empty for what most of its
             bytes are. A destination is bound to it.
