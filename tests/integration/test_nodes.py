@@ -1,7 +1,6 @@
 """A cluster of three nodes and a store that asks for a key: nodes are lost, slots overlap."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from support.ray_cluster import PROGRAM, ROOT
 
 from one4all.errors import AccessError, NotFoundError
 from one4all.ledger.ledger import Ledger
-from one4all.protectors.protector import Protector
 from one4all.storage import open_storage
 from pipelines.telemetry import METRICS
 from pipelines.train.status import read_training
@@ -104,8 +102,7 @@ def test_nodes_that_join_are_used_within_a_minute(
     job.send_signal(signal.SIGINT)
     code, printed = finish(job)
     assert code == 130, printed
-    cluster.lose(large)
-    cluster.lose(more)
+    cluster.lose(large, more)
 
 
 def test_slots_protect_what_is_new_and_one_that_overlaps_does_nothing(

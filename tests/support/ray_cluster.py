@@ -96,15 +96,17 @@ class RayCluster:
             timeout=120,
         )
 
-    def lose(self, node: Node) -> None:
-        """End a node without notice; the cluster knows on return."""
-        root = psutil.Process(node.process.pid)
-        below = root.children(recursive=True)
-        # None if its loss was announced: then it leaves by itself.
-        raylet = next((child for child in below if child.name().startswith("raylet")), None)
-        kill_tree(root, first=raylet)
-        node.process.wait(timeout=30)
-        self._wait_for(self.nodes[0], lambda: node.ip not in self._alive())
+    def lose(self, *nodes: Node) -> None:
+        """End nodes without notice; the cluster knows on return."""
+        for node in nodes:
+            root = psutil.Process(node.process.pid)
+            below = root.children(recursive=True)
+            # None if its loss was announced: then it leaves by itself.
+            raylet = next((child for child in below if child.name().startswith("raylet")), None)
+            kill_tree(root, first=raylet)
+            node.process.wait(timeout=30)
+        lost = {node.ip for node in nodes}
+        self._wait_for(self.nodes[0], lambda: not lost & self._alive().keys())
 
     @staticmethod
     def _wait_for(node: Node, condition: Callable[[], bool]) -> None:
