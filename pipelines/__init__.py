@@ -1,1 +1,1 @@
-"""The jobs: everything that knows Ray."""
+"""The jobs, on one machine or many: everything that knows Ray, and the command line."""

@@ -13,7 +13,7 @@ from types import FrameType
 from one4all.errors import UsageError
 from one4all.extras import require
 
-_NEEDED = ("typer", "tqdm", "yaml", "ray")  # without which no verb runs
+_NEEDED = ("typer", "tqdm", "yaml")  # without which no verb runs
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import resource
 import shutil
 import statistics
@@ -33,11 +32,11 @@ from one4all.ledger.ledger import Ledger, digest_of
 from one4all.ledger.objects import ObjectRow, write_rows
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card
 from one4all.storage import INTERNAL, ObjectInfo, Reader, Storage, open_storage
+from pipelines.local_machine import available_cpus
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
-from pipelines.protect.worker import ProtectWorker, UnitStatus
-from pipelines.ray_session import ray_session
-from pipelines.settings import RayConfig
+from pipelines.protect.unit_status import UnitStatus
+from pipelines.protect.worker import ProtectWorker
 from pipelines.train.config import TrainConfig
 from pipelines.train.speed import STAGES, Speed, measure_stages, measure_start, this_machine
 
@@ -56,7 +55,7 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
     Returns:
         The result in one line.
     """
-    num_threads = os.cpu_count() or 1
+    num_threads = available_cpus()
     record: dict[str, Any] = {"shard_bytes": [], "peak_bytes": []}
     size = (2000, 1500)
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,10 +70,12 @@ def bench_memory(shard_gb: float, output: Path, *, say: Callable[[str], None]) -
             shard_bytes = next(iter(open_storage(str(corpus)).list())).size
             statuses: list[UnitStatus] = []
             config = ProtectConfig(
-                protector=DEFAULT_PROTECTOR, num_workers=1, cpus_per_worker=num_threads
+                protector=DEFAULT_PROTECTOR,
+                runner="local",
+                num_workers=1,
+                cpus_per_worker=num_threads,
             )
-            with ray_session(RayConfig(num_cpus=num_threads)):
-                protect(str(corpus), str(target), config, on_progress=statuses.append)
+            protect(str(corpus), str(target), config, on_progress=statuses.append)
             record["shard_bytes"].append(shard_bytes)
             record["peak_bytes"].append(statuses[0].peak_bytes)
             say(
@@ -154,7 +155,7 @@ def bench_containers(num_images: int, output: Path, *, say: Callable[[str], None
     Returns:
         The result in one line.
     """
-    num_threads = os.cpu_count() or 1
+    num_threads = available_cpus()
     rates: dict[str, list[float]] = {name: [] for name in CONTAINERS}
     cpu: dict[str, list[float]] = {name: [] for name in CONTAINERS}
     with tempfile.TemporaryDirectory() as scratch:

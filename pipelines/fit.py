@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,9 +43,11 @@ from one4all.report import sample_grid, to_png
 from one4all.storage import Storage, open_storage
 from one4all.text import shown
 from one4all.vocabularies import load_vocabulary
+from pipelines.local_machine import share_out
+from pipelines.local_pool import LocalPool, Lost
 from pipelines.placement import await_room, watched_start
-from pipelines.ray_session import ray_session, worker_layout
-from pipelines.settings import JobConfig, RayConfig, absolute_weights
+from pipelines.ray_session import ray_session, uses_ray, worker_layout
+from pipelines.settings import JobConfig, RayConfig, RunnerName, absolute_weights
 
 PICTURE = "concepts.png"
 VOCABULARY = "vocabulary:"
@@ -54,6 +57,7 @@ _THUMBNAILS = 3000  # of all shards; a picture of concepts needs no more
 _COLUMNS, _ROWS = 16, 8
 _NAMED = 10  # damaged shards, at most, in an error
 _FEWEST_PER_SHARD = 64
+_MAX_DEATHS = 3  # of workers, over one shard
 
 
 class FitConfig(JobConfig):
@@ -75,6 +79,7 @@ class FitConfig(JobConfig):
         max_image_pixels: Larger images are left out.
         sidecar_patterns: Images of samples that are no photos, such as ``*.seg.png``; left out.
         seed: Seed of the drawn images, the clusters and the patterns.
+        runner: Where the images are looked at, as for protect.
         num_workers: Tasks at once; 0 means as many as CPUs or GPUs allow.
         cpus_per_worker, gpus_per_worker: Of a task; below 0 GPUs means 1 if there is any.
     """
@@ -91,6 +96,7 @@ class FitConfig(JobConfig):
     max_image_pixels: Annotated[int, Field(ge=1)] = DEFAULT_MAX_PIXELS
     sidecar_patterns: tuple[str, ...] = ()
     seed: int = 0
+    runner: RunnerName = "auto"
     num_workers: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: float = -1
@@ -228,6 +234,36 @@ def _choose_parts(config: FitConfig) -> list[_Part]:
 def _embed_all(
     parts: list[_Part], config: FitConfig, on_shard: Callable[[str], None]
 ) -> Iterator[PartEmbeddings]:
+    embed = _embed_by_ray if uses_ray(config.runner, config.ray) else _embed_here
+    for found in embed(parts, config):
+        on_shard(found.unit)
+        yield found
+
+
+def _embed_here(parts: list[_Part], config: FitConfig) -> Iterator[PartEmbeddings]:
+    shares = share_out(
+        config.num_workers,
+        config.cpus_per_worker,
+        config.gpus_per_worker,
+        num_cpus=config.ray.num_cpus,
+    )
+    pool: LocalPool[_Part, PartEmbeddings] = LocalPool(
+        partial(_start_embedder, config.model_dump_json()),
+        [share.environment for share in shares],
+        max_deaths=_MAX_DEATHS,
+    )
+    with pool:
+        for part, found in pool.run(parts):
+            if isinstance(found, Lost):
+                raise One4AllError(f"fit stopped at {part.unit.name}: {found.reason}")
+            yield found
+
+
+def _start_embedder(config: str) -> Callable[[_Part], PartEmbeddings]:
+    return PartEmbedder(config).embed
+
+
+def _embed_by_ray(parts: list[_Part], config: FitConfig) -> Iterator[PartEmbeddings]:
     with ray_session(config.ray):
         import ray
         from ray.exceptions import RayError
@@ -241,9 +277,7 @@ def _embed_all(
         pool = ray.util.ActorPool(actors)
         try:
             with watched_start(PartEmbedder.__name__, cpus=cpus, gpus=gpus):
-                for found in pool.map_unordered(lambda a, part: a.embed.remote(part), parts):
-                    on_shard(found.unit)
-                    yield found
+                yield from pool.map_unordered(lambda a, part: a.embed.remote(part), parts)
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, One4AllError):

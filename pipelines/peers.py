@@ -44,6 +44,7 @@ from one4all.protectors.protector import Protector
 from one4all.recode import recode
 from one4all.storage import open_storage
 from pipelines.bench import make_photo_corpus
+from pipelines.local_machine import available_cpus
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.ray_session import ray_session
@@ -135,7 +136,7 @@ def bench_peers(source: str | None, output: Path, *, say: Callable[[str], None])
     """
     for module in ("psutil", "webdataset"):
         require(module, "dev")
-    num_threads = os.cpu_count() or 1
+    num_threads = available_cpus()
     found: dict[str, list[Measured]] = {name: [] for name in SIDES}
     kept: dict[str, dict[str, bool]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -241,7 +242,9 @@ def _watched(num_images: Callable[[], int]) -> Iterator[Clock]:
 
 def ours(source: str, target: str, num_threads: int) -> Measured:
     """`one4all protect` with one worker."""
-    config = ProtectConfig(protector=DEFAULT_PROTECTOR, num_workers=1, cpus_per_worker=num_threads)
+    config = ProtectConfig(
+        protector=DEFAULT_PROTECTOR, runner="local", num_workers=1, cpus_per_worker=num_threads
+    )
     storage = open_storage(source)
     sizes = {
         unit.name: sum(len(images_of(sample)) for sample in read_samples(storage, unit))
@@ -251,10 +254,9 @@ def ours(source: str, target: str, num_threads: int) -> Measured:
     def num_images() -> int:
         return sum(num for name, num in sizes.items() if (Path(target) / name).exists())
 
-    with ray_session(RayConfig(num_cpus=num_threads)):
-        with _watched(num_images) as clock:
-            protect(source, target, config)
-        return clock.measured()
+    with _watched(num_images) as clock:
+        protect(source, target, config)
+    return clock.measured()
 
 
 def plain_loop(source_uri: str, target_uri: str, num_threads: int) -> Measured:

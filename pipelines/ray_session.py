@@ -27,7 +27,7 @@ from one4all.errors import AccessError, One4AllError, UsageError
 from one4all.extras import require
 
 if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
-    from pipelines.settings import RayConfig
+    from pipelines.settings import RayConfig, RunnerName
 
 # Must be set before Ray starts.
 _ENVIRONMENT = {
@@ -91,6 +91,16 @@ def check_cluster(config: RayConfig) -> None:
     if address and not _is_running():
         require("ray", "jobs")
         _await_answer(address)
+
+
+def uses_ray(runner: RunnerName, config: RayConfig) -> bool:
+    """Whether a job is run by Ray: on a cluster, in a Ray that runs here already, or if asked to.
+
+    Otherwise processes of this machine do, see `pipelines.local_pool`.
+    """
+    if runner == "auto":
+        return joins_cluster(config) or _is_running()
+    return runner == "ray"
 
 
 def joins_cluster(config: RayConfig) -> bool:

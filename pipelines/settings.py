@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,13 +21,18 @@ class JobConfig(BaseModel):
 Config = TypeVar("Config", bound=JobConfig)
 
 
+RunnerName = Literal["auto", "local", "ray"]
+"""Where a job is run: "local" in processes of this machine, "ray" by Ray, which is started if no
+cluster is named; "auto" by Ray on a cluster, and here otherwise."""
+
+
 class RayConfig(JobConfig):
     """How to reach Ray.
 
     Attributes:
-        address: "" starts Ray in this process, unless RAY_ADDRESS says otherwise; "auto" or a
-            cluster address connects.
-        num_cpus: CPUs of a local Ray; 0 asks the machine.
+        address: "" is no cluster, unless RAY_ADDRESS says otherwise: what needs Ray starts one
+            here. "auto" or a cluster address connects.
+        num_cpus: CPUs of a local Ray, or of the processes in its place; 0 asks the machine.
         object_store_bytes: Object store of a local Ray. Only status rows travel through it.
     """
 

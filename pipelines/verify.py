@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Annotated, Any
 
@@ -30,20 +30,24 @@ from one4all.protectors.protector import Protector, check_protector
 from one4all.recompute import recompute_unit
 from one4all.storage import open_storage
 from one4all.visibility import VisibilitySummary, require_packages
+from pipelines.local_machine import share_out
+from pipelines.local_pool import LocalPool, Lost
 from pipelines.placement import await_room
 from pipelines.protect.own_protector import find_own
-from pipelines.ray_session import ray_session
-from pipelines.settings import JobConfig, RayConfig
+from pipelines.ray_session import ray_session, uses_ray
+from pipelines.settings import JobConfig, RayConfig, RunnerName
 
 MAX_NAMED = 10_000  # shards or files that are not protected
+_MAX_DEATHS = 3  # of workers, over one shard
 
 
 class VerifyConfig(JobConfig):
     """`one4all verify`.
 
     Attributes:
+        runner: Where shards are audited, as for protect.
         num_workers: Tasks at once; 0 means as many as the CPUs allow.
-        wave_shards: Shards handed to Ray at once.
+        wave_shards: Shards handed to workers at once.
         max_sample_bytes: Larger samples make a bad shard; what protect was given, if that is more.
         recompute: Share of the shards, 0 to 1, that are protected again and compared: the only way
             to tell a protected image from one that was merely changed. At least one if above 0.
@@ -53,6 +57,7 @@ class VerifyConfig(JobConfig):
             a megapixel and the extra `visibility`.
     """
 
+    runner: RunnerName = "auto"
     num_workers: Annotated[int, Field(ge=0)] = 0
     wave_shards: Annotated[int, Field(ge=1)] = 5000
     max_sample_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MAX_SAMPLE_BYTES
@@ -261,21 +266,44 @@ def _audit_all(
 ) -> Iterator[UnitAudit]:
     if not num_tasks:
         return
-    protector = locate(config.protector) if config.protector else ""
+    audit = partial(
+        audit_one,
+        source_uri=source_uri,
+        destination_uri=destination_uri,
+        binding=binding,
+        protector=locate(config.protector) if config.protector else "",
+        max_sample_bytes=config.max_sample_bytes,
+        measure_visibility=config.visibility,
+    )
+    audit_all = _audit_by_ray if uses_ray(config.runner, config.ray) else _audit_here
+    yield from audit_all(tasks, audit, config)
 
-    def audit(batch: dict[str, Any]) -> dict[str, Any]:
+
+def _audit_here(
+    tasks: Iterator[AuditTask], audit: Callable[[AuditTask], UnitAudit], config: VerifyConfig
+) -> Iterator[UnitAudit]:
+    shares = share_out(config.num_workers, 1, 0, num_cpus=config.ray.num_cpus)
+    environments = [share.environment for share in shares]
+    with LocalPool(partial(_start_auditor, audit), environments, max_deaths=_MAX_DEATHS) as pool:
+        while wave := list(islice(tasks, config.wave_shards)):
+            for task, found in pool.run(wave):
+                if isinstance(found, Lost):
+                    lost = UnitAudit(task.unit.name)
+                    lost.report(f"could not be audited: {found.reason}")
+                    found = lost
+                yield found
+
+
+def _start_auditor(audit: Callable[[AuditTask], UnitAudit]) -> Callable[[AuditTask], UnitAudit]:
+    return audit
+
+
+def _audit_by_ray(
+    tasks: Iterator[AuditTask], audit: Callable[[AuditTask], UnitAudit], config: VerifyConfig
+) -> Iterator[UnitAudit]:
+    def audit_batch(batch: dict[str, Any]) -> dict[str, Any]:
         unit, key = Unit.from_json(str(batch["unit"][0])), str(batch["manifest"][0])
-        task = AuditTask(unit, key, recompute=bool(batch["recompute"][0]))
-        audit = audit_one(
-            task,
-            source_uri,
-            destination_uri,
-            binding,
-            protector,
-            max_sample_bytes=config.max_sample_bytes,
-            measure_visibility=config.visibility,
-        )
-        return {"audit": [audit]}
+        return {"audit": [audit(AuditTask(unit, key, recompute=bool(batch["recompute"][0])))]}
 
     with ray_session(config.ray):
         import ray
@@ -288,7 +316,7 @@ def _audit_all(
                 for t in wave
             ]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                audit,
+                audit_batch,
                 batch_size=1,
                 num_cpus=1,
                 compute=TaskPoolStrategy(config.num_workers or None),

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from pipelines import verify as verifying
 from pipelines.local_s3 import local_s3
 from pipelines.protect import job as protecting
 from pipelines.protect.config import ProtectConfig
-from pipelines.protect.worker import ProtectWorker
 from pipelines.ray_session import ray_session
 from pipelines.settings import RayConfig
 from pipelines.verify import VerifyConfig
@@ -51,19 +50,12 @@ def protector(protector_folder: Path) -> Protector:
 def protect(monkeypatch, protector_folder):
     """`pipelines.protect.job.protect` with its workers in this process."""
 
-    def run_wave(wave, source, destination, config, run_id, *, protector_sha256):
-        worker = ProtectWorker(
-            config,
-            source.uri,
-            destination.uri,
-            run_id,
-            protector_sha256=protector_sha256,
-            num_threads=2,
-        )
-        yield from (worker.protect(unit, recorded=recorded) for unit, recorded in wave)
+    @contextmanager
+    def open_runner(job):
+        worker = job.worker(cpus=2, gpus=0, max_starts=1)()
+        yield lambda wave: (worker.protect(unit, recorded=recorded) for unit, recorded in wave)
 
-    monkeypatch.setattr(protecting, "_run_wave", run_wave)
-    monkeypatch.setattr(protecting, "ray_session", lambda config: nullcontext())
+    monkeypatch.setattr(protecting, "open_runner", open_runner)
 
     def protect(source, destination, **options):
         options = {"protector": str(protector_folder), "batch_size": 4} | options

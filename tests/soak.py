@@ -185,8 +185,8 @@ def _workers(driver_pid: int) -> list[tuple[int, float]]:
     """Process id and resident megabytes of the shard workers below a driver."""
     found = []
     try:
-        for process in psutil.Process(driver_pid).children(recursive=True):
-            if "ProtectWorker" in "".join(process.cmdline()[:1]):
+        for process in psutil.Process(driver_pid).children():
+            if "pipelines.local_pool" in " ".join(process.cmdline()):
                 found.append((process.pid, process.memory_info().rss / 1e6))
     except psutil.Error:  # gone while we looked
         pass

@@ -19,7 +19,6 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from one4all.errors import ConfigError
 from one4all.protectors.model import PerturbationModel
@@ -171,6 +170,8 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 def count_multiply_adds(generator: Generator, *, embedding_dim: int, size: int) -> int:
     """Multiply-adds for one image of ``size`` x ``size`` pixels."""
+    from torch.utils.flop_counter import FlopCounterMode  # it brings triton
+
     with torch.device("meta"):
         shadow = Generator(generator.config, embedding_dim).eval()
         counter = FlopCounterMode(display=False)

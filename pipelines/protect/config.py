@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from one4all.encoders.backends import BackendName
 from one4all.protectors.pattern import STRENGTHS
 from one4all.rewrite import RewriteConfig
-from pipelines.settings import JobConfig, RayConfig, since_seconds
+from pipelines.settings import JobConfig, RayConfig, RunnerName, since_seconds
 
 DEFAULT_STRENGTH = "discreet"
 
@@ -52,12 +52,17 @@ class ProtectConfig(RewriteConfig, JobConfig):
             duration before the start of the run such as 36h. Leave a margin: S3 dates a multipart
             upload from when it was begun. Empty means all.
         log_json: Log one JSON line for each shard and attempt to the logger ``one4all.shards``.
-        num_workers: Actors; 0 means one for each GPU, or else as many as the CPUs allow, and more
-            as nodes join.
-        cpus_per_worker: CPUs of an actor, and its codec threads; 0 means all of a node without
-            GPU, or the node's CPUs divided by its GPUs; where nodes differ, see `worker_layout`.
-        gpus_per_worker: GPUs of an actor; below 0 means 1 if the cluster has any, else 0.
-        wave_shards: Shards handed to Ray at once; a wave starts its own actors.
+        runner: "local" runs the workers on this machine; "ray" on a Ray cluster, or a Ray that is
+            started here; "auto" is Ray if a cluster is named by ``ray.address`` or RAY_ADDRESS, as
+            in a job of one, or if Ray runs in this process; and local otherwise.
+        num_workers: Processes that protect; 0 means one for each GPU, or else as many as the CPUs
+            allow, and on a cluster more as nodes join.
+        cpus_per_worker: CPUs of a worker, and its codec threads; 0 means all of a node without
+            GPU, or the node's CPUs divided by its GPUs, or by ``num_workers`` on this machine;
+            where nodes differ, see `worker_layout`.
+        gpus_per_worker: GPUs of a worker, whole ones or a part of one; below 0 means 1 if there
+            are any, else 0.
+        wave_shards: Shards handed to workers at once; on a cluster a wave starts its own.
         max_step_cpu_seconds: CPU time that a worker may spend on one step, a batch of images; the
             worker of a file that takes longer is ended, and the attempt counts. 0 means no limit.
         prune: Remove outputs of this program whose source is gone. The listing of the source must
@@ -81,6 +86,7 @@ class ProtectConfig(RewriteConfig, JobConfig):
     only: str = ""
     since: Annotated[str, BeforeValidator(_since)] = ""
     log_json: bool = False
+    runner: RunnerName = "auto"
     num_workers: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: float = -1

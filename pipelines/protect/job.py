@@ -1,8 +1,7 @@
-"""Protect a corpus: plan, hand units to workers through Ray Data, account for every one.
+"""Protect a corpus: plan, hand units to workers, account for every one.
 
-One unit of work is one row, one block, one actor call. Ray carries a unit in and its status out;
-pixels never leave the worker. Success is the ledger held against the source listing, never "Ray did
-not raise".
+A unit goes to a worker and its status comes back; pixels never leave the worker. Success is the
+ledger held against the source listing, never "nothing was raised".
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from one4all.corpus import Unit, find_container, is_empty, open_source, what_is_read
+from one4all.corpus import find_container, is_empty, open_source, what_is_read
 from one4all.corpus.sources import read_list
 from one4all.encoders.backends import precision_of
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
@@ -36,13 +35,13 @@ from one4all.protectors.protector import check_protector
 from one4all.rewrite import STAGES
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry
-from pipelines.placement import await_room, watched_start
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import OnFit, own_protector
 from pipelines.protect.run_metrics import RunMetrics
 from pipelines.protect.run_record import recording
-from pipelines.protect.worker import ProtectWorker, UnitStatus
-from pipelines.ray_session import check_cluster, ray_session, worker_layout
+from pipelines.protect.runner import Job, RunWave, open_runner
+from pipelines.protect.unit_status import UnitStatus
+from pipelines.ray_session import check_cluster, uses_ray
 from pipelines.settings import since_seconds
 
 _log = logging.getLogger(__name__)
@@ -54,8 +53,6 @@ TRANSFORM_VERSION = 5  # large photos are seen through reduced copies; float32 o
 MAX_REASONS = 20  # of quarantined shards; each is a record to read
 MAX_LOOKED_AT = 1000  # objects of a source without shards, to say what is there
 _PACKED = tuple(".tgz .tbz .tbz2 .txz .tzst .gz .bz2 .xz .zst .lz4 .zip .7z .rar".split())
-MAX_GROWTH = 16  # times the workers that a wave begins with, as nodes join
-MAX_DEAD_STARTS = 5  # workers of one run that may die while they load the protector
 
 OnProgress = Callable[[UnitStatus], None]
 OnPlan = Callable[[Census], None]
@@ -222,7 +219,8 @@ def protect(
 def _try_places(destination: Storage, config: ProtectConfig) -> None:
     """Whether cluster and store keep what is needed of them; before the lease, which must not be
     held by a run that waits."""
-    check_cluster(config.ray)
+    if uses_ray(config.runner, config.ray):
+        check_cluster(config.ray)
     _refuse_unsafe_store(destination, allow=config.allow_unsafe_store)
 
 
@@ -243,6 +241,7 @@ class _Run:
         self._binding, self._since, self._only = binding, since, only
         self._source, self._destination = source, destination
         self._config, self._ledger, self._run_id = config, ledger, run_id
+        self._job = Job(config, source.uri, destination.uri, run_id, binding.protector_sha256)
         self._lease: Lease | None = None
 
     @contextmanager
@@ -272,28 +271,28 @@ class _Run:
         result.container, result.noun = census.container.name, census.container.noun
         result.num_damaged = census.num_damaged
         on_plan(census)
-        while (num_todo := _count(census, refused)) and barren_passes < MAX_ATTEMPTS:
-            with ray_session(self._config.ray), telemetry.gauges_kept():
-                metrics = RunMetrics(
-                    self._run_id, self._destination.uri, self._ledger.last_success()
-                )
-                metrics.plan(census)
-                for status in self._waves(census, refused):
-                    done = status.outcome == "done"
-                    metrics.tell(status)
-                    if self._config.log_json:
-                        _shards_log.info(_log_line(status, self._run_id))
-                    on_progress(status)
-                    result.num_protected_now += status.num_objects * done
-                    result.num_images += status.num_protected
-                    result.converted.update(status.converted)
-                    if not done:
-                        errors[status.name] = status.error
-                    if status.outcome == "refused":
-                        refused.add(status.name)
-            # A new census: a unit that changed while it was read is planned anew.
-            census = self._census()
-            barren_passes = 0 if _count(census, refused) < num_todo else barren_passes + 1
+        if _count(census, refused):
+            with open_runner(self._job) as run_wave, telemetry.gauges_kept():
+                last_success = self._ledger.last_success()
+                metrics = RunMetrics(self._run_id, self._destination.uri, last_success)
+                while (num_todo := _count(census, refused)) and barren_passes < MAX_ATTEMPTS:
+                    metrics.plan(census)
+                    for status in self._waves(run_wave, census, refused):
+                        done = status.outcome == "done"
+                        metrics.tell(status)
+                        if self._config.log_json:
+                            _shards_log.info(_log_line(status, self._run_id))
+                        on_progress(status)
+                        result.num_protected_now += status.num_objects * done
+                        result.num_images += status.num_protected
+                        result.converted.update(status.converted)
+                        if not done:
+                            errors[status.name] = status.error
+                        if status.outcome == "refused":
+                            refused.add(status.name)
+                    # A new census: a unit that changed while it was read is planned anew.
+                    census = self._census()
+                    barren_passes = 0 if _count(census, refused) < num_todo else barren_passes + 1
         self._account(result, census, errors)
         self._tidy(result, census)
         if not result.failed:
@@ -349,21 +348,16 @@ class _Run:
         except One4AllError as error:
             _log.warning("left-overs of killed runs could not be removed: %s", error)
 
-    def _waves(self, census: Census, refused: Collection[str]) -> Iterator[UnitStatus]:
+    def _waves(
+        self, run_wave: RunWave, census: Census, refused: Collection[str]
+    ) -> Iterator[UnitStatus]:
         size = self._config.wave_shards
         recorded = {name: entry.key for name, entry in census.damaged.items() if entry}
         for start in range(0, len(census.pending), size):
             wave = [u for u in census.pending[start : start + size] if u.label not in refused]
             if not wave:
                 continue
-            for status in _run_wave(
-                [(unit, recorded.get(unit.name, "")) for unit in wave],
-                self._source,
-                self._destination,
-                self._config,
-                self._run_id,
-                protector_sha256=self._binding.protector_sha256,
-            ):
+            for status in run_wave([(unit, recorded.get(unit.name, "")) for unit in wave]):
                 yield status
                 if self._lease is not None:
                     self._lease.check()
@@ -450,73 +444,6 @@ def _refuse_unsafe_store(destination: Storage, *, allow: bool) -> None:
     if not allow:
         raise UsageError(f"{found}; use another store, or --set allow_unsafe_store=true")
     _log.warning("%s", found)
-
-
-def _run_wave(
-    wave: Sequence[tuple[Unit, str]],
-    source: Storage,
-    destination: Storage,
-    config: ProtectConfig,
-    run_id: str,
-    *,
-    protector_sha256: str,
-) -> Iterator[UnitStatus]:
-    """One Ray Data execution; yields the status of each unit that came back.
-
-    ``wave`` are units, each with the key of a manifest that may be restated, see `ProtectWorker`.
-    ``protector_sha256`` is that of the binding: whatever lies at the protector's place by now, no
-    worker writes with another one.
-    """
-    import ray
-    from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayError
-
-    num_workers, cpus, gpus = worker_layout(
-        config.num_workers, config.cpus_per_worker, config.gpus_per_worker
-    )
-    await_room(config.ray, cpus=cpus, gpus=gpus)
-    # A number that is not given grows with the cluster.
-    most_workers = min(config.num_workers or MAX_GROWTH * num_workers, len(wave))
-
-    source_uri, destination_uri = source.uri, destination.uri
-
-    class Worker(ProtectWorker):
-        # Arguments are bound here because Ray prints a warning, in C++, about restartable actors
-        # whose constructor takes any.
-        def __init__(self) -> None:
-            super().__init__(
-                config,
-                source_uri,
-                destination_uri,
-                run_id,
-                protector_sha256=protector_sha256,
-                num_threads=cpus,
-                device="cuda" if gpus else "cpu",
-                max_starts=max(num_workers, most_workers) + MAX_DEAD_STARTS,
-            )
-
-    Worker.__name__ = Worker.__qualname__ = ProtectWorker.__name__
-    # Ray restarts a dead actor and retries its unit without end, and offers no bound. Ours are
-    # durable: attempts at a unit, and starts of workers that never came to look at one.
-    rows = [{"unit": unit.to_json(), "recorded": recorded} for unit, recorded in wave]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Worker,
-        batch_size=1,
-        num_cpus=cpus,
-        num_gpus=gpus or None,
-        compute=ActorPoolStrategy(
-            min_size=min(num_workers, most_workers),
-            max_size=most_workers,
-            max_tasks_in_flight_per_actor=1,
-        ),
-    )
-    try:
-        with watched_start(ProtectWorker.__name__, cpus=cpus, gpus=gpus):
-            for row in dataset.iter_rows():
-                yield row["status"]
-    except RayError as error:  # what did not come back is planned again from the ledger
-        reason = str(error).splitlines()[-1].strip().partition(". ")[0]
-        _log.warning("Ray gave up on a part of this pass: %s", reason)
 
 
 def _refuse_overlap(source: Storage, destination: Storage) -> None:

@@ -29,7 +29,7 @@ from one4all.protectors.pattern import STRENGTHS
 from one4all.storage import INTERNAL, Storage
 from pipelines.fit import PICTURE, FitConfig, fit
 from pipelines.protect.config import DEFAULT_STRENGTH, ProtectConfig
-from pipelines.ray_session import ray_session
+from pipelines.ray_session import ray_session, uses_ray
 
 NAME = "fitted"
 FEWEST_IMAGES = 200  # in a sample; clusters of fewer say little
@@ -68,7 +68,8 @@ def own_protector(
         destination: Where it is kept, and looked for.
         bound_to: What the destination is bound to.
         config: Its ``strength``, and the size of the sample.
-        session: Enters a Ray session, if there is something to fit; the caller goes on in it.
+        session: Enters a Ray session, if there is something to fit by Ray; the caller goes on in
+            it.
         on_fit: See `OnFit`.
 
     Raises:
@@ -106,7 +107,8 @@ def _fit(
     count = _count_images(source, config)
     if count >= FEWEST_IMAGES:
         on_fit("no protector is named: one is fitted to a sample of the corpus, once", 0)
-        session.enter_context(ray_session(config.ray))
+        if uses_ray(config.runner, config.ray):
+            session.enter_context(ray_session(config.ray))
         settings = FitConfig(
             source=(source.uri,),
             container=config.container,
@@ -116,6 +118,7 @@ def _fit(
             encoder_backend=config.encoder_backend,
             max_image_pixels=config.max_image_pixels,
             sidecar_patterns=config.sidecar_patterns,
+            runner=config.runner,
             ray=config.ray,
         )
         try:

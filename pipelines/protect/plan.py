@@ -8,7 +8,6 @@ the uncertainty; what was not measured is said.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +36,12 @@ from one4all.perturbation import Levels
 from one4all.protectors.card import DEFAULT_PROTECTOR, load_card, locate
 from one4all.protectors.protector import Protector
 from one4all.storage import Storage, open_storage
+from pipelines.local_machine import share_out
 from pipelines.placement import await_room
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import start_of
 from pipelines.protect.worker import ProtectWorker
-from pipelines.ray_session import ray_session, worker_layout
+from pipelines.ray_session import ray_session, uses_ray, worker_layout
 
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -176,10 +176,13 @@ def plan(
     if not units:
         return Plan(source.uri, 0, 0, found.num_done, noun)
     chosen = choose(units, NUM_SHARDS)
-    if config.ray.address or os.environ.get("RAY_ADDRESS"):
+    if uses_ray(config.runner, config.ray):
         sampled, cpus, gpus = _measure_on_cluster(source.uri, chosen, config)
     else:
-        cpus, gpus = _share_of_this_machine(config)
+        share = share_out(
+            0, config.cpus_per_worker, config.gpus_per_worker, num_cpus=config.ray.num_cpus
+        )[0]
+        cpus, gpus = share.cpus, share.gpus
         sampled = measure(source.uri, chosen, config, cpus, "cuda" if gpus else "cpu")
     return extrapolate(
         Plan(
@@ -351,18 +354,6 @@ def _rehearsed(worker: ProtectWorker) -> Iterator[_Rehearsal]:
         yield rehearsal
     finally:
         worker._protector = real
-
-
-def _share_of_this_machine(config: ProtectConfig) -> tuple[int, float]:
-    """CPUs and GPUs of one worker, as `worker_layout` would give them to it here."""
-    import torch
-
-    cpus = os.cpu_count() or 1
-    num_gpus = torch.cuda.device_count()
-    if not num_gpus or not config.gpus_per_worker:
-        return config.cpus_per_worker or cpus, 0.0
-    gpus = config.gpus_per_worker if config.gpus_per_worker > 0 else 1.0
-    return config.cpus_per_worker or max(1, int(cpus * gpus / num_gpus)), gpus
 
 
 def _copy_sample(

@@ -9,7 +9,7 @@ from one4all import errors
 from one4all.ledger import MAX_ATTEMPTS, Census
 from one4all.rewrite import STAGES
 from pipelines import telemetry
-from pipelines.protect.worker import Outcome, UnitStatus
+from pipelines.protect.unit_status import Outcome, UnitStatus
 
 OTHER = "other"
 # Of failed attempts; each is a series that begins at 0, so their number is kept.

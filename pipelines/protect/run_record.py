@@ -23,7 +23,7 @@ from one4all.storage import INTERNAL, Storage
 
 if TYPE_CHECKING:  # they wait for PyTorch, for which `one4all status` would
     from pipelines.protect.job import ProtectResult
-    from pipelines.protect.worker import UnitStatus
+    from pipelines.protect.unit_status import UnitStatus
 
 _log = logging.getLogger(__name__)
 _RUNS = f"{INTERNAL}runs/"

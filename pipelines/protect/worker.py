@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import resource
 import uuid
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +29,7 @@ from one4all.rewrite import BadImagePolicyError, rewrite_unit
 from one4all.storage import open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.cpu_limit import CpuLimit
+from pipelines.protect.unit_status import Outcome, UnitStatus
 
 _log = logging.getLogger(__name__)
 
@@ -38,52 +37,9 @@ _NO_PROTECTOR = "workers die while they load the protector"
 # Faults that are not of the unit: it may be fine tomorrow.
 _ELSEWHERE = (StorageError, UsageError, SourceChangedError, PerturbationError, OSError)
 
-Outcome = Literal["done", "restated", "failed", "refused", "quarantined"]
-
-
-@dataclass(frozen=True)
-class UnitStatus:
-    """What became of one attempt at one unit.
-
-    Attributes:
-        name: Name of the unit; for a group of objects, that of the first and how many follow.
-        num_objects: Objects of a group; 1 for every other unit.
-        outcome: "done"; "restated": what stands is right, and was recorded anew; "failed";
-            "refused" by the bad-image policy; "quarantined" before.
-        num_images, num_bad: Images of the unit, and those of them that could not be protected.
-        num_batches: Batches that the device has done.
-        num_protected: Those that were; also less than the rest if a sample was dropped.
-        converted: Number of images by what had to be changed to protect them.
-        num_bytes, num_bytes_written: Size of the unit, and of what was written.
-        seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
-        peak_bytes: Peak memory of the worker until now.
-        encoder: What computes its embeddings, and how precisely.
-        error: Why it is not done; "" if it is.
-        error_kind: Name of the class of the error; "" without one.
-        attempt: Number of this attempt, of those that count against the unit; 0 if it does not
-            count, because the fault lies elsewhere.
-    """
-
-    name: str
-    outcome: Outcome = "done"
-    num_objects: int = 1
-    num_images: int = 0
-    num_bad: int = 0
-    num_protected: int = 0
-    num_batches: int = 0
-    converted: Mapping[str, int] = field(default_factory=dict)
-    num_bytes: int = 0
-    num_bytes_written: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
-    encoder: str = ""
-    error: str = ""
-    error_kind: str = ""
-    attempt: int = 0
-
 
 class ProtectWorker:
-    """Protects one unit at a time. A Ray Data actor, and a plain object in tests.
+    """Protects one unit at a time, in a process of its own; a plain object in tests.
 
     Attributes:
         encoder: What computes its embeddings, and how precisely.
@@ -131,20 +87,8 @@ class ProtectWorker:
             self._protector = protector
             self._ledger.end_start(run_id, worker)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Protect the one unit of a Ray Data batch; never raises for what a unit can cause.
-
-        Args:
-            batch: Column ``unit``: one `Unit` as JSON; column ``recorded``: see `protect`.
-
-        Returns:
-            Column ``status``: one `UnitStatus`.
-        """
-        unit = Unit.from_json(str(batch["unit"][0]))
-        return {"status": [self.protect(unit, recorded=str(batch["recorded"][0]))]}
-
     def protect(self, unit: Unit, *, recorded: str = "") -> UnitStatus:
-        """Attempt one unit, and say what became of it.
+        """Attempt one unit, and say what became of it; never raises for what a unit can cause.
 
         Args:
             unit: What to protect.
@@ -157,7 +101,7 @@ class ProtectWorker:
     def _attempt(self, unit: Unit, recorded: str, limit: CpuLimit) -> UnitStatus:
         if is_group(unit):
             return self._attempt_group(unit, limit)
-        status = UnitStatus(unit.name, num_bytes=unit.size)
+        status = UnitStatus.of(unit)
         if self._protector is None:
             return replace(status, outcome="failed", error=_NO_PROTECTOR)
         number = 0
@@ -179,7 +123,7 @@ class ProtectWorker:
 
     def _attempt_group(self, unit: Unit, limit: CpuLimit) -> UnitStatus:
         """Attempt loose objects together; what spoils the attempt is found one by one, later."""
-        status = UnitStatus(unit.label, num_objects=len(unit.objects), num_bytes=unit.size)
+        status = UnitStatus.of(unit)
         if self._protector is None:
             return replace(status, outcome="failed", error=_NO_PROTECTOR)
         record = ""

@@ -1,4 +1,4 @@
-"""Fitting a codebook through Ray: no labels, bad images counted, the result protects."""
+"""Fitting a codebook, here and by Ray: no labels, bad images counted, the result protects."""
 
 from pathlib import Path
 
@@ -21,23 +21,24 @@ from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.verify import VerifyConfig, verify
 
-pytestmark = pytest.mark.usefixtures("ray_local")
-
 
 def config_for(source: Path | str, output: Path | str, **changes) -> FitConfig:
     return FitConfig(
+        **{"runner": "local", "num_workers": 1} | changes,
         source=str(source),
         output=str(output),
         encoder=TINY_ENCODER,
         codebook=CodebookConfig(num_concepts=3, pattern="strong"),
-        **changes,
     )
 
 
-def test_fitted_codebook_protects_its_corpus_and_what_comes_later(tmp_path):
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_fitted_codebook_protects_its_corpus_and_what_comes_later(tmp_path, request, runner):
+    if runner == "ray":
+        request.getfixturevalue("ray_local")
     corpus = write_corpus(tmp_path / "in", num_shards=2)
     (corpus / "bad.tar").write_bytes(make_tar([("a.jpg", make_image()), ("b.jpg", b"junk")]))
-    config = config_for(corpus, tmp_path / "book")
+    config = config_for(corpus, tmp_path / "book", runner=runner)
     shards = []
     result = fit(config, command="one4all fit", on_shard=shards.append)
     assert (result.num_images, result.num_bad, sum(result.sizes_K)) == (11, 1, 11)
@@ -47,7 +48,9 @@ def test_fitted_codebook_protects_its_corpus_and_what_comes_later(tmp_path):
     assert not result.bad_shards
 
     out = str(tmp_path / "out")
-    settings = ProtectConfig(protector=config.output, cpus_per_worker=1, output_format="lossless")
+    settings = ProtectConfig(
+        protector=config.output, cpus_per_worker=1, output_format="lossless", runner=runner
+    )
     (corpus / "bad.tar").unlink()
     assert protect(str(corpus), out, settings).exit_code == 0
     (corpus / "later.tar").write_bytes(make_tar(make_samples(5, seed=70)))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,21 +18,27 @@ from support import faulty_workers
 from support.builders import fill_corpus, make_image, make_samples, make_tar, write_corpus
 from support.fault_proxy import Fault, FaultProxy
 
+from one4all.errors import One4AllError
 from one4all.ledger.ledger import Ledger
 from one4all.storage import INTERNAL, open_storage
 from one4all.storage.s3 import PART_BYTES
-from pipelines.protect import job as protecting
+from pipelines.protect import runner
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
 from pipelines.verify import VerifyConfig, verify
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = pytest.mark.usefixtures("s3_endpoint")
 fault = pytest.mark.fault
+HERE = VerifyConfig(runner="local")
 
 
-@pytest.fixture
-def config(protector_folder):
-    return ProtectConfig(protector=str(protector_folder), batch_size=4, cpus_per_worker=1)
+@pytest.fixture(params=["local", "ray"])
+def config(request, protector_folder):
+    """For workers of either kind."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_local")
+    folder = str(protector_folder)
+    return ProtectConfig(protector=folder, batch_size=4, cpus_per_worker=1, runner=request.param)
 
 
 def start(source, destination, protector: Path, *settings: str, **environment: str):
@@ -69,11 +76,11 @@ def test_every_shard_survives_the_death_of_its_worker(tmp_path, config, monkeypa
     corpus = write_corpus(tmp_path / "in", num_shards=3)
     marks = tmp_path / "killed"
     marks.mkdir()
-    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.OnceKilledWorker.into(marks))
+    monkeypatch.setattr(runner, "ProtectWorker", partial(faulty_workers.OnceKilledWorker, marks))
     result = protect(str(corpus), str(tmp_path / "out"), config)
     assert len(list(marks.iterdir())) == 3, "the fault was never injected"
     assert (result.exit_code, result.num_done) == (0, 3)
-    assert verify(str(corpus), str(tmp_path / "out"), VerifyConfig()).ok
+    assert verify(str(corpus), str(tmp_path / "out"), HERE).ok
     assert not list((tmp_path / "out").rglob("*.one4all-tmp"))
 
 
@@ -81,12 +88,12 @@ def test_every_shard_survives_the_death_of_its_worker(tmp_path, config, monkeypa
 def test_poison_shard_is_given_up_after_three_attempts(tmp_path, config, monkeypatch):
     corpus = write_corpus(tmp_path / "in", num_shards=2)
     (corpus / "poison.tar").write_bytes((corpus / "shard-000.tar").read_bytes())
-    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.PoisonedWorker)
+    monkeypatch.setattr(runner, "ProtectWorker", faulty_workers.PoisonedWorker)
     result = protect(str(corpus), str(tmp_path / "out"), config)
     assert (result.exit_code, result.num_done) == (3, 2)
     assert result.quarantined == {"poison.tar": "the worker process died"}
     assert set(outputs(tmp_path / "out")) == {"shard-000.tar", "shard-001.tar"}
-    problems = verify(str(corpus), str(tmp_path / "out"), VerifyConfig()).problems
+    problems = verify(str(corpus), str(tmp_path / "out"), HERE).problems
     assert problems == ["poison.tar: not protected (the worker process died)"]
 
 
@@ -95,18 +102,18 @@ def test_poison_image_is_given_up_and_its_neighbours_are_not(tmp_path, config, m
     source, out = open_storage(str(tmp_path / "in")), str(tmp_path / "out")
     fill_corpus(source, "images")
     source.write_bytes("a/poison.jpg", make_image(seed=50))
-    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.PoisonedByImageWorker)
+    monkeypatch.setattr(runner, "ProtectWorker", faulty_workers.PoisonedByImageWorker)
     result = protect(source.uri, out, config)
     assert (result.exit_code, result.num_done) == (3, 7)
     assert result.quarantined == {"a/poison.jpg": "the worker process died"}
-    problems = verify(source.uri, out, VerifyConfig()).problems
+    problems = verify(source.uri, out, HERE).problems
     assert problems == ["a/poison.jpg: not protected (the worker process died)"]
 
 
 @fault("driver killed -9, and two runs at once: loose images, Parquet files")
 @pytest.mark.parametrize("container", ["images", "parquet"])
 def test_killed_and_doubled_runs_leave_the_output_of_an_undisturbed_one(
-    tmp_path, protector_folder, container
+    tmp_path, protector_folder, ray_local, container
 ):
     import ray
 
@@ -128,18 +135,23 @@ def test_killed_and_doubled_runs_leave_the_output_of_an_undisturbed_one(
     assert undisturbed.wait(timeout=200) == 0
     undisturbed.communicate()
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
-    assert verify(source.uri, str(tmp_path / "out"), VerifyConfig()).ok
+    assert verify(source.uri, str(tmp_path / "out"), HERE).ok
     assert not list((tmp_path / "out").rglob("*.one4all-tmp"))
 
 
 @fault("worker that dies before it takes a shard")
 def test_workers_that_cannot_start_end_the_run(tmp_path, config, monkeypatch):
     corpus = write_corpus(tmp_path / "in", num_shards=1)
-    monkeypatch.setattr(protecting, "ProtectWorker", faulty_workers.StillbornWorker)
-    monkeypatch.setattr(protecting, "MAX_DEAD_STARTS", 1)
-    result = protect(str(corpus), str(tmp_path / "out"), config)
-    assert result.exit_code == 1
-    assert "workers die while they load" in result.failed["shard-000.tar"]
+    monkeypatch.setattr(runner, "ProtectWorker", faulty_workers.StillbornWorker)
+    monkeypatch.setattr(runner, "MAX_DEAD_STARTS", 1)
+    if config.runner == "ray":
+        result = protect(str(corpus), str(tmp_path / "out"), config)
+        assert result.exit_code == 1
+        assert "workers die while they load" in result.failed["shard-000.tar"]
+    else:
+        with pytest.raises(One4AllError, match="no worker can start: SIGKILL") as raised:
+            protect(str(corpus), str(tmp_path / "out"), config)
+        assert raised.value.exit_code == 1
     monkeypatch.undo()
     assert protect(str(corpus), str(tmp_path / "out"), config).exit_code == 0
 
@@ -149,13 +161,10 @@ def test_workers_that_cannot_start_end_the_run(tmp_path, config, monkeypatch):
 def test_driver_killed_ten_times_then_the_output_of_an_undisturbed_run(
     tmp_path, s3_uri, protector_folder
 ):
-    import ray
-
     corpus = write_corpus(tmp_path / "in", num_shards=40, num_samples=40)
     began = time.monotonic()
-    undisturbed = start(corpus, tmp_path / "out", protector_folder, "ray.num_cpus=1")
-    address = ray.get_runtime_context().gcs_address
-    settings = (f"ray.address={address}", "lease_seconds=1", "cpus_per_worker=1", "num_workers=1")
+    settings = ("ray.num_cpus=1", "lease_seconds=1")
+    undisturbed = start(corpus, tmp_path / "out", protector_folder, *settings)
     assert undisturbed.wait(timeout=200) == 0
     undisturbed.communicate()
     whole_run = time.monotonic() - began  # a slow machine needs longer before a kill can matter
@@ -182,25 +191,30 @@ def test_driver_killed_ten_times_then_the_output_of_an_undisturbed_run(
     assert "40 of 40 shards protected" in printed
     assert "Traceback" not in errors
     assert outputs(s3_uri) == expected
-    assert verify(str(corpus), s3_uri, VerifyConfig()).ok
+    assert verify(str(corpus), s3_uri, HERE).ok
 
 
 @fault("two runs at once on one prefix, with a lease")
 def test_second_run_is_turned_away(tmp_path, s3_uri, protector_folder):
-    corpus = write_corpus(tmp_path / "in", num_shards=12, num_samples=60)
+    corpus = write_corpus(tmp_path / "in", num_shards=12, num_samples=10)
     settings = ("ray.num_cpus=1", "lease_seconds=4")
     first = start(corpus, s3_uri, protector_folder, *settings)
     destination = open_storage(s3_uri)
     wait_until(lambda: list(destination.list(f"{INTERNAL}shards/")), first)
+    workers = psutil.Process(first.pid).children()
+    for worker in workers:  # so that the first run is not over before the second has begun
+        worker.suspend()
     second = start(corpus, s3_uri, protector_folder, *settings)
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=120)
+    for worker in workers:
+        worker.resume()
     assert second.returncode == 75
     assert "is writing to" in errors
     assert "Traceback" not in errors
     printed, _ = first.communicate(timeout=200)
     assert first.returncode == 0
     assert "12 of 12 shards protected" in printed
-    assert verify(str(corpus), s3_uri, VerifyConfig()).ok
+    assert verify(str(corpus), s3_uri, HERE).ok
 
 
 @fault("two runs at once on one prefix, without a lease")
@@ -211,7 +225,7 @@ def test_two_runs_without_a_lease_are_wasteful_and_harmless(tmp_path, protector_
     for run in runs:
         _, errors = run.communicate(timeout=200)
         assert run.returncode == 0, errors
-    assert verify(str(corpus), str(tmp_path / "out"), VerifyConfig()).ok
+    assert verify(str(corpus), str(tmp_path / "out"), HERE).ok
     assert len(list(Ledger(open_storage(str(tmp_path / "out"))).entries())) == 6
     assert not list((tmp_path / "out").rglob("*.one4all-tmp"))
 
@@ -232,7 +246,7 @@ def test_run_that_slept_past_its_lease_damages_nothing(tmp_path, protector_folde
     next_run = start(corpus, out, protector_folder, *settings)
     _, errors = next_run.communicate(timeout=200)
     assert next_run.returncode == 0, errors
-    assert verify(str(corpus), str(out), VerifyConfig()).ok
+    assert verify(str(corpus), str(out), HERE).ok
     before = outputs(out)
     for process in processes:
         process.resume()
@@ -240,7 +254,7 @@ def test_run_that_slept_past_its_lease_damages_nothing(tmp_path, protector_folde
     assert sleeper.returncode != 2, errors
     assert "Traceback" not in errors
     assert outputs(out) == before
-    assert verify(str(corpus), str(out), VerifyConfig()).ok
+    assert verify(str(corpus), str(out), HERE).ok
 
 
 @fault("Ctrl-C or SIGTERM mid-shard")
@@ -278,4 +292,4 @@ def test_interrupt_aborts_the_upload_and_can_go_on(
         again = start(corpus, s3_uri, protector_folder, "ray.num_cpus=1")
         _, errors = again.communicate(timeout=120)
         assert again.returncode == 0, errors
-        assert verify(str(corpus), s3_uri, VerifyConfig()).ok
+        assert verify(str(corpus), s3_uri, HERE).ok

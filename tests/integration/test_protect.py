@@ -1,4 +1,4 @@
-"""Protect and verify through Ray, onto S3 and folders; killed, repeated, misused."""
+"""Protect and verify, onto S3 and folders, by workers here and by Ray; repeated, misused."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from pipelines.protect.job import protect
 from pipelines.status import read_status
 from pipelines.verify import VerifyConfig, verify
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = pytest.mark.usefixtures("s3_endpoint")
 
 
 def upload(folder: Path, uri: str) -> str:
@@ -33,15 +33,29 @@ def upload(folder: Path, uri: str) -> str:
 
 @pytest.fixture
 def config(protector_folder):
-    return ProtectConfig(protector=str(protector_folder), batch_size=4, cpus_per_worker=1)
+    return ProtectConfig(
+        protector=str(protector_folder),
+        batch_size=4,
+        num_workers=1,
+        cpus_per_worker=1,
+        runner="local",
+    )
 
 
-def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monkeypatch):
+@pytest.fixture(params=["local", "ray"])
+def either(request, config):
+    """The same, for workers of either kind."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_local")
+    return config.model_copy(update={"runner": request.param})
+
+
+def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monkeypatch, either):
     """No protector is named: it is fitted once, kept below the destination, and found by verify."""
     monkeypatch.setattr(own_protector, "FEWEST_IMAGES", 10)
     corpus = write_corpus(tmp_path / "in", num_shards=2)
     out = f"{s3_uri}/out"
-    own = ProtectConfig(batch_size=4, cpus_per_worker=1)
+    own = either.model_copy(update={"protector": ""})
     said = []
     result = protect(str(corpus), out, own, on_fit=lambda *news: said.append(news))
     assert (result.exit_code, result.num_images) == (0, 10)
@@ -51,7 +65,7 @@ def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monk
     assert binding.protector == "fitted"
     place = f"{out}/_one4all/protectors/{binding.protector_sha256}"
     assert open_storage(place).read_bytes("concepts.png").startswith(b"\x89PNG")
-    assert verify(str(corpus), out, VerifyConfig(recompute=1.0)).ok
+    assert verify(str(corpus), out, VerifyConfig(recompute=1.0, runner=either.runner)).ok
 
     (corpus / "later.tar").write_bytes(make_tar(make_samples(3, seed=50)))
     said.clear()
@@ -66,22 +80,24 @@ def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monk
         protect(str(corpus), out, own.model_copy(update={"protector": "default"}))
 
 
-def test_worker_that_no_node_can_hold_ends_the_run(tmp_path, config):
+def test_worker_that_no_node_can_hold_ends_the_run(tmp_path, config, ray_local):
     corpus, out = write_corpus(tmp_path / "in", num_shards=1), tmp_path / "out"
+    config = config.model_copy(update={"runner": "ray"})
     too_large = config.model_copy(update={"cpus_per_worker": 7})
     with pytest.raises(UsageError, match="no node can hold a worker of 7 CPUs: there are 1 node"):
         protect(str(corpus), str(out), too_large)
     assert protect(str(corpus), str(out), config).exit_code == 0, "the lease is held"
 
 
-def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):
+def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, either):
+    config, audits = either, VerifyConfig(runner=either.runner)
     corpus = write_corpus(tmp_path / "in", num_shards=4)
     source, target = upload(corpus, f"{s3_uri}/in"), f"{s3_uri}/out"
     statuses = []
     result = protect(source, target, config, on_progress=statuses.append)
     assert (result.exit_code, result.num_done, result.num_images) == (0, 4, 20)
     assert {status.outcome for status in statuses} == {"done"}
-    audit = verify(source, target, VerifyConfig())
+    audit = verify(source, target, audits)
     assert audit.ok, audit.problems
     assert (audit.num_images, audit.num_sidecars) == (20, 60)
 
@@ -91,10 +107,10 @@ def test_bucket_to_bucket_then_only_what_is_new(tmp_path, s3_uri, config):
     storage = open_storage(source)
     storage.write_bytes("new.tar", make_tar(make_samples(2, seed=50)))
     storage.write_bytes("shard-000.tar", make_tar(make_samples(3, seed=60)))
-    assert not verify(source, target, VerifyConfig()).ok
+    assert not verify(source, target, audits).ok
     third = protect(source, target, config)
     assert (third.num_done, third.num_protected_now, third.num_images) == (5, 2, 5)
-    assert verify(source, target, VerifyConfig()).ok
+    assert verify(source, target, audits).ok
     status = read_status(target)
     assert (status.num_done, status.num_pending, status.num_protected) == (5, 0, 20)
 

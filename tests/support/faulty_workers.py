@@ -1,4 +1,4 @@
-"""Workers that die in mid-shard; importable by Ray's processes."""
+"""Workers that die in mid-shard; importable by the processes that they die in."""
 
 from __future__ import annotations
 
@@ -55,17 +55,13 @@ class PoisonedByImageWorker(ProtectWorker):
 class OnceKilledWorker(ProtectWorker):
     """Dies in the middle of every shard the first time; what was killed is noted in a folder."""
 
-    @staticmethod
-    def into(folder: Path) -> type[OnceKilledWorker]:
-        return type("OnceKilledWorker", (OnceKilledWorker,), {"folder": folder})
-
-    def __init__(self, *args, **options):
+    def __init__(self, folder: Path, *args, **options):
         super().__init__(*args, **options)
         original = TarWriter.replace
 
         def replace(writer, member, **changes):
             original(writer, member, **changes)
-            mark = self.folder / self._current
+            mark = folder / self._current
             if not mark.exists():
                 mark.touch()
                 _die()

@@ -14,7 +14,7 @@ from one4all.ledger import Census
 from pipelines import telemetry
 from pipelines.protect.job import _log_line
 from pipelines.protect.run_metrics import RunMetrics
-from pipelines.protect.worker import UnitStatus
+from pipelines.protect.unit_status import UnitStatus
 from pipelines.telemetry import METRICS
 
 ROOT = Path(__file__).parents[2]

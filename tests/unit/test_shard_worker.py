@@ -336,11 +336,7 @@ def test_worker_reports_a_status_and_records_it(tmp_path, protector_folder):
         protector_sha256=load_card(str(protector_folder)).content_hash,
         num_threads=1,
     )
-    batches = (
-        {"unit": [unit.to_json()], "recorded": [""]}
-        for unit in list_units(open_storage(source_uri))
-    )
-    broken, good = (worker(batch)["status"][0] for batch in batches)
+    broken, good = map(worker.protect, list_units(open_storage(source_uri)))
     assert (good.outcome, good.num_images, good.error) == ("done", 5, "")
     assert (broken.outcome, broken.attempt) == ("failed", 1)
     assert "garbled header" in broken.error

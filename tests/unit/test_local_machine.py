@@ -1,0 +1,89 @@
+"""What the workers of this machine get of it."""
+
+import os
+
+import pytest
+
+from one4all.errors import UsageError
+from pipelines import local_machine
+from pipelines.local_machine import available_cpus, share_out
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Decides what there is."""
+
+    def has(cpus, *gpus):
+        monkeypatch.setattr(local_machine, "available_cpus", lambda: cpus)
+        monkeypatch.setattr(local_machine, "available_gpus", lambda: list(gpus))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpus_each"),
+    [
+        ((0, 0, -1), [8]),
+        ((3, 0, -1), [2, 2, 2]),
+        ((0, 3, -1), [3, 3]),
+        ((9, 3, -1), [3, 3]),  # as many as fit
+        ((1, 3, 0), [3]),
+        ((20, 0, 0), [1] * 8),
+    ],
+    ids=str,
+)
+def test_cpus_are_shared_out_evenly(machine, asked, cpus_each):
+    machine(8)
+    shares = share_out(*asked)
+    assert [share.cpus for share in shares] == cpus_each
+    assert [share.environment for share in shares] == [
+        {"OMP_NUM_THREADS": str(cpus)} for cpus in cpus_each
+    ]
+
+
+def test_each_worker_sees_its_own_gpus(machine):
+    machine(96, "0", "1", "GPU-2", "3")
+
+    def seen(*asked):
+        shares = share_out(*asked)
+        return shares[0].cpus, [share.environment["CUDA_VISIBLE_DEVICES"] for share in shares]
+
+    assert seen(0, 0, -1) == (24, ["0", "1", "GPU-2", "3"])
+    assert seen(0, 0, 2) == (48, ["0,1", "GPU-2,3"])
+    assert seen(0, 0, 0.5) == (12, ["0", "0", "1", "1", "GPU-2", "GPU-2", "3", "3"])
+    assert seen(2, 4, 1) == (4, ["0", "1"])
+    assert "CUDA_VISIBLE_DEVICES" not in share_out(0, 0, 0)[0].environment
+    machine(2, "0", "1", "2", "3")
+    assert seen(0, 0, -1) == (1, ["0", "1"])  # fewer CPUs than GPUs
+
+
+def test_worker_that_does_not_fit_is_refused(machine):
+    machine(2, "0")
+    for asked in ((0, 7, -1), (0, 0, 2)):
+        with pytest.raises(UsageError, match="does not fit on this machine: it has 2 CPUs and 1 G"):
+            share_out(*asked)
+    with pytest.raises(UsageError, match=r"gpus_per_worker is 1\.5"):
+        share_out(0, 0, 1.5)
+    assert share_out(0, 7, 0, num_cpus=7)[0].cpus == 7
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({}, 8),
+    ],
+    ids=str,
+)
+def test_container_is_as_large_as_its_quota(tmp_path, monkeypatch, files, cpus):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(local_machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert available_cpus() == cpus
