@@ -70,6 +70,11 @@ def contact_sheet(
     return sheet
 
 
+def middle_png(pixels: Pixels, window: int) -> bytes:
+    """The middle of an image, at most ``window`` pixels a side, at its own size, as a PNG file."""
+    return to_png(_to_rgb(_middle(pixels, window)))
+
+
 def _middle(pixels: Pixels, window: int) -> Pixels:
     """The middle of an image, at most ``window`` pixels a side."""
     top, left = (max(0, side - window) // 2 for side in pixels.shape[:2])
@@ -254,12 +259,15 @@ class Section:
         text: Paragraphs, plain text.
         table: Header row, then rows; or empty.
         pictures: (caption, PNG file) pairs.
+        gallery: Rows of such pairs, which stand beside each other at their own size, above the
+            table. A caption may have several lines.
     """
 
     title: str
     text: Sequence[str] = ()
     table: Sequence[Sequence[object]] = ()
     pictures: Sequence[tuple[str, bytes]] = ()
+    gallery: Sequence[Sequence[tuple[str, bytes]]] = ()
 
 
 def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Section]) -> None:

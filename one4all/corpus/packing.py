@@ -2,8 +2,8 @@
 
 A source is one of
 
-* an embedded corpus (one4all/assets/corpora): ``caltech-photos``, small photos, or the rendered emoji
-  ``emoji-nature`` and ``emoji-things``;
+* an embedded corpus (one4all/assets/corpora): the small photos ``caltech-photos``, or the rendered
+  emoji ``emoji-nature`` and ``emoji-things``;
 * a folder with one sub-folder of images for each class;
 * a torchvision data set, ``torchvision:NAME`` (see ``TORCHVISION``).
 
