@@ -35,7 +35,7 @@ from pipelines.demo.report import (
     training_section,
     verified_section,
 )
-from pipelines.evaluation.job import Say, evaluate
+from pipelines.evaluation.job import Evaluation, Say, evaluate
 from pipelines.evaluation.records import TrialRecord
 from pipelines.evaluation.report import fill_table
 from pipelines.evaluation.trials import (
@@ -49,19 +49,18 @@ from pipelines.evaluation.trials import (
 from pipelines.local_s3 import local_s3
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
-from pipelines.ray_session import ray_session
-from pipelines.settings import RayConfig
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import train
 from pipelines.verify import VerifyConfig, verify
 
 BUCKET = "one4all-demo"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2)  # as many as a verdict needs
+_PER_SHARD = 100  # few: all cores have as much to do, also at the end
 
 # By title; the first is what `one4all protect` does by itself.
 _LOOKS = {DISCREET: ProtectConfig(), STRONG: ProtectConfig(strength="strong")}
 # For every copy: that of docs/results.md with a coarse stem, which is the default.
-_ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
+_ADVERSARY = AdversaryConfig(epochs=16, augmentation="flip_crop", warm_up=0.3)
 _ORACLE = MethodConfig(
     method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
 )
@@ -91,26 +90,19 @@ def demo(folder: Path, material: Material, *, say: Say, with_training: bool = Fa
     def step(text: str) -> None:
         say(f"[{time.monotonic() - start:5.0f} s] {text}")
 
-    with local_s3(BUCKET) as endpoint, ray_session(RayConfig(object_store_bytes=2_000_000_000)):
+    with local_s3(BUCKET) as endpoint:
         step(f"packing {material.name}")
         corpora = folder / "corpora" / material.name
         for split in ("train", "test"):
             _pack(material.images(split), corpora / split)
         source = str(corpora / "train")
         # A photo that cannot be read ends it here.
-        read_labelled(source, size=material.sizes.get("size", 0))
+        num_images = len(read_labelled(source, size=material.sizes.get("size", 0)))
 
-        protected = {}
-        for title, config in _LOOKS.items():
-            target = f"s3://{BUCKET}/{title}"
-            step(f"protecting {material.name}, {title}: {target} at {endpoint}")
-            result = protect(
-                source, target, config, on_fit=lambda said, _: step(f"  {said}") if said else None
-            )
-            step("  verifying it")
-            protected[title] = ProtectedCorpus(
-                target, result, verify(source, target, VerifyConfig())
-            )
+        protected = {
+            title: _protect(source, title, config, endpoint, step)
+            for title, config in _LOOKS.items()
+        }
         audits = {title: corpus.audit.to_json() for title, corpus in protected.items()}
         (folder / "verification.json").write_text(json.dumps(audits, indent=1))
         for title, corpus in protected.items():
@@ -118,31 +110,16 @@ def demo(folder: Path, material: Material, *, say: Say, with_training: bool = Fa
                 raise One4AllError(f"verification failed: {title}: {corpus.audit.problems[0]}")
         step("looking at photos, clean and protected")
         uris = {title: corpus.uri for title, corpus in protected.items()}
-        num_images = protected[DISCREET].audit.num_images
         looks, seen = looks_section(source, uris, num_images=num_images)
         patterns = patterns_section(protected[DISCREET])
         training = [_train(folder, source, step)] if with_training else []
 
         evaluation = _evaluation_config(folder, material, protected)
-        grid = evaluation.grids[0]
-        num_trials = len(all_trials(evaluation))
-        step(
-            f"training {num_trials} adversaries: {len(grid.methods)} copies of the corpus, "
-            f"{len(grid.seeds)} seeds"
-        )
-        trained = itertools.count(1)
-
-        def on_trial(_trial: Trial, _record: TrialRecord) -> None:
-            if (done := next(trained)) % len(grid.seeds) == 0:
-                step(f"  {done} of {num_trials} adversaries")
-
-        results = evaluate(evaluation, command="one4all demo", on_trial=on_trial)
-        if results.failed:
-            raise One4AllError(f"an adversary failed: {results.failed}")
-        table = fill_table(grid, evaluation, results.records, results.copies)
+        results = _attack(evaluation, step)
 
     step("writing the report")
     report = folder / "report.html"
+    table = fill_table(evaluation.grids[0], evaluation, results.records, results.copies)
     learnt = learnt_section(table, evaluation, results.records, seen)
     summary = summarise(table)
     write_report(
@@ -156,7 +133,39 @@ def demo(folder: Path, material: Material, *, say: Say, with_training: bool = Fa
 
 
 def _pack(images: Iterable[LabelledImage], folder: Path) -> None:
-    pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=500)
+    pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=_PER_SHARD)
+
+
+def _protect(
+    source: str, title: str, config: ProtectConfig, endpoint: str, step: Say
+) -> ProtectedCorpus:
+    """Protect a corpus onto S3, and verify it."""
+    target = f"s3://{BUCKET}/{title}"
+    step(f"protecting, {title}: {target} at {endpoint}")
+    result = protect(
+        source, target, config, on_fit=lambda said, _: step(f"  {said}") if said else None
+    )
+    step("  verifying it")
+    return ProtectedCorpus(target, result, verify(source, target, VerifyConfig()))
+
+
+def _attack(config: EvaluateConfig, step: Say) -> Evaluation:
+    """Train the adversary on every copy."""
+    grid, num_trials = config.grids[0], len(all_trials(config))
+    step(
+        f"training {num_trials} adversaries: {len(grid.methods)} copies of the corpus, "
+        f"{len(grid.seeds)} seeds"
+    )
+    trained = itertools.count(1)
+
+    def on_trial(_trial: Trial, _record: TrialRecord) -> None:
+        if (done := next(trained)) % len(grid.seeds) == 0:
+            step(f"  {done} of {num_trials} adversaries")
+
+    results = evaluate(config, command="one4all demo", on_trial=on_trial)
+    if results.failed:
+        raise One4AllError(f"an adversary failed: {results.failed}")
+    return results
 
 
 def _evaluation_config(

@@ -142,7 +142,10 @@ def verified_section(corpora: Mapping[str, ProtectedCorpus]) -> Section:
     audits = [corpus.audit for corpus in corpora.values()]
     return Section(
         "Protected and verified",
-        text=["Re-read from the object store and compared with the source, byte for byte."],
+        text=[
+            "Re-read from the object store and compared with the source, byte for byte. No image "
+            "was changed by more than the budget; JPEG then adds an error of its own."
+        ],
         table=[
             ("what", *corpora),
             ("shards", *(f"{r.num_done} of {r.num_shards}" for r in results)),
