@@ -8,13 +8,13 @@ import numpy as np
 
 from one4all.corpus import images_of, list_units, read_samples
 from one4all.images import Pixels, decode
-from one4all.report import Section, middle_png
+from one4all.report import Section, middle, to_png
 from one4all.storage import open_storage
 from one4all.visibility import NOT_INSTALLED, VisibilitySummary, measurable, visibility
 
 _NUM_MEASURED = 24  # spread evenly over the corpus
 _NUM_SHOWN = 6  # of these
-_WINDOW = 300  # pixels: of a larger photo, the middle is shown
+_WINDOW = 300  # pixels: of a larger photo, the middle is shown and measured
 _PAGE = 840  # pixels: so wide is a row of pictures
 
 
@@ -44,17 +44,17 @@ def looks_section(
     rows = []
     for index in sorted({*np.linspace(0, len(keys) - 1, _NUM_SHOWN).astype(int).tolist()}):
         key = keys[index]
-        row = [("clean", middle_png(clean[key], _WINDOW))]
+        row = [("clean", to_png(clean[key]))]
         for title, copy in copies.items():
             figures = str(measured[title][index]).split(", ") if measured[title] else []
-            row.append(("\n".join([title, *figures]), middle_png(copy[key], _WINDOW)))
+            row.append(("\n".join([title, *figures]), to_png(copy[key])))
         rows.append(row)
     seen = {title: VisibilitySummary.of(found) for title, found in measured.items() if found}
     return Section(
         "Can you see it?",
         text=[
-            "One pixel of a photo is one pixel here; of a larger one the middle is shown. The "
-            "protected ones are as they lie in the store.",
+            f"One pixel of a photo is one pixel here; of one over {_WINDOW} pixels the middle is "
+            "shown, and measured. The protected ones are as they lie in the store.",
             f"Mean, and the worst in brackets, of {len(keys)} photos, JPEG's own error included. "
             "CIEDE2000 and FLIP: 0 is no difference. SSIMULACRA2: 100 is none, 90 is hard to tell "
             "from the original, 70 is high quality, 50 medium, 30 low."
@@ -75,7 +75,7 @@ def _arranged(
     rows: Sequence[Sequence[tuple[str, bytes]]], widest: int
 ) -> list[list[tuple[str, bytes]]]:
     """Several photos in a row, if they are small enough."""
-    together = max(1, _PAGE // (len(rows[0]) * min(widest, _WINDOW)))
+    together = max(1, _PAGE // (len(rows[0]) * widest))
     return [
         [cell for row in rows[start : start + together] for cell in row]
         for start in range(0, len(rows), together)
@@ -83,9 +83,9 @@ def _arranged(
 
 
 def _photos(uri: str, wanted: Callable[[int, str], bool]) -> dict[str, Pixels]:
-    """Pixels of the first image of each sample that is wanted, by key."""
+    """The middle of the first image of each sample that is wanted, by key."""
     return {
-        key: decode(image).pixels
+        key: middle(decode(image).pixels, _WINDOW)
         for place, (key, image) in enumerate(_images(uri))
         if wanted(place, key)
     }

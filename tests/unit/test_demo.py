@@ -129,6 +129,17 @@ def test_photos_stand_beside_their_protected_copies_at_real_size(tmp_path):
         assert "SSIMULACRA2" in first[1][0]
 
 
+def test_of_a_large_photo_the_middle_is_shown_and_measured(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (900, 700)).save(file, "PNG")
+    (tmp_path / "a.tar").write_bytes(make_tar([("0.png", file.getvalue()), ("0.cls", b"0")]))
+    section, seen = looks_section(str(tmp_path), {DISCREET: str(tmp_path)}, num_images=1)
+    for _, png in section.gallery[0]:
+        assert Image.open(io.BytesIO(png)).size == (300, 300)
+    if measurable():
+        assert seen[DISCREET].mean.ciede2000 == 0
+
+
 def test_photos_are_shown_where_visibility_cannot_be_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.demo.looks.measurable", lambda: False)
     (tmp_path / "a.tar").write_bytes(make_tar([("0.png", make_image("PNG")), ("0.cls", b"0")]))

@@ -17,12 +17,13 @@ from one4all.evaluation.feature_distance import feature_distance
 from one4all.report import (
     Section,
     contact_sheet,
-    middle_png,
+    middle,
     plot_accuracies,
     plot_confusion,
     plot_curves,
     plot_loss_curves,
     sample_grid,
+    to_png,
     write_report,
 )
 
@@ -159,7 +160,9 @@ def test_contact_sheet_shows_images_at_their_own_size_side_by_side():
 
 def test_report_is_one_file_with_its_pictures_inside(tmp_path):
     plot = plot_accuracies({"clean": [0.6, 0.7], "x": [0.1, 0.2]}, chance=0.1, title="t")
-    gallery = [[("clean", middle_png(np.zeros((9, 7, 1), np.uint8), 5)), ("first\nsecond", plot)]]
+    gallery = [
+        [("clean", to_png(middle(np.zeros((9, 7, 1), np.uint8), 5))), ("first\nsecond", plot)]
+    ]
     section = Section("<One>", ["text & more"], [("a", "b"), (1, 2)], [("plot", plot)], gallery)
     write_report(tmp_path / "r.html", title="T", summary="S", sections=[section])
     html = (tmp_path / "r.html").read_text()
