@@ -24,7 +24,7 @@ from one4all.protectors.generator import GeneratorConfig
 from one4all.report import Section, write_report
 from one4all.storage import open_storage
 from pipelines.demo.looks import looks_section
-from pipelines.demo.material import Material
+from pipelines.demo.material import PHOTOS, Material, embedded_photos
 from pipelines.demo.report import (
     DISCREET,
     STRONG,
@@ -73,8 +73,8 @@ def demo(folder: Path, material: Material, *, say: Say, with_training: bool = Fa
         folder: Emptied, then holds corpora, evaluation and report.
         material: What to protect: `embedded_photos`, `drawings`, or `photos`.
         say: Receives a line for each step.
-        with_training: Also train a generator for a few steps, by Ray Train; nothing is protected
-            with it.
+        with_training: Also train a generator on the embedded photos for a few steps, by Ray Train;
+            nothing is protected with it.
 
     Returns:
         Path of the report.
@@ -112,7 +112,7 @@ def demo(folder: Path, material: Material, *, say: Say, with_training: bool = Fa
         uris = {title: corpus.uri for title, corpus in protected.items()}
         looks, seen = looks_section(source, uris, num_images=num_images)
         patterns = patterns_section(protected[DISCREET])
-        training = [_train(folder, source, step)] if with_training else []
+        training = [_train(folder, step)] if with_training else []
 
         evaluation = _evaluation_config(folder, material, protected)
         results = _attack(evaluation, step)
@@ -200,9 +200,12 @@ def _evaluation_config(
     )
 
 
-def _train(folder: Path, source: str, step: Say) -> Section:
-    """Train a generator for a few steps, and say how it went."""
-    config = _training_config(folder, source)
+def _train(folder: Path, step: Say) -> Section:
+    """Train a generator on the embedded photos for a few steps, and say how it went."""
+    source = folder / "corpora" / PHOTOS / "train"
+    if not source.exists():
+        _pack(embedded_photos().images("train"), source)
+    config = _training_config(folder, str(source))
     step(f"training a generator: {config.steps} steps, {config.num_workers} Ray Train workers")
     history: list[dict[str, float]] = []
     train(config, command="one4all demo --train", on_metrics=history.append)

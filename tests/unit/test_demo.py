@@ -1,6 +1,7 @@
 """The demo: what it trains and tests on, what it shows and what it claims."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from one4all.errors import ShardError, UsageError
 from one4all.evaluation.labelled import read_corpus
 from one4all.visibility import NOT_INSTALLED, measurable
 from pipelines.demo import embedded_photos, photos
-from pipelines.demo.job import _evaluation_config, _training_config
+from pipelines.demo.job import _evaluation_config, _train, _training_config
 from pipelines.demo.looks import looks_section
 from pipelines.demo.report import DISCREET, STRONG, summarise
 from pipelines.evaluation.report import ORACLE, Cell, Table
 from pipelines.evaluation.trials import GridConfig, MethodConfig
+from pipelines.train.progress import CURVES_FILE
 
 
 def folder_of(root, counts: dict[str, int]) -> str:
@@ -56,6 +58,29 @@ def test_settings_of_the_training_need_no_file_beside_the_package(tmp_path, monk
     config = _training_config(tmp_path, "source")
     assert config.source == "source"
     assert config.steps * config.batch_size * config.max_workers < 2000  # minutes on a CPU
+
+
+def test_generator_is_trained_on_the_embedded_photos_whatever_is_protected(tmp_path, monkeypatch):
+    """A folder of a few photos of one's own may hold less than a batch."""
+
+    def two_steps(config, *, command, on_metrics):
+        assert len(images_at(config.source)) > config.num_workers * config.batch_size
+        names = ("l1", "l2", "cosine_own", "cosine_opposite", "opposite_entropy")
+        (tmp_path / "train").mkdir()
+        (tmp_path / "train" / CURVES_FILE).write_bytes(make_image("PNG"))
+        on_metrics({"step": 1, **dict.fromkeys(names, 0.25)})
+        on_metrics({"step": config.steps, **dict.fromkeys(names, 0.75)})
+
+    monkeypatch.setattr("pipelines.demo.job.train", two_steps)
+    said = []
+    section = _train(tmp_path, said.append)
+    assert said == ["training a generator: 120 steps, 2 Ray Train workers"]
+    assert section.table[1][1:3] == ("0.250", "0.750")
+
+
+def images_at(source):
+    with tarfile.open(next(Path(source).glob("*.tar"))) as shard:
+        return [name for name in shard.getnames() if name.endswith(".jpg")]
 
 
 def test_embedded_photos_are_what_is_protected_by_default(tmp_path):
