@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-fast test-wheel test-ceph test-cluster soak fuzz check bench clean
 
-demo: .venv/ready  ## pack, train, protect to S3, verify, attack; runs/demo/report.html; PHOTOS=folder for yours
+demo: .venv/ready  ## pack, protect to S3, verify, attack; runs/demo/report.html; PHOTOS=folder for yours
 	$(BIN)/one4all demo $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 test: .venv/ready  ## all tests that need nothing but .venv

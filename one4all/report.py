@@ -46,7 +46,7 @@ def contact_sheet(
     titles = ("clean", "protected", f"perturbation x {amplification}")
     pictures, captions = [], []
     for caption, clean, protected in rows:
-        before, after = _middle(clean, window), _middle(protected, window)
+        before, after = middle(clean, window), middle(protected, window)
         pictures.append(
             [_to_rgb(p) for p in (before, after, _amplify(before, after, amplification))]
         )
@@ -70,16 +70,16 @@ def contact_sheet(
     return sheet
 
 
-def _middle(pixels: Pixels, window: int) -> Pixels:
+def middle(pixels: Pixels, window: int) -> Pixels:
     """The middle of an image, at most ``window`` pixels a side."""
     top, left = (max(0, side - window) // 2 for side in pixels.shape[:2])
     return pixels[top : top + window, left : left + window]
 
 
-def _cropped(pixels: Pixels, middle: Pixels) -> str:
-    if pixels.shape == middle.shape:
+def _cropped(pixels: Pixels, shown_part: Pixels) -> str:
+    if pixels.shape == shown_part.shape:
         return ""
-    (height, width), (rows, columns) = pixels.shape[:2], middle.shape[:2]
+    (height, width), (rows, columns) = pixels.shape[:2], shown_part.shape[:2]
     return f" (drawn: the middle, {columns} x {rows} of {width} x {height} pixels)"
 
 
@@ -254,12 +254,15 @@ class Section:
         text: Paragraphs, plain text.
         table: Header row, then rows; or empty.
         pictures: (caption, PNG file) pairs.
+        gallery: Rows of such pairs, which stand beside each other at their own size, above the
+            table. A caption may have several lines.
     """
 
     title: str
     text: Sequence[str] = ()
     table: Sequence[Sequence[object]] = ()
     pictures: Sequence[tuple[str, bytes]] = ()
+    gallery: Sequence[Sequence[tuple[str, bytes]]] = ()
 
 
 def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Section]) -> None:
@@ -274,10 +277,10 @@ def write_report(path: Path, *, title: str, summary: str, sections: Sequence[Sec
     path.write_text(html, "utf-8", errors="backslashreplace")
 
 
-def to_png(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
+def to_png(image: Image.Image | Pixels) -> bytes:
+    """A picture, or the colours of pixels, as a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    (image if isinstance(image, Image.Image) else _to_rgb(image)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -2,7 +2,8 @@
 
 A source is one of
 
-* an embedded corpus, ``emoji-nature`` or ``emoji-things`` (rendered emoji, one4all/assets/corpora);
+* an embedded corpus (one4all/assets/corpora): the small photos ``caltech-photos``, or the rendered
+  emoji ``emoji-nature`` and ``emoji-things``;
 * a folder with one sub-folder of images for each class;
 * a torchvision data set, ``torchvision:NAME`` (see ``TORCHVISION``).
 
@@ -95,7 +96,7 @@ def open_corpus(
     Args:
         source: Embedded name, folder of class folders, or ``torchvision:NAME``.
         split: Part of the corpus; a folder has only what it holds.
-        labels: Granularity of ``.cls``; only embedded corpora have fine labels.
+        labels: Granularity of ``.cls``; only the embedded emoji have fine labels.
         root: Where torchvision keeps its files.
         download: Let torchvision fetch them.
         test_share: Share of each class of a folder that is its "test" split, 0..1; at 0 a folder
@@ -121,7 +122,7 @@ def open_corpus(
     if source in embedded_corpora():
         return _embedded(source, split, labels, order)
     if labels != "coarse":
-        raise ConfigError(f"{source!r} has one set of labels; only embedded corpora have 'fine'")
+        raise ConfigError(f"{source!r} has one set of labels; only embedded emoji have 'fine'")
     if source.startswith("torchvision:"):
         return _torchvision(source.removeprefix("torchvision:"), split, root, download, order)
     if Path(source).is_dir():
@@ -187,6 +188,9 @@ def _embedded(
 
     with as_file(_EMBEDDED / f"{name}.parquet") as path:
         table = parquet.read_table(path, filters=[("split", "=", split)])
+    if labels not in table.column_names:
+        raise ConfigError(f"{name!r} has one set of labels; only embedded emoji have {labels!r}")
+    about = {"coarse": "coarse_name", "fine": "fine_name", "style": "style", "source": "source"}
     rows = table.to_pylist()
     for row in (rows[index] for index in order(len(rows))):
         yield LabelledImage(
@@ -195,12 +199,7 @@ def _embedded(
             extension=row["format"],
             label=row[labels],
             label_name=row[f"{labels}_name"],
-            extra={
-                "coarse": row["coarse_name"],
-                "fine": row["fine_name"],
-                "style": row["style"],
-                "source": row["source"],
-            },
+            extra={key: row[column] for key, column in about.items() if column in row},
         )
 
 

@@ -91,16 +91,29 @@ def demo(
     photos: Annotated[
         str,
         typer.Option(
-            help="Protect and attack these instead of the embedded drawings: a folder with one "
+            help="Protect and attack these instead of the embedded photos: a folder with one "
             "sub-folder a class, or torchvision:NAME below data/."
         ),
     ] = "",
+    drawings: Annotated[
+        bool,
+        typer.Option("--drawings", help="The embedded drawings instead, the hard case; longer."),
+    ] = False,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Also train a generator for 120 steps, by Ray Train."),
+    ] = False,
 ) -> None:
-    """Run everything, small: pack, train, protect to S3, verify, and attack; writes report.html."""
+    """Run everything, small: pack, protect to S3, verify, and attack; writes report.html."""
     from pipelines import demo as parts
 
-    material = parts.photos(photos) if photos else parts.drawings()
-    report = parts.demo(folder, material, say=show)
+    if photos and drawings:
+        raise UsageError("give --photos or --drawings, not both")
+    if photos:
+        material = parts.photos(photos)
+    else:
+        material = parts.drawings() if drawings else parts.embedded_photos()
+    report = parts.demo(folder, material, say=show, with_training=train)
     show(f"report: {report}")
 
 

@@ -193,7 +193,9 @@ def pack(
     ] = "train",
     labels: Annotated[
         str,
-        typer.Option(help="coarse or fine, of which embedded corpora have both; folders; or none."),
+        typer.Option(
+            help="coarse or fine, of which the embedded emoji have both; folders; or none."
+        ),
     ] = "",
     root: Annotated[
         Path | None,

@@ -1,9 +1,9 @@
-"""All of it, small: pack, train, fit, protect onto S3, verify, preview, attack; one HTML report.
+"""All of it, small: pack, protect onto S3, verify, attack; one HTML report.
 
-Everything runs on two CPU cores in minutes, from what ships in the package. That is drawings; given
-photos of your own, it shows what happens to these. They are protected twice: by the protector that
-ships, which is hardly seen, and by a codebook that was fitted to them, in the strength that is. The
-report says what protected and what did not, by comparison with the controls, whatever the outcome.
+Everything runs on two CPU cores in minutes, from what ships in the package. The photos are
+protected twice, as `one4all protect` does it: in the look that it takes if nobody says another, and
+in the strongest one. The report shows both beside the clean photos, and says what protected and
+what did not, by comparison with the controls, whatever the outcome.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from one4all.corpus.packing import LabelledImage, open_corpus, pack
+from one4all.corpus.packing import LabelledImage, pack
 from one4all.encoders import EncoderConfig
 from one4all.errors import One4AllError
 from one4all.evaluation.adversaries import AdversaryConfig
 from one4all.evaluation.labelled import read_labelled
-from one4all.protectors.card import DEFAULT_PROTECTOR
-from one4all.protectors.codebook import CodebookConfig
 from one4all.protectors.generator import GeneratorConfig
-from one4all.protectors.pattern import STRENGTHS
-from one4all.report import write_report
+from one4all.report import Section, write_report
 from one4all.storage import open_storage
-from pipelines.demo.material import TRAINING_CORPUS, Material
+from pipelines.demo.looks import looks_section
+from pipelines.demo.material import PHOTOS, Material, embedded_photos
 from pipelines.demo.report import (
-    FITTED,
-    SHIPPED,
+    DISCREET,
+    STRONG,
     ProtectedCorpus,
-    looks_section,
+    learnt_section,
+    patterns_section,
     summarise,
     training_section,
     verified_section,
 )
-from pipelines.evaluation.job import Say, evaluate
+from pipelines.evaluation.job import Evaluation, Say, evaluate
 from pipelines.evaluation.records import TrialRecord
-from pipelines.evaluation.report import fill_table, table_section
+from pipelines.evaluation.report import fill_table
 from pipelines.evaluation.trials import (
     DataConfig,
     EvaluateConfig,
@@ -47,32 +46,35 @@ from pipelines.evaluation.trials import (
     Trial,
     all_trials,
 )
-from pipelines.fit import PICTURE, FitConfig, fit
 from pipelines.local_s3 import local_s3
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.job import protect
-from pipelines.ray_session import ray_session
-from pipelines.settings import RayConfig
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import train
 from pipelines.verify import VerifyConfig, verify
 
 BUCKET = "one4all-demo"
+SEEDS = (0, 1, 2)  # as many as a verdict needs
+_PER_SHARD = 100  # few: all cores have as much to do, also at the end
 
+# By title; the first is what `one4all protect` does by itself.
+_LOOKS = {DISCREET: ProtectConfig(), STRONG: ProtectConfig(strength="strong")}
 # For every copy: that of docs/results.md with a coarse stem, which is the default.
-_ADVERSARY = AdversaryConfig(epochs=20, augmentation="flip_crop", warm_up=0.3)
+_ADVERSARY = AdversaryConfig(epochs=16, augmentation="flip_crop", warm_up=0.3)
 _ORACLE = MethodConfig(
     method="class_oracle", title="class-wise oracle", config={"kind": "codebook"}
 )
 
 
-def demo(folder: Path, material: Material, *, say: Say) -> Path:
+def demo(folder: Path, material: Material, *, say: Say, with_training: bool = False) -> Path:
     """Run everything and write ``report.html``.
 
     Args:
-        folder: Emptied, then holds corpora, training run, codebook, evaluation and report.
-        material: What to protect: `drawings`, or `photos`.
+        folder: Emptied, then holds corpora, evaluation and report.
+        material: What to protect: `embedded_photos`, `drawings`, or `photos`.
         say: Receives a line for each step.
+        with_training: Also train a generator on the embedded photos for a few steps, by Ray Train;
+            nothing is protected with it.
 
     Returns:
         Path of the report.
@@ -88,82 +90,82 @@ def demo(folder: Path, material: Material, *, say: Say) -> Path:
     def step(text: str) -> None:
         say(f"[{time.monotonic() - start:5.0f} s] {text}")
 
-    with local_s3(BUCKET) as endpoint, ray_session(RayConfig(object_store_bytes=2_000_000_000)):
-        step(f"packing {TRAINING_CORPUS} and {material.name}")
-        corpora = folder / "corpora"
-        _pack(open_corpus(TRAINING_CORPUS), corpora / TRAINING_CORPUS / "train")
+    with local_s3(BUCKET) as endpoint:
+        step(f"packing {material.name}")
+        corpora = folder / "corpora" / material.name
         for split in ("train", "test"):
-            _pack(material.images(split), corpora / material.name / split)
-        source = str(corpora / material.name / "train")
-        size = material.sizes.get("protect_size", 0)
-        clean = read_labelled(source, size=size)  # a photo that cannot be read ends it here
+            _pack(material.images(split), corpora / split)
+        source = str(corpora / "train")
+        # A photo that cannot be read ends it here.
+        num_images = len(read_labelled(source, size=material.sizes.get("size", 0)))
 
-        config = _training_config(folder)
-        step(
-            f"training a generator on {TRAINING_CORPUS}: {config.steps} steps, "
-            f"{config.num_workers} Ray Train workers"
-        )
-        history: list[dict[str, float]] = []
-        train(config, command="one4all demo", on_metrics=history.append)
-
-        step(f"fitting a codebook to {material.name}: no labels, no training")
-        codebook = folder / "codebook"
-        _fit(source, codebook)
-        protected = {}
-        for title, protector in {SHIPPED: DEFAULT_PROTECTOR, FITTED: str(codebook)}.items():
-            target = f"s3://{BUCKET}/{title.replace(' ', '-')}"
-            step(f"protecting {material.name}, and verifying: {title}, {target} at {endpoint}")
-            result = protect(source, target, ProtectConfig(protector=protector))
-            audit = verify(source, target, VerifyConfig())
-            protected[title] = ProtectedCorpus(target, result, audit)
+        protected = {
+            title: _protect(source, title, config, endpoint, step)
+            for title, config in _LOOKS.items()
+        }
         audits = {title: corpus.audit.to_json() for title, corpus in protected.items()}
         (folder / "verification.json").write_text(json.dumps(audits, indent=1))
         for title, corpus in protected.items():
             if not corpus.audit.ok:
                 raise One4AllError(f"verification failed: {title}: {corpus.audit.problems[0]}")
+        step("looking at photos, clean and protected")
+        uris = {title: corpus.uri for title, corpus in protected.items()}
+        looks, seen = looks_section(source, uris, num_images=num_images)
+        patterns = patterns_section(protected[DISCREET])
+        training = [_train(folder, step)] if with_training else []
 
-        shipped = read_labelled(protected[SHIPPED].uri, size=size)
         evaluation = _evaluation_config(folder, material, protected)
-        grid = evaluation.grids[0]
-        num_trials = len(all_trials(evaluation))
-        step(
-            f"training {num_trials} adversaries: {len(grid.methods)} copies of the corpus, "
-            f"{len(grid.seeds)} seeds"
-        )
-        trained = itertools.count(1)
-
-        def on_trial(_trial: Trial, _record: TrialRecord) -> None:
-            if (done := next(trained)) % len(grid.seeds) == 0:
-                step(f"{done} of {num_trials} adversaries")
-
-        results = evaluate(evaluation, command="one4all demo", on_trial=on_trial)
-        if results.failed:
-            raise One4AllError(f"an adversary failed: {results.failed}")
-        table = fill_table(grid, evaluation, results.records, results.copies)
+        results = _attack(evaluation, step)
 
     step("writing the report")
     report = folder / "report.html"
-    sections = [
-        table_section(table),
-        verified_section(protected),
-        looks_section(material.name, clean, shipped, (codebook / PICTURE).read_bytes()),
-        training_section(folder, config, history),
-    ]
+    table = fill_table(evaluation.grids[0], evaluation, results.records, results.copies)
+    learnt = learnt_section(table, evaluation, results.records, seen)
     summary = summarise(table)
-    write_report(report, title="one4all demo", summary=summary, sections=sections)
+    write_report(
+        report,
+        title="one4all demo",
+        summary=summary,
+        sections=[looks, learnt, verified_section(protected), *patterns, *training],
+    )
     step(summary)
     return report
 
 
 def _pack(images: Iterable[LabelledImage], folder: Path) -> None:
-    pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=500)
+    pack(images, open_storage(str(folder)), prefix=folder.name, images_per_shard=_PER_SHARD)
 
 
-def _fit(source: str, output: Path) -> None:
-    """Fit a codebook to all of a corpus, in the look that protects most and shows most."""
-    codebook = CodebookConfig(pattern=STRENGTHS["strong"])
-    config = FitConfig(source=source, output=str(output), codebook=codebook)
-    fit(config, command="one4all demo")
+def _protect(
+    source: str, title: str, config: ProtectConfig, endpoint: str, step: Say
+) -> ProtectedCorpus:
+    """Protect a corpus onto S3, and verify it."""
+    target = f"s3://{BUCKET}/{title}"
+    step(f"protecting, {title}: {target} at {endpoint}")
+    result = protect(
+        source, target, config, on_fit=lambda said, _: step(f"  {said}") if said else None
+    )
+    step("  verifying it")
+    return ProtectedCorpus(target, result, verify(source, target, VerifyConfig()))
+
+
+def _attack(config: EvaluateConfig, step: Say) -> Evaluation:
+    """Train the adversary on every copy."""
+    grid, num_trials = config.grids[0], len(all_trials(config))
+    step(
+        f"training {num_trials} adversaries: {len(grid.methods)} copies of the corpus, "
+        f"{len(grid.seeds)} seeds"
+    )
+    trained = itertools.count(1)
+
+    def on_trial(_trial: Trial, _record: TrialRecord) -> None:
+        if (done := next(trained)) % len(grid.seeds) == 0:
+            step(f"  {done} of {num_trials} adversaries")
+
+    results = evaluate(config, command="one4all demo", on_trial=on_trial)
+    if results.failed:
+        raise One4AllError(f"an adversary failed: {results.failed}")
+    return results
 
 
 def _evaluation_config(
@@ -172,7 +174,7 @@ def _evaluation_config(
     """One adversary on several copies; what was protected is read from where it is."""
     clean = folder / "corpora" / material.name
     grid = GridConfig(
-        title="Does it protect?",
+        title="What did the adversary learn?",
         note=(
             f"Adversary: ResNet18 of width {_ADVERSARY.width}, from scratch, {_ADVERSARY.epochs} "
             f"epochs, augmentation {_ADVERSARY.augmentation}, tested on clean images. No "
@@ -187,10 +189,10 @@ def _evaluation_config(
                 for title, corpus in protected.items()
             ),
             MethodConfig(method="uniform_noise", title="random noise"),
-            MethodConfig(method="untrained_generator", title="untrained generator"),
             _ORACLE,
         ),
         adversaries={"resnet18": _ADVERSARY},
+        seeds=SEEDS,
     )
     data = DataConfig(train=str(clean / "train"), test=str(clean / "test"), **material.sizes)
     return EvaluateConfig(
@@ -198,10 +200,22 @@ def _evaluation_config(
     )
 
 
-def _training_config(folder: Path) -> TrainConfig:
+def _train(folder: Path, step: Say) -> Section:
+    """Train a generator on the embedded photos for a few steps, and say how it went."""
+    source = folder / "corpora" / PHOTOS / "train"
+    if not source.exists():
+        _pack(embedded_photos().images("train"), source)
+    config = _training_config(folder, str(source))
+    step(f"training a generator: {config.steps} steps, {config.num_workers} Ray Train workers")
+    history: list[dict[str, float]] = []
+    train(config, command="one4all demo --train", on_metrics=history.append)
+    return training_section(folder, config, history)
+
+
+def _training_config(folder: Path, source: str) -> TrainConfig:
     """A short run: minutes on two CPU cores, enough to see every term of the loss move."""
     return TrainConfig(
-        source=str(folder / "corpora" / TRAINING_CORPUS / "train"),
+        source=source,
         output=str(folder / "protector"),
         run_folder=str(folder / "train"),
         encoder=EncoderConfig(input_size=64),

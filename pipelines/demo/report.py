@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from one4all.evaluation.labelled import LabelledImages
-from one4all.evaluation.verdict import Verdict
-from one4all.images import decode
-from one4all.protectors.card import DEFAULT_PROTECTOR
-from one4all.protectors.protector import Protector
-from one4all.report import Section, contact_sheet, to_png
-from pipelines.demo.material import TRAINING_CORPUS
-from pipelines.evaluation.report import Table, verdicts
+from one4all.evaluation.verdict import MIN_SEEDS, Verdict
+from one4all.report import Section, plot_accuracies, plot_curves
+from one4all.storage import INTERNAL, open_storage
+from one4all.visibility import VisibilitySummary
+from pipelines.evaluation.records import TrialRecord
+from pipelines.evaluation.report import Table, explain, verdicts
+from pipelines.evaluation.trials import CLEAN, EvaluateConfig, grid_trials
+from pipelines.fit import PICTURE
 from pipelines.protect.job import ProtectResult
 from pipelines.train.config import TrainConfig
 from pipelines.train.progress import CURVES_FILE
 from pipelines.verify import Verification
 
-SHIPPED = "shipped protector"
-FITTED = "strong codebook of the corpus"
-_WINDOW = 300  # pixels: three of them beside each other are as wide as the page
+DISCREET = "discreet"
+STRONG = "strong"
 _CLAIMS: dict[Verdict, str] = {
     "protects": "protects",
     "weak effect": "has a weak effect, which is no protection",
     "no effect": "has NO effect",
-    "too few seeds": "was tried too few times to tell",
 }
 
 
@@ -49,17 +46,95 @@ class ProtectedCorpus:
 
 
 def summarise(table: Table) -> str:
-    """The verdict, in a sentence with its figures."""
+    """The verdict, in a sentence, and what is left of clean accuracy."""
     column = table.columns[0]
+    clean = table.cell(CLEAN, column)
     said = verdicts(table, column)
     if "oracle fails" in said.values():
         verdict = "Inconclusive: even the positive control does not protect here"
+    elif "too few seeds" in said.values():
+        verdict = f"{_too_few(len(clean.last))}: an indication, not evidence"
     else:
         verdict = "Against this adversary, " + "; ".join(
-            f"the {title} {_CLAIMS[said[title]]}" for title in (SHIPPED, FITTED)
+            f"{title} {_CLAIMS[verdict]}" for title, verdict in said.items()
         )
-    figures = ", ".join(f"{row} {table.cell(row, column)}" for row in table.rows)
-    return f"{verdict}. Test accuracy in %: {figures}."
+    left = ", ".join(f"{row} {_share(table, row)} %" for row in table.rows if row != CLEAN)
+    return f"{verdict}. Of clean accuracy, {clean} %, is left: {left}."
+
+
+def _too_few(num_seeds: int) -> str:
+    return "One seed" if num_seeds == 1 else f"Only {num_seeds} seeds of {MIN_SEEDS}"
+
+
+def _share(table: Table, row: str) -> str:
+    """Of clean accuracy, in %; "-" if clean photos taught nothing."""
+    accuracy, clean = (table.cell(name, table.columns[0]).mean for name in (row, CLEAN))
+    return f"{100 * accuracy / clean:.0f}" if clean else "-"
+
+
+def learnt_section(
+    table: Table,
+    config: EvaluateConfig,
+    records: Mapping[str, TrialRecord],
+    seen: Mapping[str, VisibilitySummary],
+) -> Section:
+    """What the adversary learnt of each copy, as bars, as curves and in figures.
+
+    Args:
+        table: Filled from ``records``.
+        config: The evaluation, of one grid.
+        records: Of its trials, by key.
+        seen: How visible a protected copy is, by its title.
+    """
+    column = table.columns[0]
+    curves: dict[str, list[tuple[float, ...]]] = {}
+    for trial in grid_trials(table.grid, config):
+        curves.setdefault(trial.copy.method.name, []).append(records[trial.key].outcome.curve)
+    accuracies = {row: table.cell(row, column).last for row in table.rows}
+    num_seeds = len(accuracies[CLEAN])
+    over = f"{num_seeds} seed" + "s" * (num_seeds > 1)
+    bars = plot_accuracies(
+        accuracies,
+        chance=max(table.cell(row, column).majority for row in table.rows),
+        title=f"Trained on each copy, tested on clean photos; {over}",
+    )
+    means = {row: 100 * np.mean(found, axis=0) for row, found in curves.items()}
+    lines = plot_curves(
+        {row: [*enumerate(values.tolist(), start=1)] for row, values in means.items()},
+        xlabel="epoch",
+        ylabel="test accuracy, %",
+        title=f"Mean of {over}",
+    )
+    figures = VisibilitySummary().cells()
+    return Section(
+        table.grid.title,
+        text=[table.grid.note, *explain(table)],
+        gallery=[[("", bars)], [("", lines)]],
+        table=[
+            ("trained on", "test accuracy, %", "share of clean, %", *figures),
+            *(
+                (
+                    row,
+                    table.cell(row, column),
+                    _share(table, row),
+                    *(seen[row].cells().values() if row in seen else ("" for _ in figures)),
+                )
+                for row in table.rows
+            ),
+        ],
+    )
+
+
+def patterns_section(corpus: ProtectedCorpus) -> list[Section]:
+    """The largest concepts of the protector that was fitted, if one was, and their patterns."""
+    storage = open_storage(corpus.uri)
+    found = [o.key for o in storage.list(f"{INTERNAL}protectors/") if o.key.endswith(PICTURE)]
+    about = (
+        "No labels and no training: photos that the encoder finds alike share a pattern. It is "
+        "shown at its strongest, above photos that get it."
+    )
+    pictures = [("The largest groups of like photos", storage.read_bytes(key)) for key in found]
+    return [Section("How it was protected", text=[about], pictures=pictures)] if found else []
 
 
 def verified_section(corpora: Mapping[str, ProtectedCorpus]) -> Section:
@@ -67,7 +142,10 @@ def verified_section(corpora: Mapping[str, ProtectedCorpus]) -> Section:
     audits = [corpus.audit for corpus in corpora.values()]
     return Section(
         "Protected and verified",
-        text=["Re-read from the object store and compared with the source, byte for byte."],
+        text=[
+            "Re-read from the object store and compared with the source, byte for byte. No image "
+            "was changed by more than the budget; JPEG then adds an error of its own."
+        ],
         table=[
             ("what", *corpora),
             ("shards", *(f"{r.num_done} of {r.num_shards}" for r in results)),
@@ -93,9 +171,8 @@ def training_section(folder: Path, config: TrainConfig, history: list[dict[str, 
     return Section(
         "Training a generator",
         text=[
-            f"{config.steps} steps of {config.num_workers} x {config.batch_size} images on "
-            f"{TRAINING_CORPUS}, with Ray Train. A short run, to show that it works: nothing above "
-            "was protected with it.",
+            f"{config.steps} steps of {config.num_workers} x {config.batch_size} images, with Ray "
+            "Train. A short run, to show that it works: nothing above was protected with it.",
         ],
         table=[
             ("metric", "first step", "last step", "wanted"),
@@ -112,29 +189,3 @@ def training_section(folder: Path, config: TrainConfig, history: list[dict[str, 
         ],
         pictures=[("Loss curves", (folder / "train" / CURVES_FILE).read_bytes())],
     )
-
-
-def looks_section(
-    name: str, clean: LabelledImages, protected: LabelledImages, concepts: bytes
-) -> Section:
-    """Clean and protected, side by side: of the corpus, and the embedded photographs."""
-    chosen = np.linspace(0, len(clean) - 1, 5).astype(int)
-    rows = [(f"image {i}", clean.images_NHWC[i], protected.images_NHWC[i]) for i in chosen]
-    paths = _embedded_photos()
-    embedded = [decode(path.read_bytes()).pixels for path in paths]
-    embedded_protected = Protector.load(DEFAULT_PROTECTOR).protect(embedded)
-    embedded_rows = list(
-        zip([path.name for path in paths], embedded, embedded_protected, strict=True)
-    )
-    return Section(
-        "What it looks like",
-        pictures=[
-            (f"{name}, {SHIPPED}", to_png(contact_sheet(rows, window=_WINDOW))),
-            (f"Photographs, {SHIPPED}", to_png(contact_sheet(embedded_rows, window=_WINDOW))),
-            (f"{name}, {FITTED}: its largest concepts and their patterns", concepts),
-        ],
-    )
-
-
-def _embedded_photos() -> list[Path]:
-    return sorted(Path(str(files("one4all") / "assets" / "photos")).glob("*.jpg"))

@@ -42,7 +42,7 @@ class DataConfig(JobConfig):
     Attributes:
         source: Embedded corpus, or ``torchvision:NAME``; its own splits are used.
         root: Where torchvision keeps its files.
-        granularity: Granularity of the labels of embedded corpora.
+        granularity: Granularity of the labels of embedded emoji.
         train, test: Corpora of shards, folders or s3:// prefixes.
         sidecar_patterns: Images in their samples that are no photos, such as ``*.seg.png``: masks,
             depth maps; matched against the last component of the name, as `protect` does.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from support.builders import make_image
 
-from pipelines.demo.report import FITTED, SHIPPED
+from pipelines.demo.report import DISCREET, STRONG
 
 
 def one4all(
@@ -117,14 +118,14 @@ def test_demo_protects_twice_and_judges_by_controls(tmp_path: Path, monkeypatch)
     *steps, summary, last = done.stdout.splitlines()
     assert all(line.startswith("[") for line in steps), done.stdout
     assert last == "report: out/report.html"
-    controls = ("random noise", "untrained generator", "class-wise oracle")
-    for copy in ("clean", SHIPPED, FITTED, *controls):
+    for copy in (DISCREET, STRONG, "random noise", "class-wise oracle"):
         assert f"{copy} " in summary
+    assert any("too small to fit one" in line for line in steps), "says what protect says"
     out = tmp_path / "out"
     audits = json.loads((out / "verification.json").read_text())
-    assert [audits[title]["num_images"] for title in (SHIPPED, FITTED)] == [10, 10]
-    fitted = json.loads((out / "codebook" / "card.json").read_text())
-    assert fitted["training"]["num_images"] == 10, "photos held out for the test were seen"
+    assert [audits[title]["num_images"] for title in (DISCREET, STRONG)] == [10, 10]
     report = (out / "report.html").read_text()
-    assert "Protected and verified" in report
+    headings = re.findall("<h2>(.*?)</h2>", report)
+    wanted = ["Can you see it?", "What did the adversary learn?", "Protected and verified"]
+    assert headings == wanted
     assert summary.partition("] ")[2].partition(" ±")[0] in report

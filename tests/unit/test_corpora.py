@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,16 @@ from one4all.images import decode
 from one4all.storage import open_storage
 from pipelines.cli.learning import pack as pack_verb
 
+PHOTOS = Path(str(files("one4all"))) / "assets" / "corpora" / "caltech-photos.parquet"
+
 
 def pack_to(folder, images, **options):
     return pack(images, open_storage(str(folder)), prefix="train", **options)
 
 
-def test_embedded_corpora_have_different_concepts_two_label_sets_and_a_fixed_split():
-    assert embedded_corpora() == ["emoji-nature", "emoji-things"]
+def test_embedded_emoji_have_different_concepts_two_label_sets_and_a_fixed_split():
     concepts = {}
-    for name in embedded_corpora():
+    for name in ("emoji-nature", "emoji-things"):
         keys = {}
         for split in ("train", "test"):
             images = list(open_corpus(name, split=split))
@@ -39,6 +41,33 @@ def test_embedded_corpora_have_different_concepts_two_label_sets_and_a_fixed_spl
         assert len({i.label for i in fine}) > 5 * len({i.label for i in coarse})
         concepts[name] = {image.label_name for image in fine}
     assert not concepts["emoji-nature"] & concepts["emoji-things"]
+
+
+def test_embedded_photos_are_small_and_none_of_the_test_is_nearly_one_of_the_training():
+    assert embedded_corpora() == ["caltech-photos", "emoji-nature", "emoji-things"]
+    assert PHOTOS.stat().st_size < 8_000_000
+    seen, counts = {}, {}
+    for split in ("train", "test"):
+        images = list(open_corpus("caltech-photos", split=split))
+        pixels = [decode(image.data).pixels for image in images]
+        assert all(max(p.shape[:2]) <= 128 and p.shape[2] == 3 for p in pixels)
+        counts[split] = Counter(image.label_name for image in images)
+        seen[split] = np.stack([_look(p) for p in pixels])
+    assert sum(counts["train"].values()) + sum(counts["test"].values()) == 1513
+    assert len(counts["train"]) == 25
+    assert all(counts["test"][name] >= 9 for name in counts["train"])
+    alike = (seen["train"] @ seen["test"].T).max()
+    mirrored = seen["test"].reshape(-1, 16, 16, 3)[:, :, ::-1].reshape(len(seen["test"]), -1)
+    assert max(alike, (seen["train"] @ mirrored.T).max()) < 0.96
+    with pytest.raises(ConfigError, match="'caltech-photos' has one set of labels"):
+        next(open_corpus("caltech-photos", labels="fine"))
+
+
+def _look(pixels):
+    """An image as a vector of length 1; the product of two is their correlation."""
+    small = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BOX), float)
+    small = small.ravel() - small.mean()
+    return small / np.linalg.norm(small)
 
 
 def test_packed_shards_hold_image_class_text_and_json(tmp_path):
@@ -217,7 +246,7 @@ def test_mistakes_are_explained(tmp_path):
         list(open_corpus("torchvision:Pets"))
     with pytest.raises(UsageError, match="cannot open Food101"):
         list(open_corpus("torchvision:Food101", root=tmp_path))
-    with pytest.raises(ConfigError, match="only embedded corpora have 'fine'"):
+    with pytest.raises(ConfigError, match="only embedded emoji have 'fine'"):
         open_corpus(str(tmp_path), labels="fine")
     with pytest.raises(UsageError, match="holds no images"):
         pack_to(tmp_path / "empty", [])

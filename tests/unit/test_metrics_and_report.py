@@ -1,7 +1,9 @@
 """Distances against slow references; pictures and pages that open."""
 
+import base64
 import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,11 +17,13 @@ from one4all.evaluation.feature_distance import feature_distance
 from one4all.report import (
     Section,
     contact_sheet,
+    middle,
     plot_accuracies,
     plot_confusion,
     plot_curves,
     plot_loss_curves,
     sample_grid,
+    to_png,
     write_report,
 )
 
@@ -156,10 +160,17 @@ def test_contact_sheet_shows_images_at_their_own_size_side_by_side():
 
 def test_report_is_one_file_with_its_pictures_inside(tmp_path):
     plot = plot_accuracies({"clean": [0.6, 0.7], "x": [0.1, 0.2]}, chance=0.1, title="t")
-    section = Section("<One>", ["text & more"], [("a", "b"), (1, 2)], [("plot", plot)])
+    gallery = [
+        [("clean", to_png(middle(np.zeros((9, 7, 1), np.uint8), 5))), ("first\nsecond", plot)]
+    ]
+    section = Section("<One>", ["text & more"], [("a", "b"), (1, 2)], [("plot", plot)], gallery)
     write_report(tmp_path / "r.html", title="T", summary="S", sections=[section])
     html = (tmp_path / "r.html").read_text()
     assert "&lt;One&gt;" in html
     assert "<td>2</td>" in html
-    assert html.count("data:image/png;base64,") == 1
+    files = re.findall('data:image/png;base64,([^"]*)', html)
+    assert len(files) == 3
+    with Image.open(io.BytesIO(base64.b64decode(files[0]))) as shown:
+        assert (shown.size, shown.mode) == ((5, 5), "RGB")
+    assert "<figcaption>first\nsecond</figcaption>" in html
     assert "http" not in html

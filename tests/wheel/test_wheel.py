@@ -168,19 +168,19 @@ def test_command_line_works_outside_a_checkout(complete: Fresh):
 
 
 def test_demo_begins_outside_a_checkout(complete: Fresh):
-    """Up to the fit: a corpus is packed, an S3 server runs, a generator has been trained with Ray.
+    """Until photos are protected on S3: they are packed, and a protector is fitted to them.
 
-    What follows is the same code wherever it is started, and takes a quarter of an hour.
+    What follows is the same code wherever it is started, and takes minutes.
     """
     process = complete.start("one4all", "demo")
     assert process.stdout is not None
     said = []
     for line in process.stdout:
         said.append(line)
-        if "fitting a codebook" in line:
+        if "verifying" in line:
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert "fitting a codebook" in said[-1], f"{''.join(said)}{errors}"
+    assert "verifying" in said[-1], f"{''.join(said)}{errors}"
     assert process.returncode == 130, errors
     assert (complete.folder / "runs" / "demo" / "corpora").is_dir()
