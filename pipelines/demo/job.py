@@ -178,7 +178,8 @@ def _evaluation_config(
         note=(
             f"Adversary: ResNet18 of width {_ADVERSARY.width}, from scratch, {_ADVERSARY.epochs} "
             f"epochs, augmentation {_ADVERSARY.augmentation}, tested on clean images. No "
-            "perturbation exceeds 8 levels of 255. The class-wise oracle uses the true labels and "
+            "perturbation exceeds 8 levels of 255. The seeds are of the adversary; another draw of "
+            "the patterns is another protector. The class-wise oracle uses the true labels and "
             f"is no method: it shows that the bench can see protection. {material.about}"
         ),
         data=(material.name,),
