@@ -29,8 +29,7 @@ def psnr_db(first: Pixels, second: Pixels) -> float:
     """Peak signal-to-noise ratio of the colour channels in dB; ``IDENTICAL_PSNR_DB`` at most."""
     squares = 0
     for rows in _bands(first, _CACHED_PIXELS):
-        difference = _difference(colour(first[rows]), colour(second[rows]))
-        squares += int(np.square(difference, dtype=np.uint16).sum(dtype=np.uint64))
+        squares += _sum_of_squares(_difference(colour(first[rows]), colour(second[rows])))
     mse = squares / colour(first).size
     return min(IDENTICAL_PSNR_DB, 10 * math.log10(255**2 / mse)) if mse else IDENTICAL_PSNR_DB
 
@@ -58,7 +57,17 @@ def ssim(first: Pixels, second: Pixels) -> float:
 
 def _difference(first: Pixels, second: Pixels) -> Pixels:
     """Absolute difference: uint8 arithmetic wraps, so larger minus smaller."""
-    return np.maximum(first, second) - np.minimum(first, second)
+    difference = np.maximum(first, second)
+    difference -= np.minimum(first, second)
+    return difference
+
+
+def _sum_of_squares(difference: Pixels) -> int:
+    """Exact: every sum on the way is a whole number that the type of float holds."""
+    largest = int(difference.max())
+    small = largest**2 * difference.size < 1 << 24
+    values = difference.ravel().astype(np.float32 if small else np.float64)
+    return int(np.dot(values, values))
 
 
 def _bands(image: Pixels, num_pixels: int, *, overlap: int = 0) -> Iterator[slice]:

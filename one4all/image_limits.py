@@ -71,6 +71,19 @@ def exif_of_jpeg(data: bytes) -> bytes:
     return b""
 
 
+def is_whole_jpeg(data: bytes, shape: tuple[int, int, int]) -> bool:
+    """Whether a JPEG is one frame of this shape, (H, W, C), and one scan up to the file's end."""
+    frames, scan = [], len(data)
+    for marker, start, end in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES:
+            frames.append(struct.unpack_from(">BHHB", data, start + 4))
+        elif marker == _START_OF_SCAN:
+            scan = end
+    found = _MARKER.search(data, scan)
+    ends = found is not None and found.end() == len(data) and data[-1] == _END
+    return ends and frames == [(8, *shape)]
+
+
 def is_plausible_exif(block: bytes) -> bool:
     """Whether an EXIF block, in TIFF structure, is small and can be parsed in linear time."""
     if len(block) > MAX_EXIF_BYTES:

@@ -45,6 +45,7 @@ from one4all.image_limits import (
     exif_of_jpeg,
     is_icc_chunk,
     is_icc_profile,
+    is_whole_jpeg,
     png_chunks,
     within_limits,
 )
@@ -121,6 +122,21 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage
     Raises:
         BadImageError: The file is not an image we can protect; the text is the reason.
     """
+    return _decode_safely(data, max_pixels)[0]
+
+
+def decode_with_copy(
+    data: bytes, size: int, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[DecodedImage, Pixels]:
+    """`decode`, and the `working_copy` of that size: made while Pillow has the pixels at hand."""
+    decoded, image = _decode_safely(data, max_pixels)
+    if image.mode == _MODE[decoded.pixels.shape[2]] and image.mode in ("L", "RGB"):
+        return decoded, _working_copy(image, size)
+    return decoded, working_copy(decoded.pixels, size)
+
+
+def _decode_safely(data: bytes, max_pixels: int) -> tuple[DecodedImage, Image.Image]:
+    """What a file holds, and the image as Pillow has it; errors as `decode`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about what we decide ourselves
@@ -209,6 +225,8 @@ def encode(image: DecodedImage, output_format: OutputFormat) -> bytes:
         _to_pillow(image.pixels).save(buffer, format=kind, **options)
     except Exception as error:  # encoders, too, raise nearly anything
         raise BadImageError(f"cannot be written back as {kind}: {error}") from error
+    if kind == "JPEG" and not is_whole_jpeg(buffer.getvalue(), image.pixels.shape):
+        raise BadImageError("cannot be written back as JPEG: what was written is no whole file")
     if kind != "TIFF":
         return buffer.getvalue()
     about = image.description
@@ -322,7 +340,10 @@ def working_copy(pixels: Pixels, size: int) -> Pixels:
         large image is reduced by a whole number first, to no less than three times the size.
     """
     rgb = colour(pixels)
-    image = Image.fromarray(np.ascontiguousarray(rgb[:, :, 0] if rgb.shape[2] == 1 else rgb))
+    return _working_copy(_to_pillow(rgb), size)
+
+
+def _working_copy(image: Image.Image, size: int) -> Pixels:
     small = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
     return np.asarray(small.convert("RGB"))
 
@@ -332,7 +353,7 @@ def colour(pixels: Pixels) -> Pixels:
     return pixels[:, :, : 1 if pixels.shape[2] < 3 else 3]
 
 
-def _decode(data: bytes, max_pixels: int) -> DecodedImage:
+def _decode(data: bytes, max_pixels: int) -> tuple[DecodedImage, Image.Image]:
     if opened := _open_successor(data):
         return _decode_successor(opened, image_kind(data), max_pixels)
     image = _open(data)
@@ -353,7 +374,7 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
         if image.format in ("JPEG", "MPO") and "exif" not in image.info:
             image.info["exif"] = exif_of_jpeg(data)  # Pillow must not read it, but we can
         description = _describe(image)
-    return DecodedImage(
+    decoded = DecodedImage(
         pixels=pixels,
         format="JPEG" if image.format == "MPO" else str(image.format),
         description=description,
@@ -362,6 +383,7 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
         png_chunks=chunks,
         converted=converted,
     )
+    return decoded, image
 
 
 def _open(data: bytes) -> Image.Image:
@@ -388,14 +410,16 @@ def _open_successor(data: bytes) -> Opened | None:
     return open_successor(data, kind) if kind in SUCCESSORS else None
 
 
-def _decode_successor(opened: Opened, kind: str, max_pixels: int) -> DecodedImage:
+def _decode_successor(
+    opened: Opened, kind: str, max_pixels: int
+) -> tuple[DecodedImage, Image.Image]:
     _refuse_size(opened.size, max_pixels)
     image = opened.load()
     _refuse_size(image.size, max_pixels)
     _refuse_frames(image)
     _refuse_depth(image, _bits_of_mode(image))
     pixels, converted = _to_8_bit_pixels(image, 8)
-    return DecodedImage(
+    decoded = DecodedImage(
         pixels=pixels,
         format=kind,
         description=Description.of(exif=opened.exif, xmp=opened.xmp).upright(),
@@ -403,6 +427,7 @@ def _decode_successor(opened: Opened, kind: str, max_pixels: int) -> DecodedImag
         png_chunks=((b"cICP", bytes((*opened.cicp, 0, 1))),) if opened.cicp else (),
         converted=opened.converted or converted,
     )
+    return decoded, image
 
 
 def _encode_successor(image: DecodedImage, kind: str) -> bytes:

@@ -10,6 +10,7 @@ paper's budget of 8/255 is 8 levels.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ Levels: TypeAlias = npt.NDArray[np.float32]
 
 _BAND_PIXELS = 1 << 15  # what is computed of them stays in a core's cache
 _LONGEST = 4  # middle squares
+_MANY_ROWS = 16  # of an image for each of its perturbation
 
 
 def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int) -> Pixels:
@@ -56,12 +58,12 @@ def apply_perturbation(clean: Pixels, delta_hwC: Levels, *, epsilon_levels: int)
     num_colours = 1 if channels < 3 else 3
     if num_colours == 1:
         delta_hwC = delta_hwC[:, :, 1:2]
-    protected = clean.copy()
-    rows = max(1, _BAND_PIXELS // width)
+    protected = np.empty_like(clean)
+    protected[:, :, num_colours:] = clean[:, :, num_colours:]
     resized = _BandResizer(delta_hwC, height, width)
     over = resized.largest > epsilon_levels
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
+    for top in range(0, height, resized.band):
+        bottom = min(top + resized.band, height)
         delta = resized.rows(top, bottom)
         np.rint(delta, out=delta)
         if over:
@@ -112,7 +114,11 @@ def resize_perturbation(delta_BCHW: torch.Tensor, size: tuple[int, int]) -> torc
 
 
 class _BandResizer:
-    """Rows of a resized perturbation, on demand; equal to `resize_perturbation` row for row."""
+    """Rows of a resized perturbation, on demand; equal to `resize_perturbation` row for row.
+
+    Attributes:
+        band: Rows that may be asked for at once.
+    """
 
     def __init__(self, delta_hwC: Levels, height: int, width: int) -> None:
         delta = torch.from_numpy(np.ascontiguousarray(delta_hwC)).permute(2, 0, 1)[None].float()
@@ -126,6 +132,12 @@ class _BandResizer:
         centre = centre.clip(0, source_rows - 1)
         self._above = np.floor(centre).astype(np.intp)
         self._weight = (centre - self._above).astype(np.float32)[:, None, None]
+        # Rows below each source row, if they are many: then they are computed together.
+        many = height >= _MANY_ROWS * source_rows
+        starts = np.searchsorted(self._above, range(source_rows + 1)) if many else ()
+        self._runs = list(pairwise(int(start) for start in starts))
+        self.band = min(height, max(1, _BAND_PIXELS // width))
+        self._rows, self._more = np.empty((2, self.band, *self._wide.shape[1:]), np.float32)
 
     @property
     def largest(self) -> float:
@@ -133,9 +145,23 @@ class _BandResizer:
         return float(max(self._wide.max(), -self._wide.min()))
 
     def rows(self, top: int, bottom: int) -> Levels:
-        """Rows ``top`` to ``bottom``, (bottom - top, W, C) float32; the caller may overwrite it."""
+        """Rows ``top`` to ``bottom``, (bottom - top, W, C) float32.
+
+        They stand until the next ones are asked for, and may be overwritten.
+        """
         above = self._above[top:bottom]
-        rows = self._to_next[above]
+        rows: Levels = self._rows[: bottom - top]
+        if self._runs:
+            for index in range(above[0], above[-1] + 1):
+                start, end = self._runs[index]
+                start, end = max(start, top), min(end, bottom)
+                part = rows[start - top : end - top]
+                np.multiply(self._to_next[index], self._weight[start:end], out=part)
+                part += self._wide[index]
+            return rows
+        more = self._more[: bottom - top]
+        # No index is out of range; told so, NumPy writes without a detour.
+        np.take(self._to_next, above, axis=0, out=rows, mode="clip")
         rows *= self._weight[top:bottom]
-        rows += self._wide[above]
+        rows += np.take(self._wide, above, axis=0, out=more, mode="clip")
         return rows

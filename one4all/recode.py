@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from isal import isal_zlib
+
 from one4all.distances import max_difference, psnr_db
 from one4all.errors import BadImageError, BudgetError
 from one4all.images import (
@@ -17,6 +19,7 @@ from one4all.images import (
 )
 
 _SAMPLED = 16
+_CHECKED = ("PNG", "JPEG")  # by `encode`, without decoding what it wrote
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,15 @@ class RecodedImage:
     Attributes:
         payload: The file.
         max_before_encoding: Largest |difference| before the codec, in levels; within the budget.
-        max_decoded: The same of what a reader decodes; the codec's own error included.
-        psnr_db: PSNR of what a reader decodes, in dB.
+        max_decoded: The same of what a reader decodes; the codec's own error included. None of a
+            JPEG that was not decoded again.
+        psnr_db: PSNR of what a reader decodes, in dB; None likewise.
     """
 
     payload: bytes
     max_before_encoding: int
-    max_decoded: int
-    psnr_db: float
+    max_decoded: int | None
+    psnr_db: float | None
 
 
 def recode(
@@ -43,6 +47,7 @@ def recode(
     output_format: OutputFormat,
     epsilon_levels: int,
     max_pixels: int,
+    measured: bool = False,
 ) -> RecodedImage:
     """Encode protected pixels as the clean image was, and measure what comes out.
 
@@ -54,6 +59,9 @@ def recode(
         output_format: See `encode`.
         epsilon_levels: Budget in 8-bit levels.
         max_pixels: As `decode` was given.
+        measured: Whether a JPEG is decoded again in any case. If not, about one in 16 is, the same
+            ones each time; of the others `encode` has seen that they are whole, and no distance is
+            stated.
 
     Raises:
         BadImageError: The format cannot hold it, or the perturbation changed no pixel.
@@ -63,31 +71,33 @@ def recode(
     if not max_before_encoding:
         raise BadImageError("the perturbation changes no pixel of it")
     payload = encode(replace(clean, pixels=pixels), output_format)
-    seen = pixels
-    if written_format(clean.format, output_format) != "PNG" or _is_sampled(payload):
+    kind = written_format(clean.format, output_format)
+    seen = pixels if kind == "PNG" else None
+    if kind not in _CHECKED or (kind == "JPEG" and measured) or _is_sampled(payload):
         seen = decode(payload, max_pixels=max_pixels).pixels
-    if seen.shape != clean.pixels.shape:
-        raise BadImageError(f"cannot be written back: {clean.pixels.shape} became {seen.shape}")
-    result = RecodedImage(
-        payload=payload,
-        max_before_encoding=max_before_encoding,
-        max_decoded=(max_before_encoding if seen is pixels else max_difference(clean.pixels, seen)),
-        psnr_db=psnr_db(clean.pixels, seen),
-    )
+        if seen.shape != pixels.shape:
+            raise BadImageError(f"cannot be written back: {pixels.shape} became {seen.shape}")
+    max_decoded: int | None = max_before_encoding
+    if seen is not pixels:
+        max_decoded = None if seen is None else max_difference(clean.pixels, seen)
     exact = is_exact(clean, output_format)
-    worst = max(result.max_before_encoding, result.max_decoded if exact else 0)
+    worst = max(max_before_encoding, (max_decoded or 0) if exact else 0)
     if worst > epsilon_levels:
         raise BudgetError(
             f"differs by {worst} levels, over the budget of {epsilon_levels}; this is a defect of "
             "the program, nothing is published"
         )
-    return result
+    return RecodedImage(
+        payload=payload,
+        max_before_encoding=max_before_encoding,
+        max_decoded=max_decoded,
+        psnr_db=None if seen is None else psnr_db(clean.pixels, seen),
+    )
 
 
-def _is_sampled(png: bytes) -> bool:
-    """Whether a PNG is decoded again; all of them were inflated again, by `encode`.
+def _is_sampled(payload: bytes) -> bool:
+    """Whether a file that `encode` has checked is decoded again all the same.
 
-    By the checksum of its samples: about one of ``_SAMPLED``, and the same ones each time.
+    By its checksum: about one of ``_SAMPLED``, and the same ones each time.
     """
-    end = b"\0\0\0\0IEND\xaeB`\x82"
-    return png[-len(end) - 1] % _SAMPLED == 0
+    return isal_zlib.crc32(payload) % _SAMPLED == 0

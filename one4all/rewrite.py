@@ -44,10 +44,9 @@ from one4all.images import (
     DecodedImage,
     OutputFormat,
     Pixels,
-    decode,
+    decode_with_copy,
     extension_for,
     peek_num_pixels,
-    working_copy,
 )
 from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
 from one4all.perturbation import Levels
@@ -244,7 +243,8 @@ class _UnitRewrite:
         self._dot_files: set[str] = set()
         self._max_before_encoding = 0
         self._max_decoded = 0
-        self._psnr_sum = 0.0
+        self._psnr_sum, self._num_measured = 0.0, 0
+        self._measured = False  # whether an image is, or will be, decoded again in any case
 
     def run(self, samples: Iterator[Sample], output: UnitWriter) -> None:
         """Move all samples through the stages, in order."""
@@ -293,7 +293,7 @@ class _UnitRewrite:
             distances=UnitDistances(
                 max_before_encoding=self._max_before_encoding,
                 max_decoded=self._max_decoded,
-                mean_psnr_db=round(self._psnr_sum / num_protected, 3) if num_protected else 0.0,
+                mean_psnr_db=round(self._psnr_sum / max(self._num_measured, 1), 3),
             ),
             seconds={stage: round(value, 3) for stage, value in sorted(self._seconds.items())},
             run_id=run_id,
@@ -359,8 +359,8 @@ class _UnitRewrite:
             batch.decoded[member.name] = self._pool.submit(self._decode, member)
 
     def _decode(self, member: Member) -> tuple[DecodedImage, Pixels]:
-        image = decode(member.payload, max_pixels=self._config.max_image_pixels)
-        return image, working_copy(image.pixels, self._protector.card.working_size)
+        size, limit = self._protector.card.working_size, self._config.max_image_pixels
+        return decode_with_copy(member.payload, size, max_pixels=limit)
 
     def _perturb(self, batch: _Batch) -> _Batch:
         """Wait for the pixels, run the device, start encoding."""
@@ -379,11 +379,14 @@ class _UnitRewrite:
                 deltas = self._protector.perturb(working_NHWC, batch_size=self._config.batch_size)
             self._on_batch(self._seconds["device"] - before)
             for (name, (image, _)), delta in zip(images.items(), deltas, strict=True):
-                batch.protected[name] = self._pool.submit(self._encode, name, image, delta)
+                measured, self._measured = not self._measured, True
+                batch.protected[name] = self._pool.submit(
+                    self._encode, name, image, delta, measured
+                )
         return batch
 
-    def _encode(self, name: str, clean: DecodedImage, delta: Levels) -> _Protected:
-        """Add the perturbation, encode, and measure what a reader will decode."""
+    def _encode(self, name: str, clean: DecodedImage, delta: Levels, measured: bool) -> _Protected:
+        """Add the perturbation, encode, and measure what a reader will decode, see `recode`."""
         config = self._config
         if config.mark_no_ai_training:
             marked = clean.description.with_data_mining_prohibited()
@@ -395,6 +398,7 @@ class _UnitRewrite:
                 output_format=config.output_format,
                 epsilon_levels=self._protector.card.epsilon_levels,
                 max_pixels=config.max_image_pixels,
+                measured=measured,
             )
         except BudgetError as error:
             raise BudgetError(f"{name}: {error}") from error
@@ -484,7 +488,9 @@ class _UnitRewrite:
         self._counts["protected"] += 1
         file = image.file
         self._max_before_encoding = max(self._max_before_encoding, file.max_before_encoding)
-        self._max_decoded = max(self._max_decoded, file.max_decoded)
-        self._psnr_sum += file.psnr_db
+        if file.max_decoded is not None and file.psnr_db is not None:
+            self._max_decoded = max(self._max_decoded, file.max_decoded)
+            self._psnr_sum += file.psnr_db
+            self._num_measured += 1
         if image.converted:
             self._converted[image.converted] += 1

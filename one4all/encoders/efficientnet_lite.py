@@ -136,7 +136,8 @@ class Conv2dSame(nn.Conv2d):
         for size, kernel, stride in zip(
             x_BCHW.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
         ):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            # Whole numbers also while traced: a fixed padding is one with its convolution.
+            total = max((-(-int(size) // stride) - 1) * stride + kernel - int(size), 0)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(x_BCHW, pads))
 

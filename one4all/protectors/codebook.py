@@ -20,6 +20,7 @@ Shape suffixes: B batch, K concepts, D embedding width, P directions, b bits, C 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -82,6 +83,7 @@ class Codebook(PerturbationModel):
 
     kind = "codebook"
     config_type = CodebookConfig
+    sees_image = False
 
     mean_D: Tensor
     axes_DP: Tensor
@@ -127,8 +129,13 @@ class Codebook(PerturbationModel):
         return torch.where(votes_Bb >= 0, 1, -1).to(torch.int8)
 
     def paint(self, bits_Nb: Tensor) -> Tensor:
-        """Patterns of codes, float32 (N, 3, h, w), as the configuration says."""
-        return paint(bits_Nb, self.config.pattern)
+        """Patterns of codes, float32 (N, 3, h, w), as the configuration says.
+
+        One at a time: painted together they differ in the last digit, so the bytes of an image
+        would hang on what else is in its batch.
+        """
+        config = self.config.pattern
+        return torch.cat([_painted(tuple(code), config) for code in bits_Nb.tolist()])
 
     def concepts(self, embedding_BD: Tensor) -> Tensor:
         """The nearest concept of each image, int64 (B,)."""
@@ -140,6 +147,11 @@ class Codebook(PerturbationModel):
         with torch.autocast(embedding_BD.device.type, enabled=False):
             projected_BP = _project(embedding_BD.float(), self.mean_D, self.axes_DP)
             return squared_distances(projected_BP, self.centres_KP)
+
+
+@lru_cache(maxsize=256)  # all codes of 4x4 cells
+def _painted(code: tuple[int, ...], config: PatternConfig) -> Tensor:
+    return paint(torch.tensor([code], dtype=torch.int8), config)
 
 
 def fit_codebook(

@@ -23,11 +23,13 @@ class PerturbationModel(nn.Module, ABC):
         kind: Name in protector cards.
         config_type: Class of its configuration.
         presets: Configurations that have a name.
+        sees_image: Whether `forward` looks at images; if not, it is given none of their pixels.
     """
 
     kind: ClassVar[str]
     config_type: ClassVar[type[BaseModel]]
     presets: ClassVar[Mapping[str, BaseModel]] = {}
+    sees_image: ClassVar[bool] = True
 
     @abstractmethod
     def __init__(self, config: BaseModel, embedding_dim: int) -> None:

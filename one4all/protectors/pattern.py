@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -232,10 +233,16 @@ def _half(cells: int) -> int:
 
 def _blur(image_N1hw: Tensor, sigma: float) -> Tensor:
     """Gaussian blur; values at the edges are repeated beyond them."""
+    kernel = _gaussian(sigma)
+    padded = F.pad(image_N1hw, (len(kernel) // 2,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1))
+    return F.conv2d(rows, kernel.view(1, 1, 1, -1))
+
+
+@cache
+def _gaussian(sigma: float) -> Tensor:
+    """Weights of a Gaussian, cut off at three times sigma; their number is odd."""
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-offsets.square() / (2 * sigma**2))
-    kernel /= kernel.sum()
-    padded = F.pad(image_N1hw, (radius,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1))
-    return F.conv2d(rows, kernel.view(1, 1, 1, -1))
+    return kernel / kernel.sum()

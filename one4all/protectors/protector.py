@@ -181,7 +181,8 @@ class Protector:
     @torch.inference_mode()
     def _levels(self, working_BHWC: Pixels, embedding_BD: Tensor) -> Levels:
         """Perturbations of one pass, float32 (B, h, w, 3) in levels."""
-        image, on_gpu = to_device(working_BHWC, self._device), self._device.type == "cuda"
+        seen_BHWC = working_BHWC if self.model.sees_image else working_BHWC[:, :0, :0]
+        image, on_gpu = to_device(seen_BHWC, self._device), self._device.type == "cuda"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=on_gpu):
             delta = self.model(embedding_BD.to(self._device), image)
         levels = delta.float() * self.card.epsilon_levels
@@ -258,7 +259,7 @@ class Protector:
             max_pixels: Refuse, before decoding, an image that declares more pixels than this.
 
         Returns:
-            The protected file. It was decoded again, and what is promised of it was checked.
+            The protected file, checked as `recode` does.
 
         Raises:
             BadImageError: A file that cannot be protected; the text is the reason.

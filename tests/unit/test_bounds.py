@@ -58,7 +58,7 @@ class _Alive:
     def __init__(self, monkeypatch) -> None:
         self.now = self.most = 0
         lock = threading.Lock()
-        decode, recode = rewrite.decode, rewrite.recode
+        decode, recode = rewrite.decode_with_copy, rewrite.recode
 
         def count(step: int) -> None:
             with lock:
@@ -74,7 +74,7 @@ class _Alive:
             count(-1)
             return result
 
-        monkeypatch.setattr(rewrite, "decode", counted_decode)
+        monkeypatch.setattr(rewrite, "decode_with_copy", counted_decode)
         monkeypatch.setattr(rewrite, "recode", counted_recode)
 
 

@@ -1,8 +1,10 @@
 """Encoders normalise, stay frozen, and refuse what would be silently wrong."""
 
 import json
+import warnings
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +81,18 @@ def test_folding_the_batch_norm_changes_nothing(encoder):
         plain = model(image)
         folded = encoder._embed_image(image)
     torch.testing.assert_close(folded, plain, atol=1e-3, rtol=0)
+
+
+def test_padding_is_fixed_in_a_traced_network():
+    """OpenVINO then joins it with its convolution; computed from sizes, it would not."""
+    from one4all.encoders.efficientnet_lite import Conv2dSame
+
+    trace: Any = torch.jit.trace
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is to be replaced
+        traced = trace(Conv2dSame(3, 4, 5, 2).eval(), torch.zeros(1, 3, 8, 8))
+    assert "aten::pad" in str(traced.graph)
+    assert "aten::size" not in str(traced.graph)
 
 
 @pytest.mark.slow

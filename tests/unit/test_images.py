@@ -21,6 +21,7 @@ from one4all.image_kinds import is_image
 from one4all.images import (
     DecodedImage,
     decode,
+    decode_with_copy,
     encode,
     extension_for,
     from_pillow,
@@ -59,6 +60,9 @@ def test_kind_of_image_is_decoded_and_written_back_without_loss(
     assert decode(encode(image, "match")).format == image.format
     monkeypatch.setattr(images, "_BAND_PIXELS", 500)  # as if it were large
     np.testing.assert_array_equal(decode(data).pixels, image.pixels)
+    found, copy = decode_with_copy(data, 16)
+    np.testing.assert_array_equal(found.pixels, image.pixels)
+    np.testing.assert_array_equal(copy, working_copy(image.pixels, 16))
 
 
 def _animated(format: str) -> bytes:
@@ -482,8 +486,11 @@ def test_png_whose_samples_do_not_inflate_to_what_was_written_is_refused(monkeyp
             encode(image, "match")
 
 
-def test_few_png_are_decoded_again_and_always_the_same_ones(monkeypatch):
-    """All of them were inflated again, and compared."""
+@pytest.mark.parametrize(
+    ("format", "distances"), [("PNG", (1, 1)), ("JPEG", (1, None))], ids=["png", "jpeg"]
+)
+def test_few_files_are_decoded_again_and_always_the_same_ones(format, distances, monkeypatch):
+    """Every PNG was inflated again, and compared; every JPEG was seen to be whole."""
     decoded: list[bytes] = []
 
     def count(data: bytes, *, max_pixels: int) -> DecodedImage:
@@ -491,13 +498,58 @@ def test_few_png_are_decoded_again_and_always_the_same_ones(monkeypatch):
         return decode(data, max_pixels=max_pixels)
 
     monkeypatch.setattr(recode, "decode", count)
+
+    def recoded(seed: int, *, measured: bool) -> recode.RecodedImage:
+        clean = DecodedImage(make_pixels(seed=seed), format)
+        moved = np.where(clean.pixels < 128, clean.pixels + 1, clean.pixels - 1)
+        return recode.recode(
+            clean,
+            moved,
+            output_format="match",
+            epsilon_levels=8,
+            max_pixels=10**6,
+            measured=measured,
+        )
+
     for _ in range(2):
         for seed in range(64):
-            clean = DecodedImage(make_pixels(seed=seed), "PNG")
-            moved = np.where(clean.pixels < 128, clean.pixels + 1, clean.pixels - 1)
-            found = recode.recode(
-                clean, moved, output_format="match", epsilon_levels=8, max_pixels=10**6
-            )
-            assert (found.max_before_encoding, found.max_decoded) == (1, 1)
+            before = len(decoded)
+            found = recoded(seed, measured=False)
+            if len(decoded) == before:
+                assert (found.max_before_encoding, found.max_decoded) == distances
+                assert (found.psnr_db is None) == (found.max_decoded is None)
+            else:
+                assert found.max_decoded >= 1
+                assert found.psnr_db > 20
     assert 2 <= len(decoded) <= 2 * 16
     assert decoded[: len(decoded) // 2] == decoded[len(decoded) // 2 :]
+    assert recoded(0, measured=True).psnr_db > 20
+
+
+PROGRESSIVE, GRAY = make_image("JPEG", progressive=True), make_image("JPEG", "L")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda jpeg: jpeg[:-2], id="without-its-end"),
+        pytest.param(lambda jpeg: jpeg[: len(jpeg) // 2], id="cut"),
+        pytest.param(lambda jpeg: jpeg + b"more", id="with-more-behind"),
+        pytest.param(
+            lambda jpeg: jpeg.replace(b"\x00\x28\x00\x38", b"\x00\x28\x00\x39"), id="wider"
+        ),
+        pytest.param(lambda _: PROGRESSIVE, id="of-several-scans"),
+        pytest.param(lambda _: GRAY, id="gray"),
+        pytest.param(lambda _: b"", id="nothing"),
+    ],
+)
+def test_jpeg_that_is_not_whole_is_refused_without_decoding_it(spoil, monkeypatch):
+    class Spoilt(io.BytesIO):
+        def getvalue(self) -> bytes:
+            return spoil(super().getvalue())
+
+    image = DecodedImage(make_pixels(), "JPEG")
+    assert encode(image, "match")
+    monkeypatch.setattr(images.io, "BytesIO", Spoilt)
+    with pytest.raises(BadImageError, match="no whole file"):
+        encode(image, "match")

@@ -58,6 +58,8 @@ def test_distances_equal_their_definitions():
     mse = np.mean(difference.astype(float) ** 2)
     assert psnr_db(first, second) == pytest.approx(10 * math.log10(255**2 / mse))
     assert abs(ssim(first, second) - slow_ssim(first, second)) < 1e-3
+    white = np.full((300, 300, 3), 255, np.uint8)
+    assert psnr_db(white, np.zeros_like(white)) == 0  # no digit of a large sum is lost
 
 
 def test_bands_change_nothing(monkeypatch):

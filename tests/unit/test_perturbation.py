@@ -31,7 +31,7 @@ def test_no_image_and_no_perturbation_breaks_the_budget(clean, delta, epsilon):
         np.testing.assert_array_equal(protected[:, :, -1], clean[:, :, -1])
 
 
-@pytest.mark.parametrize("size", [(7, 90), (33, 33), (64, 48), (200, 301)])
+@pytest.mark.parametrize("size", [(7, 90), (33, 33), (64, 48), (200, 301), (600, 20)])
 def test_bands_equal_resizing_the_whole(size, monkeypatch):
     monkeypatch.setattr(perturbation, "_BAND_PIXELS", 1000)
     delta = np.random.default_rng(0).uniform(-8, 8, (32, 32, 3)).astype(np.float32)
@@ -42,6 +42,9 @@ def test_bands_equal_resizing_the_whole(size, monkeypatch):
     # Two ways of interpolating may round one value in thousands to the other side.
     assert (found != expected).mean() < 1e-3
     assert np.abs(found - expected).max() <= 1
+    monkeypatch.setattr(perturbation, "_MANY_ROWS", 1 if size[0] < 600 else 1000)
+    again = apply_perturbation(clean, delta, epsilon_levels=8)
+    np.testing.assert_array_equal(again, found)  # rows one by one, or many together
 
 
 def test_values_are_rounded_not_cut():

@@ -79,6 +79,8 @@ def test_names_order_and_sidecars_are_kept_and_images_are_protected(run, output_
             assert written[name] == payload
     assert (manifest.num_samples, manifest.num_images, manifest.num_protected) == (11, 11, 11)
     assert manifest.distances.max_before_encoding <= 8
+    assert manifest.distances.max_decoded > 0  # the first image is measured in any case
+    assert manifest.distances.mean_psnr_db > 20
     assert audit.problems == []
     assert len(audit.images) == 11
 
@@ -366,7 +368,7 @@ worker = ProtectWorker(
     {source_uri!r}, {str(tmp_path / "out")!r}, "run", num_threads=1,
     protector_sha256=load_card({str(protector_folder)!r}).content_hash,
 )
-rewrite.decode = lambda *_, **__: re.match("(a+)+$", "a" * 60 + "b")
+rewrite.decode_with_copy = lambda *_, **__: re.match("(a+)+$", "a" * 60 + "b")
 worker.protect(next(list_units(open_storage({source_uri!r}))))
 """
     ended = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
