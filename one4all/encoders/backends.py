@@ -183,14 +183,11 @@ class OpenVinoBackend(EncoderBackend):
     one_by_one = True
 
     def __init__(self, encoder: Encoder, image_size: int, *, bfloat16: bool = False) -> None:
-        # The package tells its makers of each use, unless that part of it cannot be imported.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        import openvino
-
+        openvino = _openvino()
         precision = "bfloat16" if bfloat16 else "float32"
         self.label = f"openvino {precision}"
         core = openvino.Core()
-        if bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if bfloat16 and not cpu_has_bfloat16():
             raise ConfigError(
                 "this CPU does not compute in bfloat16 (it takes AMX or AVX512_BF16); use "
                 "encoder_backend auto"
@@ -241,6 +238,22 @@ class OpenVinoBackend(EncoderBackend):
         return self._pool.map(function, *items)
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 (AMX or AVX512_BF16) and is faster so; False if nobody
+    can tell, because OpenVINO is not installed."""
+    if not installed("openvino"):
+        return False
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _openvino() -> Any:
+    # The package tells its makers of each use, unless that part of it cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
 _last: dict[object, OpenVinoBackend] = {}
 
 
@@ -278,8 +291,6 @@ class _OfPixels(nn.Module):
 
 def _convert(encoder: Encoder, example_1HWC: Pixels) -> Any:
     """OpenVINO's form of an encoder, for one image of that size."""
-    import openvino
-
     pixels = torch.from_numpy(example_1HWC)
     with warnings.catch_warnings(), torch.inference_mode():
         # Tracing is to be replaced by torch.export, which takes seconds more.
@@ -287,7 +298,7 @@ def _convert(encoder: Encoder, example_1HWC: Pixels) -> Any:
         trace: Any = torch.jit.trace
         traced = trace(_OfPixels(encoder).eval(), pixels, check_trace=False)
         frozen = torch.jit.freeze(traced)
-        return openvino.convert_model(frozen, example_input=pixels, input=[pixels.shape])
+        return _openvino().convert_model(frozen, example_input=pixels, input=[pixels.shape])
 
 
 @contextmanager

@@ -238,3 +238,8 @@ def test_pytorch_embeds_in_whole_float32_and_with_cudnn(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "encode_image", encode_image)
     load_backend(tiny, "torch").embed(tiny_images(2))
     assert seen == [(True, False)]
+
+
+def test_without_openvino_no_cpu_is_known_to_have_bfloat16(monkeypatch):
+    monkeypatch.setattr(backends, "installed", lambda package: False)
+    assert not backends.cpu_has_bfloat16()
