@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import tarfile
@@ -73,8 +74,10 @@ class Measured:
 
 @dataclass
 class Clock:
-    """Time, CPU time and memory of this process and of all below it."""
+    """Time, CPU time and peak memory of this process and of all below it."""
 
+    _num_bytes: int = 0
+    _look_at: int = _FIRST
     _start: tuple[int, float, float] | None = None
     _end: tuple[int, float, float] = (0, 0.0, 0.0)
     _cpu: dict[tuple[int, float], float] = field(default_factory=dict)  # by process, also ended
@@ -82,6 +85,9 @@ class Clock:
     def tick(self, num_images: int) -> None:
         """So many images are done by now; the first call with ``_FIRST`` of them is the start."""
         if num_images >= _FIRST:
+            if num_images >= self._look_at:  # seldom, because it takes time
+                self._num_bytes = max(self._num_bytes, self._memory())
+                self._look_at = 2 * num_images
             self._end = (num_images, time.perf_counter(), self._cpu_seconds())
             self._start = self._start or self._end
 
@@ -96,8 +102,7 @@ class Clock:
         images, seconds, cpu = (
             end - start for start, end in zip(self._start, self._end, strict=True)
         )
-        num_bytes = sum(process.memory_full_info().pss for process in self._processes())
-        return Measured(images / seconds, 1000 * cpu / images, num_bytes)
+        return Measured(images / seconds, 1000 * cpu / images, self._num_bytes)
 
     @staticmethod
     def _processes() -> list[Any]:
@@ -106,14 +111,29 @@ class Clock:
         this = psutil.Process()
         return [this, *this.children(recursive=True)]
 
-    def _cpu_seconds(self) -> float:
+    def _memory(self) -> int:
+        """Proportional set size, in bytes: pages that processes share are counted once."""
         import psutil
 
+        num_bytes = 0
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                num_bytes += process.memory_full_info().pss
+        return num_bytes
+
+    def _cpu_seconds(self) -> float:
+        """Of a process that has ended, what was seen of it; or, if it was a child of this one and
+        that is more, what the kernel says of all of these."""
+        import psutil
+
+        alive = 0.0
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
-                self._cpu[process.pid, process.create_time()] = times.user + times.system
-        return sum(self._cpu.values())
+                seen = self._cpu[process.pid, process.create_time()] = times.user + times.system
+                alive += seen
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return max(sum(self._cpu.values()), alive + ended.ru_utime + ended.ru_stime)
 
 
 Side = Callable[[str, str, int], Measured]
