@@ -95,7 +95,7 @@ def learnt_section(
     over = f"{num_seeds} seed" + "s" * (num_seeds > 1)
     bars = plot_accuracies(
         accuracies,
-        chance=max(table.cell(row, column).majority for row in table.rows),
+        chance=table.majority(column),
         title=f"Trained on each copy, tested on clean photos; {over}",
     )
     means = {row: 100 * np.mean(found, axis=0) for row, found in curves.items()}

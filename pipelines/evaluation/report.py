@@ -92,7 +92,7 @@ class Table:
     def text(self) -> list[list[str]]:
         """Header and rows."""
         body = [[row, *(str(self.cell(row, c)) for c in self.columns)] for row in self.rows]
-        majority = [f"{100 * self._majority(column):.1f}" for column in self.columns]
+        majority = [f"{100 * self.majority(column):.1f}" for column in self.columns]
         table = [[self.grid.rows, *self.columns], *body, ["(most frequent class)", *majority]]
         if self.visibility:
             seen = [_visibility_cells(self.visibility.get(row)) for row in self.rows]
@@ -105,7 +105,8 @@ class Table:
         lines += [self.grid.note, ""] if self.grid.note else []
         return "\n".join([*lines, *_markdown(self.text()), ""])
 
-    def _majority(self, column: str) -> float:
+    def majority(self, column: str) -> float:
+        """Share of test images of the commonest class, 0..1: what always naming it would reach."""
         return max((self.cell(row, column).majority for row in self.rows), default=0.0)
 
 
