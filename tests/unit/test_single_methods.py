@@ -30,8 +30,7 @@ from one4all.evaluation.methods.tap import TapConfig, _attack
 from one4all.evaluation.methods.tue import TueConfig, class_separability
 from one4all.evaluation.methods.unlearnable_clusters import UnlearnableClustersConfig
 from one4all.images import decode, working_copy
-from one4all.protectors.codebook import CodebookConfig
-from one4all.protectors.generator import GeneratorConfig
+from one4all.protectors.config import CodebookConfig, GeneratorConfig
 
 pytestmark = pytest.mark.slow
 

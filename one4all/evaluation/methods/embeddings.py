@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from one4all.encoders import Encoder
+from one4all.encoders.base import Encoder
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.surrogate import chunks
 from one4all.protectors.protector import Protector
