@@ -315,6 +315,15 @@ def test_unlearnable_clusters_move_features_towards_the_next_centre():
     assert np.mean(gains) > 0.01  # single clusters may lose: the loss is not the cosine
 
 
+def test_an_encoder_is_back_on_the_cpu_when_a_corpus_is_encoded(monkeypatch):
+    corpus = LabelledImages(make_pixels(32, 32)[None], np.zeros(1, np.int64))
+    encoder, places = load_encoder(TINY_ENCODER), []
+    to = encoder.to
+    monkeypatch.setattr(encoder, "to", lambda device: places.append(str(device)) or to(device))
+    encode_corpus(encoder, corpus, torch.device("cpu:0"))
+    assert places == ["cpu:0", "cpu"]
+
+
 def test_codebook_has_a_pattern_a_concept_and_reads_no_label():
     corpus = make_corpus(48)
     method = find_method("codebook")

@@ -115,6 +115,7 @@ def fit(
     on = torch.device(device)
     encoder = encoder or load_encoder(config.encoder)
     features = encode_corpus(encoder, images, on)
+    encoder.to(on)
     centres, assignment = k_means(features, config.num_clusters, seed=seed)
     scale = config.feature_scale or features.shape[1] ** 0.5
     patterns, similarities = [], []
