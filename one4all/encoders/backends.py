@@ -163,7 +163,6 @@ class OpenVinoBackend(EncoderBackend):
         openvino = _openvino()
         precision = "bfloat16" if bfloat16 else "float32"
         self.label = f"openvino {precision}"
-        core = openvino.Core()
         if bfloat16 and not cpu_has_bfloat16():
             raise ConfigError(
                 "this CPU does not compute in bfloat16 (it takes AMX or AVX512_BF16); use "
@@ -175,7 +174,7 @@ class OpenVinoBackend(EncoderBackend):
             with one_thread():
                 expected = _expected(encoder, probe_1HWC)
                 converted = _convert(encoder, probe_1HWC)
-            compiled = core.compile_model(
+            compiled = _core().compile_model(
                 converted,
                 "CPU",
                 {
@@ -220,7 +219,12 @@ def cpu_has_bfloat16() -> bool:
     can tell, because OpenVINO is not installed."""
     if not installed("openvino"):
         return False
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@cache
+def _core() -> Any:
+    return _openvino().Core()
 
 
 def _openvino() -> Any:
