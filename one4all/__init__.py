@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from one4all.audit import UnitAudit, audit_unit
     from one4all.concepts import ConceptBank
     from one4all.corpus import Member, Sample, Unit, list_units, read_samples
-    from one4all.encoders import Encoder, EncoderConfig, load_encoder
+    from one4all.encoders import EncoderConfig, load_encoder
+    from one4all.encoders.base import Encoder
     from one4all.errors import (
         AccessError,
         BadImageError,
@@ -47,16 +48,12 @@ if TYPE_CHECKING:
     from one4all.images import decode, encode
     from one4all.ledger import Binding, Ledger, Manifest
     from one4all.perturbation import apply_perturbation
-    from one4all.protectors import (
-        Codebook,
-        CodebookConfig,
-        Generator,
-        GeneratorConfig,
-        PerturbationModel,
-        Protector,
-        ProtectorCard,
-        load,
-    )
+    from one4all.protectors.card import ProtectorCard
+    from one4all.protectors.codebook import Codebook
+    from one4all.protectors.config import CodebookConfig, GeneratorConfig
+    from one4all.protectors.generator import Generator
+    from one4all.protectors.model import PerturbationModel
+    from one4all.protectors.protector import Protector, load
     from one4all.rewrite import RewriteConfig, rewrite_unit
     from one4all.storage import Storage, open_storage
 
@@ -113,7 +110,8 @@ _MODULES = {
     "audit": "UnitAudit audit_unit",
     "concepts": "ConceptBank",
     "corpus": "Member Sample Unit list_units read_samples",
-    "encoders": "Encoder EncoderConfig load_encoder",
+    "encoders": "EncoderConfig load_encoder",
+    "encoders.base": "Encoder",
     "errors": (
         "AccessError BadImageError BindingError BudgetError ConfigError ConflictError "
         "LeaseHeldError NotFoundError One4AllError PerturbationError ProtectorError ShardError "
@@ -123,10 +121,12 @@ _MODULES = {
     "images": "decode encode",
     "ledger": "Binding Ledger Manifest",
     "perturbation": "apply_perturbation",
-    "protectors": (
-        "Codebook CodebookConfig Generator GeneratorConfig PerturbationModel Protector "
-        "ProtectorCard load"
-    ),
+    "protectors.card": "ProtectorCard",
+    "protectors.codebook": "Codebook",
+    "protectors.config": "CodebookConfig GeneratorConfig",
+    "protectors.generator": "Generator",
+    "protectors.model": "PerturbationModel",
+    "protectors.protector": "Protector load",
     "rewrite": "RewriteConfig rewrite_unit",
     "storage": "Storage open_storage",
 }

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from one4all.encoders import Encoder
+from one4all.encoders.base import Encoder
 from one4all.errors import ConfigError
 from one4all.vocabularies import load_vocabulary
 

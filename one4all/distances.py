@@ -66,8 +66,9 @@ def _sum_of_squares(difference: Pixels) -> int:
     """Exact: every sum on the way is a whole number that the type of float holds."""
     largest = int(difference.max())
     small = largest**2 * difference.size < 1 << 24
-    values = difference.ravel().astype(np.float32 if small else np.float64)
-    return int(np.dot(values, values))
+    values: npt.NDArray[Any] = difference.ravel().astype(np.float32 if small else np.float64)
+    # Not `np.dot`: that of float64 wakes a thread of OpenBLAS for each core, which then spins.
+    return int(np.einsum("i,i->", values, values))
 
 
 def _bands(image: Pixels, num_pixels: int, *, overlap: int = 0) -> Iterator[slice]:

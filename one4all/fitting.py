@@ -15,16 +15,13 @@ import torch
 from PIL import Image
 
 from one4all.encoders import EncoderConfig, load_encoder
-from one4all.encoders.backends import BackendName, load_backend
+from one4all.encoders.backends import load_backend
+from one4all.encoders.config import BackendName
 from one4all.errors import UsageError
 from one4all.images import Pixels, check_pixels, decode, from_pillow, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.codebook import (
-    DEFAULT_CODEBOOK,
-    DEFAULT_ENCODER,
-    CodebookConfig,
-    fit_codebook,
-)
+from one4all.protectors.codebook import fit_codebook
+from one4all.protectors.config import DEFAULT_CODEBOOK, DEFAULT_ENCODER, CodebookConfig
 from one4all.protectors.protector import Protector
 
 Embeddings: TypeAlias = npt.NDArray[np.float32]

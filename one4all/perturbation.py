@@ -11,15 +11,16 @@ paper's budget of 8/255 is 8 levels.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
 from one4all.errors import PerturbationError
 from one4all.images import Pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_EPSILON_LEVELS = 8
 
@@ -96,7 +97,7 @@ def around_middle(delta_hwC: Levels, height: int, width: int) -> Levels:
     return np.pad(delta_hwC, [(beyond[0],) * 2, (beyond[1],) * 2, (0, 0)], mode="edge")
 
 
-def resize_perturbation(delta_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_perturbation(delta_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize perturbations bilinearly, antialiased when shrinking; used while training.
 
     Args:
@@ -106,11 +107,11 @@ def resize_perturbation(delta_BCHW: torch.Tensor, size: tuple[int, int]) -> torc
     Returns:
         (B, C, height, width) float. Interpolation is a weighted mean, so a bound is kept.
     """
+    from torch.nn.functional import interpolate  # takes seconds; a card's budget needs it not
+
     if tuple(delta_BCHW.shape[-2:]) == tuple(size):
         return delta_BCHW
-    return F.interpolate(
-        delta_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False
-    )
+    return interpolate(delta_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 class _BandResizer:
@@ -121,6 +122,8 @@ class _BandResizer:
     """
 
     def __init__(self, delta_hwC: Levels, height: int, width: int) -> None:
+        import torch
+
         delta = torch.from_numpy(np.ascontiguousarray(delta_hwC)).permute(2, 0, 1)[None].float()
         source_rows = min(delta.shape[2], height)
         # Width, and height where it shrinks, at once: that is small. Rows are added band by band.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import closing
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,9 +25,11 @@ from one4all.corpus import (
 from one4all.errors import BadImageError, One4AllError
 from one4all.images import decode
 from one4all.ledger.records import Binding, Manifest
-from one4all.protectors.protector import Protector
 from one4all.rewrite import RewriteConfig, rewrite_unit
 from one4all.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from one4all.protectors.protector import Protector
 
 _TOLERANCE = 0.5  # levels, mean over an image: other hardware rounds a pixel here and there
 _MAX_PROBLEMS = 20

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -50,9 +50,11 @@ from one4all.images import (
 )
 from one4all.ledger.records import BadImage, Binding, Manifest, UnitDistances
 from one4all.perturbation import Levels
-from one4all.protectors.protector import Protector
 from one4all.recode import RecodedImage, recode
 from one4all.storage import Storage
+
+if TYPE_CHECKING:
+    from one4all.protectors.protector import Protector
 
 STAGES = ("read", "decode", "device", "encode", "write")
 _LOOKAHEAD = 1  # batches waiting between two stages

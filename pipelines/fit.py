@@ -21,22 +21,17 @@ from torch import Tensor
 
 from one4all.concepts import ConceptBank
 from one4all.corpus import Unit, images_of, open_corpora, read_samples
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.encoders.backends import BackendName, load_backend
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.encoders.backends import load_backend
+from one4all.encoders.base import Encoder
+from one4all.encoders.config import BackendName
 from one4all.errors import BadImageError, NotFoundError, One4AllError, ShardError, UsageError
 from one4all.fitting import Embeddings
 from one4all.images import DEFAULT_MAX_PIXELS, Pixels, decode, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.card import ProtectorCard
-from one4all.protectors.codebook import (
-    DEFAULT_CODEBOOK,
-    DEFAULT_ENCODER,
-    Codebook,
-    CodebookConfig,
-    check_num_concepts,
-    fit_codebook,
-    name_codebook,
-)
+from one4all.protectors.codebook import Codebook, check_num_concepts, fit_codebook, name_codebook
+from one4all.protectors.config import DEFAULT_CODEBOOK, DEFAULT_ENCODER, CodebookConfig
 from one4all.protectors.pattern import paint
 from one4all.protectors.protector import Protector
 from one4all.report import sample_grid, to_png

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from one4all.audit import UnitAudit, audit_unit
 from one4all.corpus import DEFAULT_MAX_SAMPLE_BYTES, Unit, open_source
 from one4all.corpus.loose import GROUP_OBJECTS
-from one4all.encoders.backends import BackendName, backend_of
+from one4all.encoders.config import BackendName, backend_of
 from one4all.errors import One4AllError, UsageError
 from one4all.ledger import (
     Binding,
@@ -25,8 +25,7 @@ from one4all.ledger import (
     read_binding,
     take_census,
 )
-from one4all.protectors.card import locate
-from one4all.protectors.protector import Protector, check_protector
+from one4all.protectors.card import check_protector, locate
 from one4all.recompute import recompute_unit
 from one4all.storage import open_storage
 from one4all.visibility import VisibilitySummary, require_packages
@@ -36,6 +35,9 @@ from pipelines.placement import await_room
 from pipelines.protect.own_protector import find_own
 from pipelines.ray_session import ray_session, uses_ray
 from pipelines.settings import JobConfig, RayConfig, RunnerName
+
+if TYPE_CHECKING:
+    from one4all.protectors.protector import Protector
 
 MAX_NAMED = 10_000  # shards or files that are not protected
 _MAX_DEATHS = 3  # of workers, over one shard
@@ -374,6 +376,8 @@ def audit_one(
 
 @lru_cache(maxsize=1)
 def _load(protector: str, encoder_backend: BackendName) -> Protector:
+    from one4all.protectors.protector import Protector  # only who protects again needs PyTorch
+
     return Protector.load(protector, encoder_backend=encoder_backend)
 
 

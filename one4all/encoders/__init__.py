@@ -4,14 +4,21 @@
   packages; no model hub.
 * ``open_clip``: any open_clip model, by name and pretrained tag, or from a local checkpoint.
 
-`backends` says what computes their image embeddings at inference: PyTorch or OpenVINO.
+`backends` says what computes their image embeddings at inference: PyTorch or OpenVINO. `config` has
+the settings of all this; who needs no more does not wait for PyTorch.
 """
 
-from one4all.encoders.base import Encoder, EncoderConfig
-from one4all.encoders.embedded import EMBEDDED_MODELS, EmbeddedEncoder
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from one4all.encoders.config import EncoderConfig
 from one4all.errors import ConfigError
 
-__all__ = ["Encoder", "EncoderConfig", "load_encoder"]
+if TYPE_CHECKING:
+    from one4all.encoders.base import Encoder
+
+__all__ = ["EncoderConfig", "load_encoder"]
 
 
 def load_encoder(config: EncoderConfig) -> Encoder:
@@ -21,6 +28,8 @@ def load_encoder(config: EncoderConfig) -> Encoder:
         ConfigError: Contradictory or missing options.
         ProtectorError: The weights cannot be loaded here.
     """
+    from one4all.encoders.embedded import EMBEDDED_MODELS, EmbeddedEncoder  # PyTorch
+
     encoder: Encoder
     if config.kind == "embedded":
         name = config.model_name or "lite0"

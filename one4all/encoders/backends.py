@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from one4all.encoders.base import Encoder
+from one4all.encoders.config import BackendName, check_backend
 from one4all.errors import ConfigError
 from one4all.extras import installed, require
 from one4all.images import Pixels
@@ -36,32 +37,8 @@ from one4all.images import Pixels
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-BackendName = Literal["auto", "torch", "openvino", "torch-bfloat16", "openvino-bfloat16"]
-"""How embeddings are computed: "auto" is float32 by the fastest that is here, the next two are
-float32 by that one, and the others are bfloat16."""
-
-Precision = Literal["float32", "torch-bfloat16", "openvino-bfloat16"]
-"""What of a `BackendName` changes patterns."""
-
 # Largest difference of a value of an embedding, of unit length, from PyTorch's in float32.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-
-
-def precision_of(backend: BackendName) -> Precision:
-    """What a destination is bound to, if its embeddings are computed by this backend."""
-    return backend if backend in ("torch-bfloat16", "openvino-bfloat16") else "float32"
-
-
-def backend_of(precision: Precision) -> BackendName:
-    """The backend that makes the patterns of a precision; any, in float32."""
-    return "auto" if precision == "float32" else precision
-
-
-def check_backend(backend: str) -> None:
-    """Raises: ConfigError if there is none of that name."""
-    if backend not in get_args(BackendName):
-        names = ", ".join(get_args(BackendName))
-        raise ConfigError(f"no encoder_backend {backend!r}, only {names}")
 
 
 class EncoderBackend(ABC):
@@ -186,7 +163,6 @@ class OpenVinoBackend(EncoderBackend):
         openvino = _openvino()
         precision = "bfloat16" if bfloat16 else "float32"
         self.label = f"openvino {precision}"
-        core = openvino.Core()
         if bfloat16 and not cpu_has_bfloat16():
             raise ConfigError(
                 "this CPU does not compute in bfloat16 (it takes AMX or AVX512_BF16); use "
@@ -198,7 +174,7 @@ class OpenVinoBackend(EncoderBackend):
             with one_thread():
                 expected = _expected(encoder, probe_1HWC)
                 converted = _convert(encoder, probe_1HWC)
-            compiled = core.compile_model(
+            compiled = _core().compile_model(
                 converted,
                 "CPU",
                 {
@@ -243,7 +219,12 @@ def cpu_has_bfloat16() -> bool:
     can tell, because OpenVINO is not installed."""
     if not installed("openvino"):
         return False
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@cache
+def _core() -> Any:
+    return _openvino().Core()
 
 
 def _openvino() -> Any:

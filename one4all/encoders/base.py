@@ -9,35 +9,10 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-
-
-class EncoderConfig(BaseModel):
-    """Which encoder, and how it is built.
-
-    Attributes:
-        kind: "embedded" or "open_clip".
-        model_name: open_clip model name, or ``local-dir:PATH`` of a folder in open_clip's format.
-            Of the embedded kind: "lite0", "lite2" or "lite0+lite2"; "" means "lite0".
-        pretrained: open_clip tag (such as ``openai``) or path of a local checkpoint.
-        quick_gelu: Activation a *local* checkpoint was trained with. It cannot be read from the
-            weights, and the wrong one gives silently wrong features, so it must be stated.
-        input_size: Side in pixels at which images are encoded; 0 means the model's own, 224 if
-            embedded. Only the embedded encoder, which is convolutional, accepts another one.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    kind: Literal["embedded", "open_clip"] = "embedded"
-    model_name: str = ""
-    pretrained: str = ""
-    quick_gelu: bool | None = None
-    input_size: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 class Encoder(nn.Module):

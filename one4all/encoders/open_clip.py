@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from one4all.encoders.base import Encoder, EncoderConfig
+from one4all.encoders.base import Encoder
+from one4all.encoders.config import EncoderConfig
 from one4all.errors import ConfigError, ProtectorError
 from one4all.extras import require
 

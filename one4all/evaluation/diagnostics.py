@@ -22,7 +22,7 @@ from torch import Tensor
 from one4all.clustering import k_means
 from one4all.concepts import ConceptBank
 from one4all.distances import max_difference, psnr_db, ssim
-from one4all.encoders import Encoder
+from one4all.encoders.base import Encoder
 from one4all.errors import UsageError
 from one4all.evaluation.attacks import Purifier, find_attack
 from one4all.evaluation.feature_distance import feature_distance

@@ -1,6 +1,6 @@
 """The card of a protector: what it is and where it comes from, as JSON that people can read.
 
-No network is loaded here.
+No network is loaded here, and no PyTorch for it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from safetensors import deserialize
 
-from one4all.encoders import EncoderConfig
+from one4all.encoders.config import EncoderConfig
 from one4all.errors import NotFoundError, ProtectorError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, parse_config
+from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, parse_config, tensor_names
 from one4all.storage import open_storage
 
 CARD = "card.json"
@@ -102,6 +103,41 @@ def load_card(protector: str) -> ProtectorCard:
             f"({what}); copy the folder again, or make the protector again, by "
             "the command in its card"
         ) from error
+
+
+def check_protector(protector: str) -> ProtectorCard:
+    """The card of a protector whose weights are those it describes; no encoder is loaded.
+
+    For whoever starts workers that will load it: what can be known before is known before.
+
+    Raises:
+        ProtectorError: Missing, damaged, or of another version.
+    """
+    card = load_card(protector)
+    found = {name for name, _ in deserialize(read_weights(protector, card))}  # type: ignore[no-untyped-call]
+    if found != tensor_names(card.generator):
+        raise other_tensors(protector)
+    return card
+
+
+def read_weights(protector: str, card: ProtectorCard) -> bytes:
+    """The file of weights that a card describes. Raises: ProtectorError if it is another one."""
+    weights = read_part(protector, WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
+        raise ProtectorError(
+            f"{WEIGHTS} of protector {protector!r} is not the file its card describes; copy the "
+            "folder again"
+        )
+    return weights
+
+
+def other_tensors(protector: str) -> ProtectorError:
+    """The error of weights that are not those of the model that the card describes."""
+    return ProtectorError(
+        f"{WEIGHTS} of protector {protector!r} holds other tensors than this version of one4all "
+        "needs; make the protector again, by the command in its card, or use the version that made "
+        "it"
+    )
 
 
 def locate(protector: str) -> str:

@@ -21,56 +21,19 @@ Shape suffixes: B batch, K concepts, D embedding width, P directions, b bits, C 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from one4all.clustering import k_means, squared_distances
 from one4all.codes import principal_directions, quantise
-from one4all.encoders import EncoderConfig
 from one4all.errors import UsageError
 from one4all.images import Pixels
 from one4all.perturbation import Levels, around_middle
+from one4all.protectors.config import MAX_CONCEPTS, CodebookConfig, PatternConfig
 from one4all.protectors.model import PerturbationModel
-from one4all.protectors.pattern import PatternConfig, hide, paint
-
-# Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
-DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
-MAX_CONCEPTS = 20_000
-_IMAGES_PER_CONCEPT = 15
-_FEWEST_CONCEPTS = 32  # if there are twice as many images
-
-
-class CodebookConfig(BaseModel):
-    """Size and look of a codebook.
-
-    Attributes:
-        num_concepts: Number K of concepts, at most `MAX_CONCEPTS`; 0 means one for every 15 images
-            that it is fitted to. A codebook of names has one for each name, whatever this says.
-        directions: Number P of directions of the embedding that are looked at, at most.
-        temperature: T above, in squared distance of vectors of unit length. Towards 0, the nearest
-            concept decides.
-        pattern: Look of a code, or the name of one: discreet, balanced, strong or gray-proof.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_concepts: Annotated[int, Field(ge=0, le=MAX_CONCEPTS)] = 0
-    directions: Annotated[int, Field(ge=2, le=1024)] = 64
-    temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
-    pattern: PatternConfig = PatternConfig()
-
-    def concepts_of(self, num_images: int) -> int:
-        """Number of concepts for so many images."""
-        fewest = min(_FEWEST_CONCEPTS, num_images // 2)
-        wanted = min(MAX_CONCEPTS, max(num_images // _IMAGES_PER_CONCEPT, fewest, 2))
-        return self.num_concepts or wanted
-
-
-DEFAULT_CODEBOOK = CodebookConfig()
+from one4all.protectors.pattern import hide, paint
 
 
 class Codebook(PerturbationModel):
@@ -81,8 +44,6 @@ class Codebook(PerturbationModel):
         embedding_dim: Width D of the encoder's embedding.
     """
 
-    kind = "codebook"
-    config_type = CodebookConfig
     sees_image = False
 
     mean_D: Tensor

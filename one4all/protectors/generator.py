@@ -13,57 +13,12 @@ bottleneck (paper Figure 2). Two presets of one class:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
-
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from one4all.errors import ConfigError
+from one4all.protectors.config import GeneratorConfig
 from one4all.protectors.model import PerturbationModel
-
-
-class GeneratorConfig(BaseModel):
-    """Architecture of a generator; the defaults are the ``compact`` preset.
-
-    Attributes:
-        width: Channels of the first layer; doubled by each downsampling.
-        stem_stride: Stride of the first layer; the perturbation grid is input / stem_stride.
-        num_downsamplings: Halvings between the stem and the bottleneck.
-        num_blocks: Residual blocks at the bottleneck.
-        norm: "group" makes the output independent of the rest of the batch, also while training;
-            "batch" does so only in eval mode.
-        embedding_channels: Project the embedding to this many channels before it is joined; 0 joins
-            the embedding itself, as the paper does.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    width: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 32
-    stem_stride: Literal[1, 2, 4] = 2
-    num_downsamplings: Annotated[int, Field(ge=0, le=4)] = 2
-    num_blocks: Annotated[int, Field(ge=0, le=48)] = 4
-    norm: Literal["group", "batch"] = "group"
-    embedding_channels: Annotated[int, Field(ge=0, le=1024)] = 128
-
-    @property
-    def total_stride(self) -> int:
-        """Input sides must be a multiple of this."""
-        return int(self.stem_stride * 2**self.num_downsamplings)
-
-
-PRESETS: dict[str, GeneratorConfig] = {
-    "compact": GeneratorConfig(),
-    "paper": GeneratorConfig(
-        width=64,
-        stem_stride=1,
-        num_downsamplings=3,
-        num_blocks=24,
-        norm="batch",
-        embedding_channels=0,
-    ),
-}
 
 
 class Generator(PerturbationModel):
@@ -73,10 +28,6 @@ class Generator(PerturbationModel):
         config: Architecture.
         embedding_dim: Width D of the encoder's embedding.
     """
-
-    kind = "generator"
-    config_type = GeneratorConfig
-    presets: ClassVar[Mapping[str, BaseModel]] = PRESETS
 
     def __init__(self, config: GeneratorConfig, embedding_dim: int) -> None:
         super().__init__(config, embedding_dim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -20,15 +19,9 @@ class PerturbationModel(nn.Module, ABC):
     its state dictionary.
 
     Attributes:
-        kind: Name in protector cards.
-        config_type: Class of its configuration.
-        presets: Configurations that have a name.
         sees_image: Whether `forward` looks at images; if not, it is given none of their pixels.
     """
 
-    kind: ClassVar[str]
-    config_type: ClassVar[type[BaseModel]]
-    presets: ClassVar[Mapping[str, BaseModel]] = {}
     sees_image: ClassVar[bool] = True
 
     @abstractmethod

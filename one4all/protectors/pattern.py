@@ -11,28 +11,18 @@ Shape suffixes: N patterns, B bits, C channels, g cells a side, h w grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
 from torch import Tensor
 
 from one4all.images import Pixels, colour
 from one4all.perturbation import Levels
+from one4all.protectors.config import VALUES_PER_CELL, PatternConfig
 
-VALUES_PER_CELL = 8  # of a cell of one colour; stripes have as many for each of their periods
 COLOUR = (-1.0, 1.0, -1.0)  # red, green, blue of a bit that is 1
 _PHOTO_BLUR = 0.25  # cells
 _SAMPLES_A_SIDE = 8  # of a value of the grid; more would not change what is left after the blur
@@ -41,86 +31,6 @@ _CHROMA_WEIGHT = 0.045  # of CIEDE2000
 _RGB_TO_XYZ = torch.tensor(
     [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
 ) / torch.tensor([[0.9505], [1.0], [1.089]])
-
-
-class PatternConfig(BaseModel):
-    """Look of a pattern. A name of `STRENGTHS` stands for one, too.
-
-    Attributes:
-        cells: Cells a side; right mirrors left. Few and large ones are learnt fastest and survive
-            resizing (docs/method.md).
-        smoothing: Blur, in cells: the standard deviation of a Gaussian. 0 leaves flat cells with
-            hard edges, which everybody sees.
-        amplitude: Share of the budget that the strongest value of a pattern takes on gray.
-        masking: How far the amplitude follows the eye, 0..1. On strong colours it sees a difference
-            of colour less, by the weight that CIEDE2000 gives to chroma C: 1 + .045 C. 1 adds as
-            much more there, up to the budget; 0 adds the same everywhere.
-        in_place: Share of the photo's own colour that is counted in, 0..1. Where a green cell
-            falls on what is green already, less is added; where it falls on magenta, up to twice
-            as much, within the budget. So a reader finds the same, and the eye sees less of it.
-        stripes: Periods of stripes that a cell has, upright for a bit that is 1 and lying for one
-            that is not; they are lighter and darker, in no colour. 0 means cells of one colour.
-            What hides a colour (``smoothing``, ``masking``, ``in_place``) does not hide stripes,
-            and must be 0 with them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cells: Annotated[int, Field(ge=1, le=16)] = 4
-    smoothing: Annotated[float, Field(ge=0, le=2)] = 0.375
-    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.36
-    masking: Annotated[float, Field(ge=0, le=1)] = 1.0
-    in_place: Annotated[float, Field(ge=0, le=1)] = 1.0
-    stripes: Annotated[int, Field(ge=0, le=16)] = 0
-
-    @model_validator(mode="after")
-    def _stripes_are_not_hidden(self) -> Self:
-        hiding = [name for name in ("smoothing", "masking", "in_place") if getattr(self, name)]
-        if self.stripes and hiding:
-            raise ValueError(f"{hiding[0]} does not hide stripes: set it to 0, or stripes to 0")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_stripes(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Protectors made before there were stripes keep their content hash."""
-        dumped: dict[str, Any] = dump(self)
-        if not self.stripes:
-            dumped.pop("stripes", None)
-        return dumped
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in STRENGTHS:
-                raise ValueError(f"no strength {value!r}, only {', '.join(STRENGTHS)}")
-            return STRENGTHS[value].model_dump()
-        return value
-
-    def hard(self) -> PatternConfig:
-        """The same cells as everybody sees them: no blur, the whole budget."""
-        return self.model_copy(
-            update={"smoothing": 0.0, "amplitude": 1.0, "masking": 0.0, "in_place": 0.0}
-        )
-
-    @property
-    def side(self) -> int:
-        """Values a side of a painted pattern."""
-        return self.cells * VALUES_PER_CELL * max(1, self.stripes)
-
-    @property
-    def num_bits(self) -> int:
-        """Cells that differ: left of the middle, and the middle."""
-        return self.cells * _half(self.cells)
-
-
-# Looks that have a name, the least visible first; measured in docs/results.md.
-STRENGTHS: Mapping[str, PatternConfig] = {
-    "discreet": PatternConfig(),
-    "balanced": PatternConfig(smoothing=0.625, amplitude=1.0, masking=0.0, in_place=0.0),
-    "strong": PatternConfig().hard(),
-    "gray-proof": PatternConfig(smoothing=0, amplitude=1, masking=0, in_place=0, stripes=5),
-}
 
 
 def paint(bits_NB: Tensor, config: PatternConfig) -> Tensor:
@@ -134,7 +44,7 @@ def paint(bits_NB: Tensor, config: PatternConfig) -> Tensor:
         float32 (N, 3, h, w), h = w = ``config.side``, within +- ``config.amplitude``. A blurred
         pattern is scaled until its largest value is that again.
     """
-    half, cells = _half(config.cells), config.cells
+    half, cells = config.bits_of_a_row, config.cells
     left_N1gq = bits_NB.float().view(-1, 1, cells, half)
     signs_N1gg = torch.cat([left_N1gq, left_N1gq[..., : cells // 2].flip(3)], dim=3)
     pattern_N1hw = F.interpolate(signs_N1gg, size=(config.side,) * 2, mode="nearest")
@@ -224,11 +134,6 @@ def _chroma(rgb_hwC: Tensor) -> Tensor:
     f_hw3 = torch.where(relative > 216 / 24389, cube_root, relative * (841 / 108) + 4 / 29)
     x, y, z = f_hw3.unbind(2)
     return torch.hypot(500 * (x - y), 200 * (y - z))
-
-
-def _half(cells: int) -> int:
-    """Cells of a row that differ."""
-    return -(-cells // 2)
 
 
 def _blur(image_N1hw: Tensor, sigma: float) -> Tensor:

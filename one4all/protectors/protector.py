@@ -22,19 +22,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import BaseModel
-from safetensors.torch import load, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from one4all.concepts import ConceptBank
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
-from one4all.encoders.backends import (
-    BackendName,
-    EncoderBackend,
-    check_backend,
-    load_backend,
-    one_thread,
-    to_device,
-)
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.encoders.backends import EncoderBackend, load_backend, one_thread, to_device
+from one4all.encoders.base import Encoder
+from one4all.encoders.config import BackendName, check_backend
 from one4all.errors import BadImageError, ProtectorError, UsageError
 from one4all.images import (
     DEFAULT_MAX_PIXELS,
@@ -47,7 +43,15 @@ from one4all.images import (
     working_copy,
 )
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, apply_perturbation
-from one4all.protectors.card import CARD, WEIGHTS, ProtectorCard, load_card, read_part
+from one4all.protectors.card import (
+    CARD,
+    DEFAULT_PROTECTOR,
+    WEIGHTS,
+    ProtectorCard,
+    load_card,
+    other_tensors,
+    read_weights,
+)
 from one4all.protectors.kinds import build_model, kind_of
 from one4all.protectors.model import PerturbationModel
 from one4all.recode import recode
@@ -381,7 +385,7 @@ class Protector:
                 not the one it was trained with.
         """
         card = load_card(protector)
-        weights = _load_weights(protector, card)
+        weights = load_tensors(read_weights(protector, card))
         with one_thread():
             encoder = encoder or load_encoder(card.encoder)
             _check_encoder(card, encoder)
@@ -389,25 +393,19 @@ class Protector:
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise _other_tensors(protector) from error
+            raise other_tensors(protector) from error
         return cls(card, encoder, model, encoder_backend=encoder_backend)
 
 
-def check_protector(protector: str) -> ProtectorCard:
-    """The card of a protector whose weights are those it describes; no encoder is loaded.
+def load(protector: str = DEFAULT_PROTECTOR, *, encoder_backend: BackendName = "auto") -> Protector:
+    """Load a protector by name, path or URI; see `Protector.load`.
 
-    For whoever starts workers that will load it: what can be known before is known before.
-
-    Raises:
-        ProtectorError: Missing, damaged, or of another version.
+    Args:
+        protector: Name of a shipped one (``default``, ``14a``), a folder, or ``s3://bucket/prefix``.
+        encoder_backend: What computes embeddings: "auto", "torch", "openvino", or one of these in
+            bfloat16.
     """
-    card = load_card(protector)
-    weights = _load_weights(protector, card)
-    with torch.device("meta"):  # names of tensors do not depend on the encoder's width
-        wanted = build_model(card.generator, embedding_dim=1).state_dict()
-    if weights.keys() != wanted.keys():
-        raise _other_tensors(protector)
-    return card
+    return Protector.load(protector, encoder_backend=encoder_backend)
 
 
 def golden_embedding(encoder: Encoder) -> tuple[float, ...]:
@@ -425,24 +423,6 @@ def _fill(images_NHWC: Pixels, size: int) -> Pixels:
     """(size, H, W, C): filled up with zeros."""
     missing = size - len(images_NHWC)
     return np.pad(images_NHWC, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images_NHWC
-
-
-def _load_weights(protector: str, card: ProtectorCard) -> dict[str, Tensor]:
-    weights = read_part(protector, WEIGHTS)
-    if hashlib.sha256(weights).hexdigest() != card.weights_sha256:
-        raise ProtectorError(
-            f"{WEIGHTS} of protector {protector!r} is not the file its card describes; copy the "
-            "folder again"
-        )
-    return load(weights)
-
-
-def _other_tensors(protector: str) -> ProtectorError:
-    return ProtectorError(
-        f"{WEIGHTS} of protector {protector!r} holds other tensors than this version of one4all "
-        "needs; make the protector again, by the command in its card, or use the version that made "
-        "it"
-    )
 
 
 def _check_encoder(card: ProtectorCard, encoder: Encoder) -> None:

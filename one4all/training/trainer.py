@@ -30,8 +30,9 @@ from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ConfigError, NotFiniteError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, resize_perturbation
-from one4all.protectors import Generator, GeneratorConfig, Protector
+from one4all.protectors.config import GeneratorConfig
 from one4all.protectors.kinds import KINDS, build_model, parse_config
+from one4all.protectors.protector import Protector
 from one4all.training import VALIDATION
 from one4all.training.loader import OPEN_SHARDS, ImageStream, Share, Shares, deal
 from one4all.training.objectives import (
@@ -94,7 +95,7 @@ class TrainerConfig(BaseModel):
     vocabulary: str = "imagenet1k"
     templates: tuple[str, ...] = ()
     encoder: EncoderConfig = EncoderConfig()
-    kind: str = Generator.kind
+    kind: str = "generator"
     generator: SerializeAsAny[BaseModel] = GeneratorConfig()
     objective: AnyObjectiveConfig = DEFAULT_OBJECTIVE
     epsilon_levels: Annotated[int, Field(ge=1, le=255)] = DEFAULT_EPSILON_LEVELS

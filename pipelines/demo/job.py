@@ -21,7 +21,7 @@ from one4all.encoders.backends import cpu_has_bfloat16
 from one4all.errors import One4AllError
 from one4all.evaluation.adversaries import AdversaryConfig
 from one4all.evaluation.labelled import read_labelled
-from one4all.protectors.generator import GeneratorConfig
+from one4all.protectors.config import GeneratorConfig
 from one4all.report import Section, write_report
 from one4all.storage import open_storage
 from pipelines.demo.looks import looks_section

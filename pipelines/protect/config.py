@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from one4all.encoders.backends import BackendName
-from one4all.protectors.pattern import STRENGTHS
+from one4all.encoders.config import BackendName
+from one4all.protectors.config import STRENGTHS
 from one4all.rewrite import RewriteConfig
 from pipelines.settings import JobConfig, RayConfig, RunnerName, since_seconds
 

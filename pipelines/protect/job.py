@@ -18,7 +18,7 @@ from itertools import islice
 
 from one4all.corpus import find_container, is_empty, open_source, what_is_read
 from one4all.corpus.sources import read_list
-from one4all.encoders.backends import precision_of
+from one4all.encoders.config import precision_of
 from one4all.errors import AccessError, One4AllError, StorageError, UsageError
 from one4all.image_kinds import IMAGE_EXTENSIONS
 from one4all.ledger import (
@@ -30,8 +30,7 @@ from one4all.ledger import (
     compare_places,
     take_census,
 )
-from one4all.protectors.card import locate
-from one4all.protectors.protector import check_protector
+from one4all.protectors.card import check_protector, locate
 from one4all.rewrite import STAGES
 from one4all.storage import Storage, conditional_write_defects, open_storage
 from pipelines import telemetry

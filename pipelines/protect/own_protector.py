@@ -24,10 +24,8 @@ from one4all.protectors.card import (
     load_card,
     read_part,
 )
-from one4all.protectors.codebook import CodebookConfig
-from one4all.protectors.pattern import STRENGTHS
+from one4all.protectors.config import STRENGTHS, CodebookConfig
 from one4all.storage import INTERNAL, Storage
-from pipelines.fit import PICTURE, FitConfig, fit
 from pipelines.protect.config import DEFAULT_STRENGTH, ProtectConfig
 from pipelines.ray_session import ray_session, uses_ray
 
@@ -87,10 +85,9 @@ def own_protector(
         if card is None:
             card = _shipped(folder, config.strength or DEFAULT_STRENGTH)
         # The card goes last: a folder with a card is whole.
-        for name in (PICTURE, WEIGHTS, CARD):
-            if (folder / name).exists():
-                key = f"{_PROTECTORS}{card.content_hash}/{name}"
-                destination.write_bytes(key, (folder / name).read_bytes())
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CARD):
+            key = f"{_PROTECTORS}{card.content_hash}/{path.name}"
+            destination.write_bytes(key, path.read_bytes())
     return _place(destination, card.content_hash)
 
 
@@ -104,6 +101,8 @@ def _fit(
     """Fit a codebook into a folder; None if it is not wanted, or the corpus too small."""
     if not config.fit_images:
         return None
+    from pipelines.fit import FitConfig, fit  # it computes here, with PyTorch
+
     count = _count_images(source, config)
     if count >= FEWEST_IMAGES:
         on_fit("no protector is named: one is fitted to a sample of the corpus, once", 0)

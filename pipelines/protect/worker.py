@@ -1,6 +1,7 @@
 """What one worker does with a unit: attempt it, record it, tell what became of it.
 
-One worker is one process with the protector loaded once; `one4all.rewrite` handles the bytes.
+One worker is one process with the protector loaded once; `one4all.rewrite` handles the bytes. The
+driver, too, imports this, to say what a worker is made of: PyTorch is imported where one is made.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from one4all.corpus import Unit, is_group, open_source, printable
 from one4all.errors import (
@@ -24,12 +24,14 @@ from one4all.errors import (
     UsageError,
 )
 from one4all.ledger import MAX_ATTEMPTS, Ledger
-from one4all.protectors.protector import Protector
 from one4all.rewrite import BadImagePolicyError, rewrite_unit
 from one4all.storage import open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.cpu_limit import CpuLimit
 from pipelines.protect.unit_status import Outcome, UnitStatus
+
+if TYPE_CHECKING:
+    from one4all.protectors.protector import Protector
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class ProtectWorker:
         device: str = "cpu",
         max_starts: int = 1,
     ) -> None:
+        import torch
+
         torch.set_num_threads(num_threads)
         self._config = config
         self._run_id = run_id
@@ -202,6 +206,8 @@ def _reason(error: Exception) -> str:
 
 def _load(config: ProtectConfig, sha256: str) -> Protector:
     """The protector that the destination is bound to, whatever lies on this node."""
+    from one4all.protectors.protector import Protector
+
     loaded = Protector.load(config.protector, encoder_backend=config.encoder_backend)
     if loaded.card.content_hash != sha256:
         raise ProtectorError(

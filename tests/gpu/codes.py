@@ -19,8 +19,8 @@ from torch import Tensor
 
 from one4all.evaluation.labelled import LabelledImages
 from one4all.perturbation import apply_perturbation
-from one4all.protectors.codebook import Codebook, CodebookConfig
-from one4all.protectors.pattern import PatternConfig
+from one4all.protectors.codebook import Codebook
+from one4all.protectors.config import CodebookConfig, PatternConfig
 
 FILE = "codes.json"
 

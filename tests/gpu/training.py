@@ -19,7 +19,7 @@ from gpu.record import Figures, Record, free_memory, peak_memory
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from one4all.encoders import Encoder
+from one4all.encoders.base import Encoder
 from one4all.training import trainer as training
 from one4all.training.trainer import GeneratorTrainer, TrainerConfig
 

@@ -27,7 +27,8 @@ from gpu.codes import Codes, write_codes  # noqa: E402
 
 from one4all.corpus.tar import write_shard  # noqa: E402
 from one4all.evaluation.labelled import LabelledImages, read_labelled  # noqa: E402
-from one4all.protectors.codebook import DEFAULT_CODEBOOK, fit_codebook  # noqa: E402
+from one4all.protectors.codebook import fit_codebook  # noqa: E402
+from one4all.protectors.config import DEFAULT_CODEBOOK  # noqa: E402
 from one4all.protectors.protector import Protector  # noqa: E402
 from one4all.storage import open_storage  # noqa: E402
 

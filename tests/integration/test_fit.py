@@ -14,7 +14,7 @@ from support.builders import (
 )
 
 from one4all.errors import UsageError
-from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.config import CodebookConfig
 from one4all.protectors.protector import Protector
 from pipelines.fit import PICTURE, FitConfig, PartEmbedder, _choose_parts, describe, fit
 from pipelines.protect.config import ProtectConfig

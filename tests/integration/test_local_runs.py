@@ -31,21 +31,41 @@ print(result.exit_code, result.num_images)
 print(verify(source, destination, VerifyConfig(recompute=1.0, ray=one)).problems)
 """
 
+# It takes PyTorch seconds to load, and workers alone have use for it.
+WITHOUT_TORCH = """
+import sys
+from pipelines.cli.app import app
 
-def test_all_of_it_without_ray(tmp_path):
-    corpus = write_corpus(tmp_path / "in", num_shards=2)
-    program = tmp_path / "program.py"
-    program.write_text(WITHOUT_RAY)
-    run = subprocess.run(
-        [sys.executable, program, corpus, tmp_path / "out"],
+one = ["--set", "ray.num_cpus=1"]
+for verb in (["protect", *sys.argv[1:], "--protector=default"], ["verify", *sys.argv[1:]]):
+    app([*verb, *one], standalone_mode=False)
+    print(sorted({"torch", "openvino", "ray"} & sys.modules.keys()), flush=True)
+"""
+
+
+def _run(program: str, corpus: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    path = output.with_suffix(".py")
+    path.write_text(program)
+    return subprocess.run(
+        [sys.executable, path, corpus, output],
         env=os.environ | {"RAY_ADDRESS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=250,
         check=False,
     )
+
+
+def test_all_of_it_without_ray(tmp_path):
+    run = _run(WITHOUT_RAY, write_corpus(tmp_path / "in", num_shards=2), tmp_path / "out")
     assert run.stdout == "0 10\n[]\n", run.stderr
     assert "fitted" in (tmp_path / "out" / "_one4all" / "binding.json").read_text()
+
+
+def test_a_driver_loads_no_torch(tmp_path):
+    run = _run(WITHOUT_TORCH, write_corpus(tmp_path / "in", num_shards=1), tmp_path / "out")
+    assert run.stdout.splitlines().count("[]") == 2, run.stdout + run.stderr
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 1
 
 
 def test_workers_make_the_same_bytes_however_many(tmp_path, protector_folder):

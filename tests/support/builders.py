@@ -22,7 +22,8 @@ from one4all.encoders import EncoderConfig, load_encoder
 from one4all.images import Pixels
 from one4all.ledger.records import Binding
 from one4all.protectors.card import ProtectorCard
-from one4all.protectors.generator import Generator, GeneratorConfig
+from one4all.protectors.config import GeneratorConfig
+from one4all.protectors.generator import Generator
 from one4all.protectors.protector import Protector, golden_embedding
 from one4all.rewrite import RewriteConfig
 from one4all.storage import Storage

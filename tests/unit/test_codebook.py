@@ -10,8 +10,8 @@ from support.builders import TINY_ENCODER, make_pixels
 from one4all.codes import principal_directions, quantise
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
-from one4all.protectors.codebook import Codebook, CodebookConfig, fit_codebook, name_codebook
-from one4all.protectors.pattern import STRENGTHS
+from one4all.protectors.codebook import Codebook, fit_codebook, name_codebook
+from one4all.protectors.config import STRENGTHS, CodebookConfig
 from one4all.protectors.protector import Protector
 
 CONFIG = CodebookConfig(num_concepts=3, pattern="strong")

@@ -21,7 +21,7 @@ from one4all.evaluation.methods.tap import TapConfig
 from one4all.evaluation.methods.transfer import transform_block
 from one4all.evaluation.methods.tue import TueConfig
 from one4all.images import decode, working_copy
-from one4all.protectors.codebook import CodebookConfig
+from one4all.protectors.config import CodebookConfig
 from one4all.protectors.protector import Protector
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from support.builders import make_16_bit_png, make_image, make_pixels, make_samp
 import one4all
 from one4all.errors import BadImageError, UsageError
 from one4all.images import decode
-from one4all.protectors.codebook import MAX_CONCEPTS, Codebook, CodebookConfig, name_codebook
+from one4all.protectors.codebook import Codebook, name_codebook
+from one4all.protectors.config import MAX_CONCEPTS, CodebookConfig
 
 
 @pytest.mark.slow

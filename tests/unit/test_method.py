@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from one4all.errors import ConfigError
-from one4all.protectors.generator import PRESETS, Generator, GeneratorConfig, count_multiply_adds
+from one4all.protectors.config import GENERATOR_PRESETS, GeneratorConfig
+from one4all.protectors.generator import Generator, count_multiply_adds
 from one4all.training.objectives.concept import PRESETS as OBJECTIVES
 from one4all.training.objectives.concept import (
     ConceptObjectiveConfig,
@@ -74,7 +75,7 @@ def test_default_costs_at_most_a_twentieth_of_the_paper_preset():
             embedding_dim=512,
             size=224,
         )
-        for name, config in PRESETS.items()
+        for name, config in GENERATOR_PRESETS.items()
     }
     assert costs["paper"] == pytest.approx(99e9, rel=0.01)  # as counted on the released network
     assert costs["compact"] <= costs["paper"] / 20

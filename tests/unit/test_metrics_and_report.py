@@ -3,7 +3,10 @@
 import base64
 import io
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,6 +63,21 @@ def test_distances_equal_their_definitions():
     assert abs(ssim(first, second) - slow_ssim(first, second)) < 1e-3
     white = np.full((300, 300, 3), 255, np.uint8)
     assert psnr_db(white, np.zeros_like(white)) == 0  # no digit of a large sum is lost
+
+
+def test_a_distance_leaves_no_thread_spinning():
+    """OpenBLAS has one for each core, which waits for more work at full speed."""
+    program = (
+        "import time, numpy as np; from one4all.distances import psnr_db; "
+        "psnr_db(np.zeros((400, 400, 3), np.uint8), np.full((400, 400, 3), 90, np.uint8)); "
+        "before = time.process_time(); time.sleep(0.2); print(time.process_time() - before)"
+    )
+    limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in limits}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.005
 
 
 def test_bands_change_nothing(monkeypatch):

@@ -6,9 +6,8 @@ import pytest
 from support.builders import make_16_bit_png, make_binding, make_tar, write_corpus
 
 from one4all.errors import UsageError
-from one4all.protectors.card import load_card
-from one4all.protectors.pattern import STRENGTHS
-from one4all.protectors.protector import check_protector
+from one4all.protectors.card import check_protector, load_card
+from one4all.protectors.config import STRENGTHS
 from one4all.storage import open_storage
 from pipelines.protect.config import ProtectConfig
 from pipelines.protect.own_protector import find_own, own_protector
@@ -81,7 +80,7 @@ def test_images_that_nobody_can_read_are_none_to_fit_to(own, tmp_path, monkeypat
     def refuse(*arguments, **options):
         raise UsageError("2 concepts cannot be found in 0 images")
 
-    monkeypatch.setattr(module, "fit", refuse)
+    monkeypatch.setattr("pipelines.fit.fit", refuse)
     card, _, said = own()
     assert "cannot be found in 0 images; takes the shipped one" in said[1]
     assert card.name == "default"

@@ -11,7 +11,8 @@ from support.builders import make_pixels
 from one4all.perturbation import apply_perturbation, around_middle
 from one4all.protectors import pattern
 from one4all.protectors.card import load_card
-from one4all.protectors.pattern import STRENGTHS, PatternConfig, draw_patterns, hide, paint
+from one4all.protectors.config import STRENGTHS, PatternConfig
+from one4all.protectors.pattern import draw_patterns, hide, paint
 
 STRONG, BALANCED, DISCREET = (STRENGTHS[name] for name in ("strong", "balanced", "discreet"))
 GRAY_PROOF = STRENGTHS["gray-proof"]

@@ -15,11 +15,12 @@ from torch import nn
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
 from one4all.errors import ProtectorError
-from one4all.protectors.card import CARD, WEIGHTS, ProtectorCard, load_card
-from one4all.protectors.codebook import CodebookConfig, name_codebook
-from one4all.protectors.kinds import KINDS
+from one4all.protectors.card import CARD, WEIGHTS, ProtectorCard, check_protector, load_card
+from one4all.protectors.codebook import name_codebook
+from one4all.protectors.config import CodebookConfig
+from one4all.protectors.kinds import KINDS, Kind
 from one4all.protectors.model import PerturbationModel
-from one4all.protectors.protector import Protector, check_protector
+from one4all.protectors.protector import Protector
 
 
 @pytest.mark.slow
@@ -168,9 +169,6 @@ class FlatConfig(BaseModel):
 class Flat(PerturbationModel):
     """A kind of protector that is all a new one has to be: one colour, on the upper half only."""
 
-    kind = "flat"
-    config_type = FlatConfig
-
     def __init__(self, config, embedding_dim):
         super().__init__(config, embedding_dim)
         self.colour = nn.Parameter(torch.full((3,), config.share))
@@ -183,7 +181,7 @@ class Flat(PerturbationModel):
 
 
 def test_a_new_kind_is_a_class_and_a_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(KINDS, Flat.kind, Flat)
+    monkeypatch.setitem(KINDS, "flat", Kind(FlatConfig, lambda: Flat))
     encoder = load_encoder(EncoderConfig(input_size=32))
     config = FlatConfig(share=0.5)
     made = Protector.assemble(
@@ -201,7 +199,7 @@ def test_a_new_kind_is_a_class_and_a_line(tmp_path, monkeypatch):
     assert (protected[:15] == 104).all()
     assert (protected[25:] == 100).all()
     assert made.card.content_hash != load_card("14a").content_hash
-    monkeypatch.delitem(KINDS, Flat.kind)
+    monkeypatch.delitem(KINDS, "flat")
     with pytest.raises(
         ProtectorError, match="no kind of protector 'flat', only generator, codebook"
     ):

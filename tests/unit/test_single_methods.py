@@ -30,8 +30,7 @@ from one4all.evaluation.methods.tap import TapConfig, _attack
 from one4all.evaluation.methods.tue import TueConfig, class_separability
 from one4all.evaluation.methods.unlearnable_clusters import UnlearnableClustersConfig
 from one4all.images import decode, working_copy
-from one4all.protectors.codebook import CodebookConfig
-from one4all.protectors.generator import GeneratorConfig
+from one4all.protectors.config import CodebookConfig, GeneratorConfig
 
 pytestmark = pytest.mark.slow
 
@@ -314,6 +313,15 @@ def test_unlearnable_clusters_move_features_towards_the_next_centre():
         before = F.cosine_similarity(clean, target).mean()
         gains.append(float(F.cosine_similarity(feature, target).mean() - before))
     assert np.mean(gains) > 0.01  # single clusters may lose: the loss is not the cosine
+
+
+def test_an_encoder_is_back_on_the_cpu_when_a_corpus_is_encoded(monkeypatch):
+    corpus = LabelledImages(make_pixels(32, 32)[None], np.zeros(1, np.int64))
+    encoder, places = load_encoder(TINY_ENCODER), []
+    to = encoder.to
+    monkeypatch.setattr(encoder, "to", lambda device: places.append(str(device)) or to(device))
+    encode_corpus(encoder, corpus, torch.device("cpu:0"))
+    assert places == ["cpu:0", "cpu"]
 
 
 def test_codebook_has_a_pattern_a_concept_and_reads_no_label():

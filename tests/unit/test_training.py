@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from one4all.errors import ConfigError, NotFiniteError, StorageError, UsageError
 from one4all.evaluation.methods.controls import class_patterns, uniform_noise
 from one4all.perturbation import apply_perturbation
-from one4all.protectors import PerturbationModel, Protector
-from one4all.protectors.kinds import KINDS
+from one4all.protectors.kinds import KINDS, Kind
+from one4all.protectors.model import PerturbationModel
+from one4all.protectors.protector import Protector
 from one4all.storage import LocalStorage
 from one4all.training import loader
 from one4all.training.cost import cost_of_an_image
@@ -594,10 +595,6 @@ class TintConfig(BaseModel):
 class Tint(PerturbationModel):
     """A kind of protector: one colour, whatever the image is of."""
 
-    kind = "tint"
-    config_type = TintConfig
-    presets = {"strong": TintConfig(strength=1)}  # noqa: RUF012
-
     def __init__(self, config, embedding_dim):
         super().__init__(config, embedding_dim)
         self.colour = torch.nn.Parameter(torch.full((3, 1, 1), config.strength))
@@ -610,7 +607,8 @@ class Tint(PerturbationModel):
 def test_a_new_kind_of_protector_is_trained_without_a_change_of_the_trainer(
     corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(KINDS, "tint", Tint)
+    presets = {"strong": TintConfig(strength=1)}
+    monkeypatch.setitem(KINDS, "tint", Kind(TintConfig, lambda: Tint, presets=presets))
     for given, strength in (({}, 0.5), ({"generator": "strong"}, 1), ({"generator": {}}, 0.5)):
         whole = {"source": corpus, "encoder": TINY_ENCODER, "vocabulary": "broad", "steps": 2}
         config = TrainerConfig(kind="tint", **whole, **given)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from one4all.clustering import Assignment, nearest
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.encoders.base import Encoder
 from one4all.errors import ProtectorError
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import Arrays, FittedCard, SavablePerturbations

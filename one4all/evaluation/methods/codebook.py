@@ -21,13 +21,8 @@ from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, silent
 from one4all.evaluation.methods.embeddings import encode_corpus
 from one4all.evaluation.methods.protectors import SMALLEST_WORKING_SIZE, FittedProtector
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.codebook import (
-    DEFAULT_CODEBOOK,
-    DEFAULT_ENCODER,
-    CodebookConfig,
-    fit_codebook,
-    name_codebook,
-)
+from one4all.protectors.codebook import fit_codebook, name_codebook
+from one4all.protectors.config import DEFAULT_CODEBOOK, DEFAULT_ENCODER, CodebookConfig
 from one4all.protectors.protector import Protector
 
 

@@ -24,7 +24,8 @@ from one4all.evaluation.methods.base import FittedCard, Perturbations, make_card
 from one4all.evaluation.methods.surrogate import check_classes
 from one4all.evaluation.methods.transfer import ClassWise
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
-from one4all.protectors.pattern import STRENGTHS, draw_patterns
+from one4all.protectors.config import STRENGTHS
+from one4all.protectors.pattern import draw_patterns
 
 # --- patterns and noise ----------------------------------------------------------------------
 

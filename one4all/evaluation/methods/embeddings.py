@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from one4all.encoders import Encoder
+from one4all.encoders.base import Encoder
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.surrogate import chunks
 from one4all.protectors.protector import Protector
@@ -50,7 +50,7 @@ def encode_corpus(
     *,
     on_share: OnShare = lambda share: None,
 ) -> Tensor:
-    """L2-normalised features of all images, float32 (N, D) on the CPU."""
+    """L2-normalised features of all images, float32 (N, D) on the CPU; so is the encoder after."""
     key = _key(images, "corpus", encoder.content_hash(), str(device))
     return _recall(key, lambda: _encode(encoder, images, device, on_share))
 
@@ -100,4 +100,5 @@ def _encode(
         batch = torch.from_numpy(images.images_NHWC[part]).permute(0, 3, 1, 2)
         parts.append(encoder.encode_image(batch.to(device)).cpu())
         on_share(part.stop / len(images))
+    encoder.to("cpu")  # where everybody else has it, also if the embeddings had been known
     return torch.cat(parts)

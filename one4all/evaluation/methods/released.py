@@ -33,7 +33,8 @@ from one4all.evaluation.methods.protectors import SMALLEST_WORKING_SIZE, FittedP
 from one4all.evaluation.methods.surrogate import chunks
 from one4all.images import Pixels, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels, resize_perturbation
-from one4all.protectors.generator import Generator, GeneratorConfig
+from one4all.protectors.config import GeneratorConfig
+from one4all.protectors.generator import Generator
 from one4all.protectors.protector import Protector
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)

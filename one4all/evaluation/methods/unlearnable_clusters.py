@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from one4all.clustering import k_means
-from one4all.encoders import Encoder, EncoderConfig, load_encoder
+from one4all.encoders import EncoderConfig, load_encoder
+from one4all.encoders.base import Encoder
 from one4all.evaluation.label_clusters import cluster_purity
 from one4all.evaluation.labelled import LabelledImages
 from one4all.evaluation.methods.base import OnFitProgress, check_epsilon, make_card, seeded, silent
@@ -35,7 +36,8 @@ from one4all.evaluation.methods.clusters import ClusterWise
 from one4all.evaluation.methods.embeddings import encode_corpus
 from one4all.evaluation.methods.surrogate import batches, flip_and_shift, to_levels
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS, Levels
-from one4all.protectors.generator import Generator, GeneratorConfig
+from one4all.protectors.config import GeneratorConfig
+from one4all.protectors.generator import Generator
 
 _NUM_MEASURED = 256  # images on which the record's cosines are means
 
@@ -113,6 +115,7 @@ def fit(
     on = torch.device(device)
     encoder = encoder or load_encoder(config.encoder)
     features = encode_corpus(encoder, images, on)
+    encoder.to(on)
     centres, assignment = k_means(features, config.num_clusters, seed=seed)
     scale = config.feature_scale or features.shape[1] ** 0.5
     patterns, similarities = [], []
