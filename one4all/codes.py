@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _ITERATIONS = 100
+_MOST_BITS = 12  # of which all codes are held against each point
 
 
 def principal_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -39,6 +40,8 @@ def principal_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tenso
 def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
     """Signs of principal components, rotated so that rounding them to +-1 loses least.
 
+    Like points may have the same code.
+
     Args:
         features_ND: float32 (N, D).
         num_bits: B. Where the points span fewer dimensions, several bits share one.
@@ -50,6 +53,35 @@ def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int
 
     Source: iterative quantisation, Gong and Lazebnik 2011.
     """
+    return _signs(_components(features_ND, num_bits, weights_N, seed)).to(torch.int8)
+
+
+def quantise_apart(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
+    """Codes as of `quantise`, but each point has one of its own: of all assignments the nearest.
+
+    Where there are more points than codes, and for codes of more than 12 bits, which hardly meet by
+    chance, they are those of `quantise`.
+
+    Args, returns: As of `quantise`.
+    """
+    from scipy import optimize
+
+    components_NB = _components(features_ND, num_bits, weights_N, seed)
+    if num_bits > _MOST_BITS or len(features_ND) > 1 << num_bits:
+        return _signs(components_NB).to(torch.int8)
+    share_N1 = (weights_N.double() / weights_N.sum())[:, None]
+    spread_B = (share_N1 * components_NB.square()).sum(dim=0).sqrt()
+    scaled_NB = components_NB / spread_B.clamp_min(torch.finfo(torch.float64).tiny)
+    codes_MB = 2.0 * (torch.arange(1 << num_bits)[:, None] >> torch.arange(num_bits) & 1) - 1
+    cost_NM = -share_N1 * (
+        scaled_NB @ codes_MB.double().T
+    )  # the squared distance, but for constants
+    _, chosen_N = optimize.linear_sum_assignment(cost_NM.numpy())
+    return codes_MB[torch.from_numpy(chosen_N)].to(torch.int8)
+
+
+def _components(features_ND: Tensor, num_bits: int, weights_N: Tensor, seed: int) -> Tensor:
+    """The rotated components whose signs are the code, float64 (N, B)."""
     share_N1 = (weights_N.double() / weights_N.sum())[:, None]
     centred_ND = features_ND.double()
     centred_ND = centred_ND - (centred_ND * share_N1).sum(dim=0)
@@ -65,7 +97,8 @@ def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int
         signs_NB = _signs(components_NB @ rotation)
         left, _, right = torch.linalg.svd(components_NB.T @ (share_N1 * signs_NB))
         rotation = left @ right
-    return _signs(components_NB @ rotation).to(torch.int8)
+    rotated_NB: Tensor = components_NB @ rotation
+    return rotated_NB
 
 
 def _signs(values: Tensor) -> Tensor:

@@ -6,9 +6,11 @@
     delta  = +-epsilon * (-1, 1, -1)            a green or magenta cell for each bit, or its look
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
-Like concepts have like codes: their bits are signs of the directions in which concepts differ most.
-So a class that spreads over several concepts still has most of its cells in common, and an image
-between two concepts has the cells that they share.
+Images are drawn towards their neighbours before they are clustered, so that a concept follows what
+images there are, and not the axes of the encoder. Like concepts have like codes: their bits are
+signs of the directions in which concepts differ most. So a class that spreads over several concepts
+still has most of its cells in common, and an image between two concepts has the cells that they
+share. No two clusters have the same code, or the picture would be needed to tell them apart.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute. How
@@ -26,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from one4all.clustering import k_means, squared_distances
-from one4all.codes import principal_directions, quantise
+from one4all.clustering import draw_together, k_means, squared_distances
+from one4all.codes import principal_directions, quantise, quantise_apart
 from one4all.errors import UsageError
 from one4all.images import Pixels
 from one4all.perturbation import Levels, around_middle
@@ -118,7 +120,7 @@ def _painted(code: tuple[int, ...], config: PatternConfig) -> Tensor:
 def fit_codebook(
     embeddings_ND: Tensor, config: CodebookConfig, *, seed: int
 ) -> tuple[Codebook, Tensor]:
-    """Cluster embeddings and give each cluster a code.
+    """Cluster embeddings and give each cluster a code of its own.
 
     Args:
         embeddings_ND: L2-normalised image embeddings of an unlabelled corpus, float32 (N, D).
@@ -126,7 +128,7 @@ def fit_codebook(
         seed: Seed of the clusters' starts and of the codes.
 
     Returns:
-        The codebook, and the concept of each image, int64 (N,).
+        The codebook, and the concept that is nearest to each image, int64 (N,).
 
     Raises:
         UsageError: Fewer images than concepts, or than two.
@@ -140,9 +142,13 @@ def fit_codebook(
         )
     mean_D, axes_DP = _directions(embeddings_ND, config)
     projected_NP = _project(embeddings_ND, mean_D, axes_DP)
-    centres_KP, assignment_N = k_means(projected_NP, num_concepts, seed=seed)
-    sizes_K = torch.bincount(assignment_N, minlength=num_concepts).clamp_min(1)
-    return _codebook(config, mean_D, axes_DP, centres_KP, sizes_K, seed), assignment_N
+    _, kind_N = k_means(draw_together(projected_NP), num_concepts, seed=seed)
+    sizes_K = torch.bincount(kind_N, minlength=num_concepts).clamp_min(1)
+    total_KP = torch.zeros(num_concepts, projected_NP.shape[1])
+    centres_KP = F.normalize(total_KP.index_add_(0, kind_N, projected_NP), dim=1)
+    bits_Kb = quantise_apart(centres_KP, config.pattern.num_bits, sizes_K, seed=seed)
+    codebook = _codebook(config, mean_D, axes_DP, centres_KP, bits_Kb)
+    return codebook, codebook.concepts(embeddings_ND)
 
 
 def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -> Codebook:
@@ -164,7 +170,8 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
     check_num_concepts(len(embeddings_ND))
     mean_D, axes_DP = _directions(embeddings_ND, config)
     centres_NP = _project(embeddings_ND, mean_D, axes_DP)
-    return _codebook(config, mean_D, axes_DP, centres_NP, torch.ones(len(centres_NP)), seed)
+    bits_Nb = quantise(centres_NP, config.pattern.num_bits, torch.ones(len(centres_NP)), seed=seed)
+    return _codebook(config, mean_D, axes_DP, centres_NP, bits_Nb)
 
 
 def check_num_concepts(count: int) -> None:
@@ -194,13 +201,12 @@ def _codebook(
     mean_D: Tensor,
     axes_DP: Tensor,
     centres_KP: Tensor,
-    sizes_K: Tensor,
-    seed: int,
+    bits_Kb: Tensor,
 ) -> Codebook:
     config = config.model_copy(update={"num_concepts": len(centres_KP)})
     codebook = Codebook(config, len(mean_D))
     codebook.mean_D.copy_(mean_D)
     codebook.axes_DP.copy_(axes_DP)
     codebook.centres_KP.copy_(centres_KP)
-    codebook.bits_Kb.copy_(quantise(centres_KP, config.pattern.num_bits, sizes_K, seed=seed))
+    codebook.bits_Kb.copy_(bits_Kb)
     return codebook

@@ -59,7 +59,7 @@ def fit(
     ] = None,
     concepts: Annotated[
         int | None,
-        typer.Option(help="Clusters of images; default: one for every 15 images."),
+        typer.Option(help="Clusters of images; default: one for every 45 images."),
     ] = None,
     strength: Annotated[
         str | None,

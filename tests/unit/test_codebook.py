@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from support.builders import TINY_ENCODER, make_pixels
 
-from one4all.codes import principal_directions, quantise
+from one4all.clustering import draw_together, k_means
+from one4all.codes import principal_directions, quantise, quantise_apart
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.protectors.codebook import Codebook, fit_codebook, name_codebook
@@ -88,6 +89,45 @@ def test_bits_of_a_code_are_used_alike_and_fewer_directions_than_bits_are_enough
         assert set(quantise(few, 8, torch.ones(len(few)), seed=0).unique().tolist()) == {-1, 1}
 
 
+def test_clusters_have_codes_of_their_own_and_like_ones_still_differ_least():
+    angle = torch.linspace(0, np.pi, 40)
+    points = torch.stack([angle.cos(), angle.sin()], dim=1)
+    apart = quantise_apart(points, 8, torch.ones(40), seed=0).float()
+    assert len(quantise(points, 8, torch.ones(40), seed=0).unique(dim=0)) < 40
+    assert len(apart.unique(dim=0)) == 40
+    alike = apart @ apart.T / 8
+    assert alike.diagonal(1).mean() > 0.5 > 0 > alike[0, 39]
+    many = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    for num_bits, points in ((8, many), (15, many[:40]), (2, many[:5])):
+        weights = torch.ones(len(points))
+        codes = [f(points, num_bits, weights, seed=1) for f in (quantise, quantise_apart)]
+        assert torch.equal(*codes)
+
+
+def test_a_kind_that_winds_is_one_cluster_once_neighbours_are_drawn_together():
+    """Two arcs, each longer than the gap between them: k-means alone cuts them across."""
+    angle = torch.linspace(0, 2.5, 100)
+    arc = torch.stack([angle.cos(), angle.sin(), torch.zeros(100)], dim=1)
+    points = F.normalize(torch.cat([arc, arc + torch.tensor([0, 0, 0.5])]), dim=1)
+    truth = torch.arange(200) // 100
+
+    def purity(features: torch.Tensor) -> float:
+        cluster = k_means(features, 2, seed=0)[1]
+        right = (cluster == truth).float().mean().item()
+        return max(right, 1 - right)
+
+    assert purity(points) < 0.7
+    assert purity(draw_together(points, neighbours=10, rounds=1000)) == 1
+    lengths = draw_together(points).norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(200))
+
+
+def test_equal_and_lonely_points_stay_where_they_are():
+    points = torch.eye(40)[torch.arange(80) % 40]
+    assert torch.allclose(draw_together(points, neighbours=1), points, atol=1e-4)
+    assert torch.equal(draw_together(points[:1]), points[:1])
+
+
 def test_directions_are_those_of_the_largest_variance():
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([1.0, 5.0, 0.1, 3.0])
@@ -112,7 +152,7 @@ def test_concepts_vote_bit_by_bit_unless_the_temperature_is_low():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "num_concepts"), [(2, 2), (40, 20), (100, 32), (600, 40), (9_000_000, 20_000)]
+    ("num_images", "num_concepts"), [(2, 2), (40, 20), (100, 24), (4500, 100), (9_000_000, 256)]
 )
 def test_number_of_concepts_follows_the_number_of_images(num_images, num_concepts):
     assert CodebookConfig().concepts_of(num_images) == num_concepts
