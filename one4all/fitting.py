@@ -61,7 +61,8 @@ def fit(
         BadImageError: An image that cannot be read; leave it out, and fit again.
     """
     loaded = load_encoder(encoder)
-    backend = load_backend(loaded, encoder_backend)
+    # Here all count; drafts are for the protector that is made of it, and shares the backend.
+    backend = load_backend(loaded, encoder_backend, drafts=True)
     working = (working_copy(_pixels(image), loaded.input_size) for image in images)
     parts: list[Embeddings] = []
     count = 0

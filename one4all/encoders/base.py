@@ -22,11 +22,14 @@ class Encoder(nn.Module):
         input_size: Side of the square images it encodes, pixels.
         embedding_dim: D.
         templates: Prompt templates that suit its text side.
+        can_draft: Whether it was measured how far bfloat16 moves its embeddings of images of its
+            own size, which `PerturbationModel.is_settled` has to know.
     """
 
     input_size: int
     embedding_dim: int
     templates: tuple[str, ...]
+    can_draft: bool = False
     _mean: Tensor
     _std: Tensor
 

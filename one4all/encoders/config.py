@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from one4all.errors import ConfigError
 
 BackendName = Literal["auto", "torch", "openvino", "torch-bfloat16", "openvino-bfloat16"]
-"""How embeddings are computed: "auto" is float32 by the fastest that is here, the next two are
-float32 by that one, and the others are bfloat16."""
+"""How embeddings are computed: "auto" is float32 by the fastest that is here, or bfloat16 where a
+protector sees that the pattern is the same; the next two are float32 by that one, and the others
+are bfloat16."""
 
 Precision = Literal["float32", "torch-bfloat16", "openvino-bfloat16"]
 """What of a `BackendName` changes patterns."""

@@ -55,6 +55,7 @@ class EmbeddedEncoder(Encoder):
     def __init__(self, names: Sequence[str], input_size: int) -> None:
         super().__init__(mean=(0.5,) * 3, std=(0.5,) * 3)
         self.input_size = input_size
+        self.can_draft = (*names, input_size) == ("lite0", "lite2", 224)  # the default encoder
         towers = [load_efficientnet_lite(name) for name in names]
         rows = [F.normalize(tower.weights_of_classes(), dim=1) for tower in towers]
         self._rows_ND: Tensor = F.normalize(torch.cat(rows, dim=1), dim=1)

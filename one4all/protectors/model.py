@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -20,9 +21,11 @@ class PerturbationModel(nn.Module, ABC):
 
     Attributes:
         sees_image: Whether `forward` looks at images; if not, it is given none of their pixels.
+        takes_drafts: Whether it can tell that an embedding in bfloat16 will do (`is_settled`).
     """
 
     sees_image: ClassVar[bool] = True
+    takes_drafts: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, config: BaseModel, embedding_dim: int) -> None:
@@ -39,6 +42,17 @@ class PerturbationModel(nn.Module, ABC):
         Returns:
             float (B, 3, h, w) in [-1, 1], on a grid of its own; multiply by epsilon.
         """
+
+    def is_settled(self, embedding_BD: Tensor) -> Tensor:
+        """Whether embeddings in bfloat16 give the perturbations that those in float32 would.
+
+        Args:
+            embedding_BD: (B, D) float32, computed in bfloat16 by an encoder that ``can_draft``.
+
+        Returns:
+            bool (B,), true only where that is sure.
+        """
+        return torch.zeros(len(embedding_BD), dtype=torch.bool)
 
     def place(self, delta_hwC: Levels, clean: Pixels) -> Levels:
         """Lay a perturbation on an image of any shape; the whole of it, squashed, unless told else.

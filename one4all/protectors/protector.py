@@ -28,7 +28,7 @@ from torch import Tensor
 
 from one4all.concepts import ConceptBank
 from one4all.encoders import EncoderConfig, load_encoder
-from one4all.encoders.backends import EncoderBackend, load_backend, one_thread, to_device
+from one4all.encoders.backends import EncoderBackend, IsSettled, load_backend, one_thread, to_device
 from one4all.encoders.base import Encoder
 from one4all.encoders.config import BackendName, check_backend
 from one4all.errors import BadImageError, ProtectorError, UsageError
@@ -148,6 +148,7 @@ class Protector:
                 self._encoder_backend,
                 image_size=self.card.working_size,
                 device=self._device,
+                drafts=self.model.takes_drafts,
             )
         return self._loaded_backend
 
@@ -174,7 +175,7 @@ class Protector:
         """
         size = self._pass_size(len(working_NHWC), batch_size)
         if embedding_ND is None:
-            embedding_ND = self._embed(working_NHWC, size)
+            embedding_ND = self._embed(working_NHWC, size, self.model.is_settled)
         starts = range(0, len(working_NHWC), size)
         working = (_fill(working_NHWC[start : start + size], size) for start in starts)
         known = (embedding_ND[start : start + size] for start in starts)
@@ -210,10 +211,13 @@ class Protector:
     def _pass_size(self, num_images: int, batch_size: int | None) -> int:
         return 1 if self.backend.one_by_one else batch_size or num_images
 
-    def _embed(self, working_NHWC: Pixels, pass_size: int) -> Tensor:
-        """Embeddings of working copies, float32 (N, D), on the device of the backend."""
+    def _embed(
+        self, working_NHWC: Pixels, pass_size: int, is_settled: IsSettled | None = None
+    ) -> Tensor:
+        """Embeddings of working copies, float32 (N, D), on the device of the backend; drafts of
+        those that `is_settled`, if it is given."""
         if self.backend.one_by_one:  # it does so itself, on all threads
-            return self.backend.embed(working_NHWC)
+            return self.backend.embed(working_NHWC, is_settled)
         parts = []
         for start in range(0, len(working_NHWC), pass_size):
             working = working_NHWC[start : start + pass_size]

@@ -37,10 +37,11 @@ class ProtectConfig(RewriteConfig, JobConfig):
         protector: Name, folder or URI. Empty: one of the destination's own, which its first run
             fits to a sample of the corpus and keeps below it.
         encoder_backend: What computes embeddings. "auto" is OpenVINO on CPUs where it is installed,
-            and PyTorch elsewhere; "torch" and "openvino" are that one; all three in float32, with
-            the same patterns. "openvino-bfloat16" takes half of the time again on CPUs with AMX or
-            AVX512_BF16; it and "torch-bfloat16", for GPUs, make patterns of their own, which a
-            destination is bound to.
+            and PyTorch elsewhere; "torch" and "openvino" are that one, in float32. All three make
+            the same patterns; on CPUs with AMX or AVX512_BF16 "auto" computes in bfloat16 first,
+            and in float32 where that may make another one. "openvino-bfloat16" is bfloat16 alone;
+            it and "torch-bfloat16", for GPUs, make patterns of their own, which a destination is
+            bound to.
         strength: Look of that one: discreet (hardly seen, the default), balanced, strong
             (tiles), or gray-proof (stripes, which a gray copy keeps).
         fit_images: About so many images are looked at to fit it; 0 takes the shipped one.

@@ -41,6 +41,18 @@ def tiny_images(count: int) -> np.ndarray:
     return np.stack([make_pixels(32, 32, seed=seed) for seed in range(count)])
 
 
+def parts_of_photos() -> np.ndarray:
+    """Photos and their quarters, (N, 224, 224, 3)."""
+    whole = [decode(path.read_bytes()).pixels for path in PHOTOS]
+    parts = [
+        part
+        for pixels in whole
+        for row in np.array_split(pixels, 2)
+        for part in np.array_split(row, 2, axis=1)
+    ]
+    return np.stack([working_copy(part, 224) for part in (*whole, *parts)])
+
+
 @needs_openvino
 def test_photos_get_the_same_bytes_from_either_backend():
     files = [path.read_bytes() for path in PHOTOS]
@@ -53,14 +65,7 @@ def test_photos_get_the_same_bytes_from_either_backend():
 def test_bfloat16_votes_as_float32_does_but_for_one_in_a_hundred():
     protector = one4all.load(encoder_backend="torch")
     assert isinstance(protector.model, Codebook)
-    whole = [decode(path.read_bytes()).pixels for path in PHOTOS]
-    parts = [
-        part
-        for pixels in whole
-        for row in np.array_split(pixels, 2)
-        for part in np.array_split(row, 2, axis=1)
-    ]
-    images = np.stack([working_copy(part, 224) for part in (*whole, *parts)])
+    images = parts_of_photos()
     try:
         rough = load_backend(protector.encoder, "openvino-bfloat16")
     except ConfigError as error:
@@ -69,6 +74,91 @@ def test_bfloat16_votes_as_float32_does_but_for_one_in_a_hundred():
     assert not torch.equal(exact, close)
     agree = protector.model.vote(exact) == protector.model.vote(close)
     assert agree.float().mean() >= 0.97  # of 2,163 photos, .996
+
+
+@pytest.fixture
+def drafting(monkeypatch):
+    """The shipped protector, which drafts from the first image on."""
+    monkeypatch.setattr(backends, "_last", {})
+    monkeypatch.setattr(backends, "_IMAGES_BEFORE_DRAFTS", 0)
+    protector = one4all.load()
+    if "drafts" not in protector.backend.label:
+        pytest.skip("this CPU does not compute in bfloat16")
+    return protector
+
+
+def count_exact(backend, monkeypatch) -> list[int]:
+    """Numbers of images that a backend computes in float32 from now on."""
+    infer, exact = backend._infer, []
+
+    def count(queue, images):
+        if queue is backend._queue:
+            exact.append(len(images))
+        return infer(queue, images)
+
+    monkeypatch.setattr(backend, "_infer", count)
+    return exact
+
+
+@needs_openvino
+def test_drafts_turn_no_pattern_and_spare_exact_embeddings(drafting, monkeypatch):
+    images = parts_of_photos()
+    drafting.perturb(images[:1])  # compiles them
+    exact = count_exact(drafting.backend, monkeypatch)
+    found = drafting.perturb(images)
+    assert 0 < sum(exact) < len(images) // 2
+    expected = one4all.load(encoder_backend="openvino").perturb(images)
+    np.testing.assert_array_equal(found, expected)
+
+
+@needs_openvino
+def test_what_callers_are_given_is_no_draft(drafting):
+    images = list(parts_of_photos()[:3])
+    drafting.protect(images)
+    expected = one4all.load(encoder_backend="openvino").embed(images)
+    assert torch.equal(drafting.embed(images), expected)
+
+
+@needs_openvino
+def test_a_few_images_do_not_pay_for_drafts(drafting, monkeypatch):
+    monkeypatch.setattr(drafting.backend, "_images_before_drafts", 2)
+    images, made = list(parts_of_photos()[:2]), []
+    for _ in range(2):
+        drafting.protect(images)
+        made.append(drafting.backend._drafts is not None)
+    assert made == [False, True]
+
+
+@needs_openvino
+def test_drafts_that_are_far_off_are_not_made(drafting, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_DRAFT_TOLERANCE", 1e-6)
+    images = parts_of_photos()[:2]
+    with caplog.at_level(logging.WARNING):
+        found = [drafting.perturb(images) for _ in range(2)]
+    [record] = caplog.records
+    assert "all are embedded in float32" in record.message
+    np.testing.assert_array_equal(*found)
+
+
+@needs_openvino
+@pytest.mark.parametrize("num_settled", [1, 2])
+def test_drafts_that_do_not_pay_are_given_up(drafting, monkeypatch, num_settled):
+    monkeypatch.setattr(backends, "_DRAFTS_TRIED", 3)
+    images, answers = parts_of_photos()[:3], iter([i < num_settled for i in range(3)])
+    drafting.backend.embed(images, lambda drafts: torch.tensor([next(answers)]))
+    assert (drafting.backend._drafts is not None) == (num_settled == 2)
+
+
+@needs_openvino
+def test_only_auto_drafts_and_only_where_it_was_measured(tiny, drafting):
+    encoder = drafting.encoder
+    for backend in ("auto", "openvino"):
+        drafts = backend == "auto"
+        label = load_backend(encoder, backend, drafts=True).label
+        assert ("drafts" in label) == drafts
+    assert load_backend(encoder, drafts=False).label == "openvino float32"
+    assert load_backend(encoder, image_size=160, drafts=True).label == "openvino float32"
+    assert load_backend(tiny, drafts=True).label == "openvino float32"
 
 
 @needs_openvino

@@ -49,6 +49,22 @@ def test_new_images_go_to_the_concept_of_their_kind_whatever_they_show_beside():
     assert torch.equal(delta, codebook(embeddings, torch.zeros(60, 3, 4, 4)))
 
 
+@pytest.mark.parametrize("directions", [64, 3])  # of three, little is left of some images
+def test_no_bit_of_a_settled_embedding_turns_by_what_bfloat16_changes(directions):
+    generator = torch.Generator().manual_seed(3)
+    embeddings = F.normalize(torch.randn(300, 8, generator=generator), dim=1)
+    config = CodebookConfig(num_concepts=20, directions=directions)
+    codebook, _ = fit_codebook(embeddings, config, seed=0)
+    settled = codebook.is_settled(embeddings)
+    codes, turned = codebook.vote(embeddings), torch.zeros(300, dtype=torch.bool)
+    for _ in range(50):
+        step = F.normalize(torch.randn(300, 8, generator=generator), dim=1)
+        turned |= (codebook.vote(embeddings + 0.02 * step) != codes).any(dim=1)
+    assert turned.any()
+    assert settled.any()
+    assert not (turned & settled).any()
+
+
 def test_same_seed_gives_the_same_codebook_and_another_one_other_codes():
     embeddings, _ = clouds()
     first, again, other = (fit_codebook(embeddings, CONFIG, seed=s)[0] for s in (0, 0, 1))

@@ -286,7 +286,7 @@ def test_each_run_leaves_a_record_of_how_it_ended(tmp_path, protect, monkeypatch
     assert sum(record.bytes_written for record in records) == written
     assert records[0].run_id == result.run_id
     [encoder] = records[-1].encoders
-    assert encoder in ("openvino float32", "torch float32")
+    assert encoder.startswith(("openvino float32", "torch float32"))
     assert records[0].last_success == Ledger(open_storage(str(out))).last_success()
     assert records[-1].last_success is None
     assert records[-1].error == "KeyboardInterrupt"
