@@ -9,7 +9,7 @@ from pathlib import Path
 
 from one4all.corpus.loose import LooseWriter
 from one4all.corpus.tar import TarWriter
-from pipelines.protect import worker as protect_worker
+from one4all.protectors.protector import Protector
 from pipelines.protect.worker import ProtectWorker
 
 
@@ -77,5 +77,5 @@ class StillbornWorker(ProtectWorker):
     """Dies while it loads the protector, before it can say which shard it works on."""
 
     def __init__(self, *args, **options):
-        protect_worker.Protector.load = lambda *arguments, **options: _die()
+        Protector.load = lambda *arguments, **options: _die()
         super().__init__(*args, **options)
