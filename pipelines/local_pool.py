@@ -140,10 +140,10 @@ class LocalPool(Generic[Task, Result]):
     def _hand_out(self, waiting: deque[_Attempt]) -> None:
         for worker in self._workers.values():
             if waiting and worker.is_ready and worker.attempt is None:
-                attempt = waiting.popleft()
+                # Before it is sent: an interrupt in between would leave the worker at work.
+                worker.attempt = waiting.popleft()
                 with suppress(OSError):  # gone: its connection says so next
-                    worker.connection.send(attempt.task)
-                worker.attempt = attempt
+                    worker.connection.send(worker.attempt.task)
 
     def _bury(
         self, place: int, waiting: deque[_Attempt], *, reason: str = ""

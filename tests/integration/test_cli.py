@@ -31,10 +31,10 @@ def one4all(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize(
     ("module", "said"),
-    [("typer", ""), ("torch", "one4all: interrupted; run the same command again to go on\n")],
+    [("typer", ""), ("pydantic", "one4all: interrupted; run the same command again to go on\n")],
 )
 def test_interrupt_while_it_starts_is_quiet(module, said, number, tmp_path):
-    """It comes while the command line, or PyTorch for its verb, is being imported."""
+    """It comes while the command line, or what its verb needs, is being imported."""
     interrupt = f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n"
     (tmp_path / f"{module}.py").write_text(interrupt)
     run = one4all("protect", "x", "y", PYTHONPATH=str(tmp_path))

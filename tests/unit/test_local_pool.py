@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -157,6 +158,23 @@ def test_tasks_under_way_are_ended_with_the_loop_over_them(tmp_path):
         with pytest.raises(_StopError), _stopped_when(lambda: mark.exists() and mark.read_text()):
             next(results)
         results.close()
+        assert _is_gone(int(mark.read_text()))
+
+
+def test_a_task_that_was_sent_this_moment_is_ended_too(tmp_path, monkeypatch):
+    mark = tmp_path / "pid"
+    send = Connection.send
+
+    def interrupted(connection, value):
+        send(connection, value)
+        if value == str(mark):
+            _wait_until(lambda: mark.exists() and mark.read_text())
+            raise _StopError
+
+    monkeypatch.setattr(Connection, "send", interrupted)
+    with LocalPool(hangs_in_c, [{}], max_deaths=1) as pool:
+        with pytest.raises(_StopError):
+            next(pool.run([str(mark)]))
         assert _is_gone(int(mark.read_text()))
 
 
