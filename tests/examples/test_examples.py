@@ -231,4 +231,5 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
         if output.output_type == "stream" and output.name == "stdout"
     )
     largest = re.search(r"largest difference: (\d+) levels", printed)
-    assert largest and 1 <= int(largest[1]) <= 8
+    assert largest, printed
+    assert 1 <= int(largest[1]) <= 8
