@@ -53,7 +53,7 @@ def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int
 
     Source: iterative quantisation, Gong and Lazebnik 2011.
     """
-    return _signs(_components(features_ND, num_bits, weights_N, seed)).to(torch.int8)
+    return _signs(_components(features_ND, num_bits, _shares(weights_N), seed)).to(torch.int8)
 
 
 def quantise_apart(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
@@ -66,23 +66,30 @@ def quantise_apart(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, see
     """
     from scipy import optimize
 
-    components_NB = _components(features_ND, num_bits, weights_N, seed)
+    share_N1 = _shares(weights_N)
+    components_NB = _components(features_ND, num_bits, share_N1, seed)
     if num_bits > _MOST_BITS or len(features_ND) > 1 << num_bits:
         return _signs(components_NB).to(torch.int8)
-    share_N1 = (weights_N.double() / weights_N.sum())[:, None]
     spread_B = (share_N1 * components_NB.square()).sum(dim=0).sqrt()
     scaled_NB = components_NB / spread_B.clamp_min(torch.finfo(torch.float64).tiny)
-    codes_MB = 2.0 * (torch.arange(1 << num_bits)[:, None] >> torch.arange(num_bits) & 1) - 1
-    cost_NM = -share_N1 * (
-        scaled_NB @ codes_MB.double().T
-    )  # the squared distance, but for constants
+    codes_MB = bits_of(torch.arange(1 << num_bits), num_bits)
+    # The squared distance, but for constants.
+    cost_NM = -share_N1 * (scaled_NB @ codes_MB.double().T)
     _, chosen_N = optimize.linear_sum_assignment(cost_NM.numpy())
     return codes_MB[torch.from_numpy(chosen_N)].to(torch.int8)
 
 
-def _components(features_ND: Tensor, num_bits: int, weights_N: Tensor, seed: int) -> Tensor:
+def bits_of(number_N: Tensor, num_bits: int) -> Tensor:
+    """Codes that whole numbers stand for, the lowest bit first; int64 (N, B), each 1 or -1."""
+    return 2 * (number_N[:, None] >> torch.arange(num_bits) & 1) - 1
+
+
+def _shares(weights_N: Tensor) -> Tensor:
+    return (weights_N.double() / weights_N.sum())[:, None]
+
+
+def _components(features_ND: Tensor, num_bits: int, share_N1: Tensor, seed: int) -> Tensor:
     """The rotated components whose signs are the code, float64 (N, B)."""
-    share_N1 = (weights_N.double() / weights_N.sum())[:, None]
     centred_ND = features_ND.double()
     centred_ND = centred_ND - (centred_ND * share_N1).sum(dim=0)
     # Of few points or features there are fewer directions: the rest of the columns stays zero.

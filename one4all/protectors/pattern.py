@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from one4all.codes import bits_of
 from one4all.images import Pixels, colour
 from one4all.perturbation import Levels
 from one4all.protectors.config import VALUES_PER_CELL, PatternConfig
@@ -81,7 +82,7 @@ def draw_patterns(num_patterns: int, config: PatternConfig, *, seed: int) -> Ten
     generator = torch.Generator().manual_seed(seed)
     looks = torch.randperm(1 << config.num_bits, generator=generator)
     look_N = looks[torch.arange(num_patterns) % len(looks)]
-    return paint(2 * (look_N[:, None] >> torch.arange(config.num_bits) & 1) - 1, config)
+    return paint(bits_of(look_N, config.num_bits), config)
 
 
 def hide(delta_hwC: Levels, clean: Pixels, config: PatternConfig) -> Levels:
