@@ -10,6 +10,9 @@ from pathlib import Path
 
 from one4all.errors import UsageError
 
+# Without a GPU. Python runs on one CPU of a process at a time, for half of what a small photo takes on
+# two CPUs, so further ones would wait for it (docs/pipeline.md, "Speed").
+_CPUS_PER_WORKER = 2
 _CGROUP = Path("/sys/fs/cgroup")
 # One of these is there wherever PyTorch may find a GPU: NVIDIA's, AMD's, Windows' below Linux.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -31,15 +34,22 @@ class Share:
 
 
 def share_out(
-    num_workers: int, cpus_per_worker: int, gpus_per_worker: float, *, num_cpus: int = 0
+    num_workers: int,
+    cpus_per_worker: int,
+    gpus_per_worker: float,
+    *,
+    num_cpus: int = 0,
+    num_tasks: int = 0,
 ) -> list[Share]:
     """The shares of the workers that this machine holds; all of the same size, and at least one.
 
     Args:
         num_workers: Wanted; fewer are had if no more fit. 0 for as many as fit.
-        cpus_per_worker: 0 for an even share of all; without GPUs and a number of workers, all.
+        cpus_per_worker: 0 for an even share of all; without GPUs and a number of workers, see
+            `most_workers`.
         gpus_per_worker: Below 0 for one if there is any.
         num_cpus: CPUs to share out; 0 for those that this process may use.
+        num_tasks: What they will work on, one thing each at a time; 0 if that is not known.
 
     Raises:
         UsageError: Not one worker of this size fits.
@@ -48,7 +58,8 @@ def share_out(
     gpus = available_gpus() if gpus_per_worker else []
     gpus_each = gpus_per_worker if gpus_per_worker >= 0 else min(1.0, len(gpus))
     places = _places(gpus, gpus_each) if gpus_each else []
-    cpus_each = cpus_per_worker or max(1, cpus // (num_workers or len(places) or 1))
+    among = num_workers or len(places) or most_workers(cpus, num_tasks)
+    cpus_each = cpus_per_worker or max(1, cpus // among)
     fit = cpus // cpus_each
     if gpus_each:
         fit = min(fit, len(places))
@@ -61,6 +72,17 @@ def share_out(
     seen = [{"CUDA_VISIBLE_DEVICES": place} for place in places] or [{}] * fit
     count = min(num_workers or fit, fit)
     return [Share(cpus_each, gpus_each, threads | seen[index]) for index in range(count)]
+
+
+def most_workers(cpus: int, num_tasks: int = 0) -> int:
+    """Workers without GPUs that a machine's CPUs are best shared out among.
+
+    Args:
+        cpus: Of the machine.
+        num_tasks: What they will work on; with fewer tasks than that, workers are fewer and larger.
+            0 if it is not known.
+    """
+    return max(1, min(cpus // _CPUS_PER_WORKER, num_tasks or cpus))
 
 
 def _places(gpus: list[str], gpus_each: float) -> list[str]:

@@ -261,9 +261,9 @@ def _watched(num_images: Callable[[], int]) -> Iterator[Clock]:
 
 
 def ours(source: str, target: str, num_threads: int) -> Measured:
-    """`one4all protect` with one worker."""
+    """`one4all protect`, with workers as it chooses them."""
     config = ProtectConfig(
-        protector=DEFAULT_PROTECTOR, runner="local", num_workers=1, cpus_per_worker=num_threads
+        protector=DEFAULT_PROTECTOR, runner="local", ray=RayConfig(num_cpus=num_threads)
     )
     storage = open_storage(source)
     sizes = {

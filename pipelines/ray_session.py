@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from one4all.errors import AccessError, One4AllError, UsageError
 from one4all.extras import require
+from pipelines.local_machine import most_workers
 
 if TYPE_CHECKING:  # it brings PyTorch, for which `one4all submit` would wait
     from pipelines.settings import RayConfig, RunnerName
@@ -332,7 +333,7 @@ def our_signal_handlers() -> Iterator[None]:
 
 
 def worker_layout(
-    num_workers: int, cpus_per_worker: int, gpus_per_worker: float
+    num_workers: int, cpus_per_worker: int, gpus_per_worker: float, *, num_tasks: int = 0
 ) -> tuple[int, int, float]:
     """Workers, CPUs each, GPUs each: what was asked for, completed by what the cluster has.
 
@@ -344,6 +345,7 @@ def worker_layout(
         num_workers: 0 for as many as fit.
         cpus_per_worker: 0 for a fair share of a node.
         gpus_per_worker: Below 0 for one if there is any.
+        num_tasks: What they will work on, one thing each at a time; 0 if that is not known.
 
     Raises:
         UsageError: The size of a worker is left to nodes, and no node has a CPU.
@@ -377,8 +379,10 @@ def worker_layout(
 
     cpus_each = cpus_per_worker
     if not cpus_each:
+        # Of the tasks, each node with a CPU gets its part.
+        on_a_node = -(-num_tasks // max(1, sum(cpus > 0 for cpus, _ in sizes)))
         shares = {
-            max(1, cpus // by_gpus(gpus)) if gpus_each else cpus
+            max(1, cpus // (by_gpus(gpus) if gpus_each else most_workers(cpus, on_a_node)))
             for cpus, gpus in sizes
             if cpus and (not gpus_each or by_gpus(gpus))
         } or {1}

@@ -51,7 +51,7 @@ def protect(monkeypatch, protector_folder):
     """`pipelines.protect.job.protect` with its workers in this process."""
 
     @contextmanager
-    def open_runner(job):
+    def open_runner(job, num_units):
         worker = job.worker(cpus=2, gpus=0, max_starts=1)()
         yield lambda wave: (worker.protect(unit, recorded=recorded) for unit, recorded in wave)
 

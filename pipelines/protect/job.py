@@ -271,7 +271,8 @@ class _Run:
         result.num_damaged = census.num_damaged
         on_plan(census)
         if _count(census, refused):
-            with open_runner(self._job) as run_wave, telemetry.gauges_kept():
+            units = len(census.pending)
+            with open_runner(self._job, units) as run_wave, telemetry.gauges_kept():
                 last_success = self._ledger.last_success()
                 metrics = RunMetrics(self._run_id, self._destination.uri, last_success)
                 while (num_todo := _count(census, refused)) and barren_passes < MAX_ATTEMPTS:

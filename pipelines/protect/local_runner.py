@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def local_runner(job: Job, *, max_dead_starts: int) -> Iterator[RunWave]:
+def local_runner(job: Job, *, num_units: int, max_dead_starts: int) -> Iterator[RunWave]:
     """Runs waves in processes that start with the first one, and stay for all.
 
     Raises:
@@ -33,6 +33,7 @@ def local_runner(job: Job, *, max_dead_starts: int) -> Iterator[RunWave]:
         config.cpus_per_worker,
         config.gpus_per_worker,
         num_cpus=config.ray.num_cpus,
+        num_tasks=num_units,
     )
     # Starts that end in death are counted by the pool, which sees also those before the first line.
     make = job.worker(cpus=shares[0].cpus, gpus=shares[0].gpus, max_starts=sys.maxsize)

@@ -177,10 +177,14 @@ def plan(
         return Plan(source.uri, 0, 0, found.num_done, noun)
     chosen = choose(units, NUM_SHARDS)
     if uses_ray(config.runner, config.ray):
-        sampled, cpus, gpus = _measure_on_cluster(source.uri, chosen, config)
+        sampled, cpus, gpus = _measure_on_cluster(source.uri, chosen, config, len(units))
     else:
         share = share_out(
-            0, config.cpus_per_worker, config.gpus_per_worker, num_cpus=config.ray.num_cpus
+            0,
+            config.cpus_per_worker,
+            config.gpus_per_worker,
+            num_cpus=config.ray.num_cpus,
+            num_tasks=len(units),
         )[0]
         cpus, gpus = share.cpus, share.gpus
         sampled = measure(source.uri, chosen, config, cpus, "cuda" if gpus else "cpu")
@@ -409,14 +413,16 @@ def _run(worker: ProtectWorker, shard: Unit) -> float:
 
 
 def _measure_on_cluster(
-    source_uri: str, shards: Sequence[Unit], config: ProtectConfig
+    source_uri: str, shards: Sequence[Unit], config: ProtectConfig, num_units: int
 ) -> tuple[list[Sampled], int, float]:
     """`measure` as a task with the resources of one worker; these are returned too."""
     with ray_session(config.ray):
         import ray
         from ray.exceptions import RayTaskError
 
-        _, cpus, gpus = worker_layout(0, config.cpus_per_worker, config.gpus_per_worker)
+        _, cpus, gpus = worker_layout(
+            0, config.cpus_per_worker, config.gpus_per_worker, num_tasks=num_units
+        )
         await_room(config.ray, cpus=cpus, gpus=gpus)
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
         device = "cuda" if gpus else "cpu"

@@ -26,24 +26,27 @@ _ACTOR = "ProtectWorker"
 
 
 @contextmanager
-def ray_runner(job: Job, *, max_dead_starts: int) -> Iterator[RunWave]:
+def ray_runner(job: Job, *, num_units: int, max_dead_starts: int) -> Iterator[RunWave]:
     """Runs waves within a Ray session, each by one execution of Ray Data with actors of its own.
 
     Raises:
         UsageError: No node could ever hold a worker.
     """
     with ray_session(job.config.ray):
-        yield lambda wave: _run_wave(wave, job, max_dead_starts)
+        yield lambda wave: _run_wave(wave, job, num_units, max_dead_starts)
 
 
-def _run_wave(wave: Wave, job: Job, max_dead_starts: int) -> Iterator[UnitStatus]:
+def _run_wave(wave: Wave, job: Job, num_units: int, max_dead_starts: int) -> Iterator[UnitStatus]:
     import ray
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
 
     config = job.config
     num_workers, cpus, gpus = worker_layout(
-        config.num_workers, config.cpus_per_worker, config.gpus_per_worker
+        config.num_workers,
+        config.cpus_per_worker,
+        config.gpus_per_worker,
+        num_tasks=num_units,
     )
     await_room(config.ray, cpus=cpus, gpus=gpus)
     # A number that is not given grows with the cluster.

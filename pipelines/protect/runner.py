@@ -57,8 +57,12 @@ class Job:
 
 
 @contextmanager
-def open_runner(job: Job) -> Iterator[RunWave]:
+def open_runner(job: Job, num_units: int) -> Iterator[RunWave]:
     """What runs the waves of a run, by what its configuration says.
+
+    Args:
+        job: What to do.
+        num_units: So many will come, at first: with few, workers are large.
 
     Raises:
         UsageError: There is no room for a worker.
@@ -67,5 +71,5 @@ def open_runner(job: Job) -> Iterator[RunWave]:
         from pipelines.protect.ray_runner import ray_runner as chosen
     else:
         from pipelines.protect.local_runner import local_runner as chosen
-    with chosen(job, max_dead_starts=MAX_DEAD_STARTS) as run_wave:
+    with chosen(job, num_units=num_units, max_dead_starts=MAX_DEAD_STARTS) as run_wave:
         yield run_wave

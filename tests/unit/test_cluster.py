@@ -424,8 +424,11 @@ def test_entrypoints_are_commands_that_fit_their_cluster(overlay, tmp_path):
         limits = container["resources"]["limits"]
         assert limits == container["resources"]["requests"] or limits["cpu"] == "1"
         gpus = int(limits.get("nvidia.com/gpu", 0))
-        workers_of_a_pod = int(gpus / config.gpus_per_worker) if gpus else 1
-        assert config.cpus_per_worker * workers_of_a_pod <= int(limits["cpu"])
+        cpus = int(limits["cpu"])
+        by_cpus = cpus // config.cpus_per_worker
+        workers_of_a_pod = int(gpus / config.gpus_per_worker) if gpus else by_cpus
+        assert config.cpus_per_worker * workers_of_a_pod <= cpus
+        assert by_cpus
         assert (gpus > 0) == (config.gpus_per_worker > 0)
         workers = getattr(config, "max_workers", config.num_workers)
         assert 0 < workers == group["maxReplicas"] * workers_of_a_pod
@@ -480,7 +483,7 @@ def test_a_layout_that_is_stated_needs_no_node_yet(monkeypatch):
     head = {"Alive": True, "Resources": {"memory": 1.0}}
     monkeypatch.setattr("ray.nodes", lambda: [head])
     assert worker_layout(8, 12, 1) == (8, 12, 1)
-    assert worker_layout(4, 7, 0) == (4, 7, 0.0)
+    assert worker_layout(12, 2, 0) == (12, 2, 0.0)
 
 
 # Security and versions

@@ -24,7 +24,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "cpus_each"),
     [
-        ((0, 0, -1), [8]),
+        ((0, 0, -1), [2, 2, 2, 2]),
         ((3, 0, -1), [2, 2, 2]),
         ((0, 3, -1), [3, 3]),
         ((9, 3, -1), [3, 3]),  # as many as fit
@@ -42,6 +42,23 @@ def test_cpus_are_shared_out_evenly(machine, asked, cpus_each):
     ]
 
 
+@pytest.mark.parametrize(
+    ("cpus", "num_tasks", "cpus_each"),
+    [
+        (1, 0, [1]),
+        (2, 0, [2]),
+        (3, 9, [3]),
+        (16, 0, [2] * 8),
+        (16, 100, [2] * 8),
+        (16, 3, [5] * 3),
+        (16, 1, [16]),
+    ],
+)
+def test_few_tasks_get_few_large_workers(machine, cpus, num_tasks, cpus_each):
+    machine(cpus)
+    assert [share.cpus for share in share_out(0, 0, -1, num_tasks=num_tasks)] == cpus_each
+
+
 def test_each_worker_sees_its_own_gpus(machine):
     machine(96, "0", "1", "GPU-2", "3")
 
@@ -54,6 +71,7 @@ def test_each_worker_sees_its_own_gpus(machine):
     assert seen(0, 0, 0.5) == (12, ["0", "0", "1", "1", "GPU-2", "GPU-2", "3", "3"])
     assert seen(2, 4, 1) == (4, ["0", "1"])
     assert "CUDA_VISIBLE_DEVICES" not in share_out(0, 0, 0)[0].environment
+    assert len(share_out(0, 0, -1, num_tasks=1)) == 4
     machine(2, "0", "1", "2", "3")
     assert seen(0, 0, -1) == (1, ["0", "1"])  # fewer CPUs than GPUs
 

@@ -46,15 +46,24 @@ GPU_NODE, CPU_NODE, HEAD = (96, 8), (32, 0), (4, 0)
         ([(96, 8), (16, 4)], (12, 4, 1.0)),  # but four of twelve are
         ([(2, 8)], (2, 1, 1.0)),  # fewer CPUs than GPUs
         ([(2, 0)] * 2, (2, 2, 0.0)),
-        ([HEAD] + [(96, 0)] * 2, (2, 96, 0.0)),
-        ([(8, 0), (16, 0)], (3, 8, 0.0)),
-        ([(0, 0), (8, 0)], (1, 8, 0.0)),
+        ([HEAD] + [(96, 0)] * 2, (98, 2, 0.0)),
+        ([(8, 0), (16, 0)], (12, 2, 0.0)),
+        ([(0, 0), (8, 0)], (4, 2, 0.0)),
     ],
     ids=str,
 )
 def test_workers_are_as_large_as_their_nodes_allow(cluster, sizes, expected):
     cluster += nodes(*sizes)
     assert worker_layout(0, 0, -1) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "expected"),
+    [(1, (2, 16, 0.0)), (4, (4, 8, 0.0)), (5, (6, 5, 0.0)), (16, (16, 2, 0.0)), (99, (16, 2, 0.0))],
+)
+def test_few_tasks_get_large_workers_on_a_cluster(cluster, num_tasks, expected):
+    cluster += nodes((16, 0), (16, 0), (0, 0))
+    assert worker_layout(0, 0, -1, num_tasks=num_tasks) == expected
 
 
 def test_fractions_of_a_gpu_share_its_cpus(cluster):
