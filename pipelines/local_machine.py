@@ -10,8 +10,8 @@ from pathlib import Path
 
 from one4all.errors import UsageError
 
-# Without a GPU. Python runs on one CPU of a process at a time, for half of what a small photo takes on
-# two CPUs, so further ones would wait for it (docs/pipeline.md, "Speed").
+# Without a GPU. Python runs on one CPU of a process at a time, and does so for half of the time of
+# a process on two; further CPUs would wait for it (docs/operations.md, "How large a worker").
 _CPUS_PER_WORKER = 2
 _CGROUP = Path("/sys/fs/cgroup")
 # One of these is there wherever PyTorch may find a GPU: NVIDIA's, AMD's, Windows' below Linux.
