@@ -78,9 +78,10 @@ class PatternConfig(BaseModel):
         smoothing: Blur, in cells: the standard deviation of a Gaussian. 0 leaves flat cells with
             hard edges, which everybody sees.
         amplitude: Share of the budget that the strongest value of a pattern takes on gray.
-        masking: How far the amplitude follows the eye, 0..1. On strong colours it sees a difference
+        masking: How far the amplitude follows the eye, 0..3. On strong colours it sees a difference
             of colour less, by the weight that CIEDE2000 gives to chroma C: 1 + .045 C. 1 adds as
-            much more there, up to the budget; 0 adds the same everywhere.
+            much more there, up to the budget; 2 as if C were twice that; 0 adds the same
+            everywhere.
         in_place: Share of the photo's own colour that is counted in, 0..1. Where a green cell
             falls on what is green already, less is added; where it falls on magenta, up to twice
             as much, within the budget. So a reader finds the same, and the eye sees less of it.
@@ -95,7 +96,7 @@ class PatternConfig(BaseModel):
     cells: Annotated[int, Field(ge=1, le=16)] = 4
     smoothing: Annotated[float, Field(ge=0, le=2)] = 0.375
     amplitude: Annotated[float, Field(gt=0, le=1)] = 0.36
-    masking: Annotated[float, Field(ge=0, le=1)] = 1.0
+    masking: Annotated[float, Field(ge=0, le=3)] = 1.0
     in_place: Annotated[float, Field(ge=0, le=1)] = 1.0
     stripes: Annotated[int, Field(ge=0, le=16)] = 0
 
@@ -148,7 +149,7 @@ class PatternConfig(BaseModel):
 # Looks that have a name, the least visible first; measured in docs/results.md.
 STRENGTHS: Mapping[str, PatternConfig] = {
     "discreet": PatternConfig(),
-    "balanced": PatternConfig(smoothing=0.625, amplitude=1.0, masking=0.0, in_place=0.0),
+    "balanced": PatternConfig(smoothing=0.2, amplitude=0.42, masking=1.83),
     "strong": PatternConfig().hard(),
     "gray-proof": PatternConfig(smoothing=0, amplitude=1, masking=0, in_place=0, stripes=5),
 }

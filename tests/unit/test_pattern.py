@@ -14,8 +14,9 @@ from one4all.protectors.card import load_card
 from one4all.protectors.config import STRENGTHS, PatternConfig
 from one4all.protectors.pattern import draw_patterns, hide, paint
 
-STRONG, BALANCED, DISCREET = (STRENGTHS[name] for name in ("strong", "balanced", "discreet"))
+STRONG, DISCREET = STRENGTHS["strong"], STRENGTHS["discreet"]
 GRAY_PROOF = STRENGTHS["gray-proof"]
+BLURRED = STRONG.model_copy(update={"smoothing": 0.625})
 
 
 def one_pattern(config: PatternConfig, *, seed: int = 0) -> np.ndarray:
@@ -92,7 +93,7 @@ def test_a_bit_colours_its_cell_and_the_mirror_of_it():
 def test_smoothed_patterns_have_no_edge_and_say_the_same():
     """Between two neighbours of a hard pattern lies the whole budget, twice."""
     bits = 2 * torch.randint(0, 2, (20, 8), generator=torch.Generator().manual_seed(0)) - 1
-    before, after = paint(bits, STRONG), paint(bits, BALANCED)
+    before, after = paint(bits, STRONG), paint(bits, BLURRED)
     assert before.diff(dim=2).abs().max() == 2
     assert after.diff(dim=2).abs().max() < 0.35
     agree = (after[:, 1] * before[:, 1]).mean(dim=(1, 2))
@@ -103,7 +104,7 @@ def test_a_blur_is_that_of_a_gaussian():
     cells = one_pattern(STRONG)[:, :, 1].astype(np.float64)
     expected = gaussian_filter(cells, 5.0, mode="nearest", truncate=3.0)
     expected *= 8 / np.abs(expected).max()
-    np.testing.assert_allclose(one_pattern(BALANCED)[:, :, 1], expected, atol=2e-4)
+    np.testing.assert_allclose(one_pattern(BLURRED)[:, :, 1], expected, atol=2e-4)
 
 
 def test_colour_of_the_photo_is_counted_in():
@@ -154,6 +155,23 @@ def test_more_is_added_on_strong_colours_where_the_eye_sees_it_less():
         added.append(np.abs(hide(delta, clean, config)[:, :, 1]).mean())
     assert added[0] == pytest.approx(np.abs(delta[:, :, 1]).mean(), rel=1e-3)
     assert 2.5 < added[1] / added[0] <= 1 / config.amplitude + 1e-6
+
+
+def test_how_much_more_is_a_setting_and_gray_gets_what_it_gets():
+    clean = {name: np.full((64, 64, 3), 128, np.uint8) for name in ("gray", "brownish")}
+    clean["brownish"] += np.array([20, 0, -20], np.int8).astype(np.uint8)
+    added = {name: [] for name in clean}
+    for masking in (0, 1, 2):
+        config = PatternConfig(in_place=0, masking=masking)
+        delta = one_pattern(config)
+        for name, pixels in clean.items():
+            added[name].append(np.abs(hide(delta, pixels, config)).mean())
+    assert added["gray"] == pytest.approx([added["gray"][0]] * 3, rel=1e-3)
+    more = np.diff(added["brownish"])
+    assert more[0] == pytest.approx(more[1], rel=0.02)
+    assert more[0] > added["gray"][0] / 2
+    with pytest.raises(ValidationError, match="masking"):
+        PatternConfig(masking=3.1)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
