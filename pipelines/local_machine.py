@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from one4all.errors import UsageError
 # Without a GPU. Python runs on one CPU of a process at a time, and does so for half of the time of
 # a process on two; further CPUs would wait for it (docs/operations.md, "How large a worker").
 _CPUS_PER_WORKER = 2
+_BYTES_PER_WORKER = 1_500_000_000  # it takes 1.1 GB on most photos
 _CGROUP = Path("/sys/fs/cgroup")
 # One of these is there wherever PyTorch may find a GPU: NVIDIA's, AMD's, Windows' below Linux.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -58,7 +60,7 @@ def share_out(
     gpus = available_gpus() if gpus_per_worker else []
     gpus_each = gpus_per_worker if gpus_per_worker >= 0 else min(1.0, len(gpus))
     places = _places(gpus, gpus_each) if gpus_each else []
-    among = num_workers or len(places) or most_workers(cpus, num_tasks)
+    among = num_workers or len(places) or most_workers(cpus, num_tasks, available_bytes())
     cpus_each = cpus_per_worker or max(1, cpus // among)
     fit = cpus // cpus_each
     if gpus_each:
@@ -74,15 +76,18 @@ def share_out(
     return [Share(cpus_each, gpus_each, threads | seen[index]) for index in range(count)]
 
 
-def most_workers(cpus: int, num_tasks: int = 0) -> int:
+def most_workers(cpus: int, num_tasks: int = 0, num_bytes: float = math.inf) -> int:
     """Workers without GPUs that a machine's CPUs are best shared out among.
+
+    With few tasks, or little memory, they are fewer and larger.
 
     Args:
         cpus: Of the machine.
-        num_tasks: What they will work on; with fewer tasks than that, workers are fewer and larger.
-            0 if it is not known.
+        num_tasks: What they will work on; 0 if that is not known.
+        num_bytes: Memory of the machine.
     """
-    return max(1, min(cpus // _CPUS_PER_WORKER, num_tasks or cpus))
+    by_memory = int(min(num_bytes / _BYTES_PER_WORKER, cpus))
+    return max(1, min(cpus // _CPUS_PER_WORKER, num_tasks or cpus, by_memory))
 
 
 def _places(gpus: list[str], gpus_each: float) -> list[str]:
@@ -113,6 +118,18 @@ def _quota() -> float:
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError):  # no cgroup, or "max"
         return math.inf
+
+
+def available_bytes() -> float:
+    """Memory that this process and its own may use: of the machine, and by the limit of its
+    container; infinite if neither can be told."""
+    limits = []
+    with suppress(OSError, ValueError, AttributeError):  # no such system call, or name of a value
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # versions 2 and 1
+        with suppress(OSError, ValueError):  # no cgroup, or "max"
+            limits.append(int((_CGROUP / name).read_text()))
+    return min((limit for limit in limits if limit > 0), default=math.inf)
 
 
 def available_gpus() -> list[str]:

@@ -8,6 +8,7 @@ for what the others leave open. A cluster is joined on its own terms.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -381,9 +382,10 @@ def worker_layout(
     if not cpus_each:
         # Of the tasks, each node with a CPU gets its part.
         on_a_node = -(-num_tasks // max(1, sum(cpus > 0 for cpus, _ in sizes)))
+        memories = [float(node.get("memory", math.inf)) for node in nodes]
         shares = {
-            max(1, cpus // (by_gpus(gpus) if gpus_each else most_workers(cpus, on_a_node)))
-            for cpus, gpus in sizes
+            max(1, cpus // (by_gpus(gpus) if gpus_each else most_workers(cpus, on_a_node, memory)))
+            for (cpus, gpus), memory in zip(sizes, memories, strict=True)
             if cpus and (not gpus_each or by_gpus(gpus))
         } or {1}
         enough = _MOST * max(map(used, shares))

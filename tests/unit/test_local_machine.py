@@ -1,21 +1,23 @@
 """What the workers of this machine get of it."""
 
+import math
 import os
 
 import pytest
 
 from one4all.errors import UsageError
 from pipelines import local_machine
-from pipelines.local_machine import available_cpus, share_out
+from pipelines.local_machine import available_bytes, available_cpus, share_out
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """Decides what there is."""
 
-    def has(cpus, *gpus):
+    def has(cpus, *gpus, memory=1e12):
         monkeypatch.setattr(local_machine, "available_cpus", lambda: cpus)
         monkeypatch.setattr(local_machine, "available_gpus", lambda: list(gpus))
+        monkeypatch.setattr(local_machine, "available_bytes", lambda: memory)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     return has
@@ -57,6 +59,13 @@ def test_cpus_are_shared_out_evenly(machine, asked, cpus_each):
 def test_few_tasks_get_few_large_workers(machine, cpus, num_tasks, cpus_each):
     machine(cpus)
     assert [share.cpus for share in share_out(0, 0, -1, num_tasks=num_tasks)] == cpus_each
+
+
+@pytest.mark.parametrize(("memory", "cpus_each"), [(64e9, [2] * 8), (6e9, [4] * 4), (1e9, [16])])
+def test_little_memory_holds_few_workers(machine, memory, cpus_each):
+    machine(16, memory=memory)
+    assert [share.cpus for share in share_out(0, 0, -1)] == cpus_each
+    assert len(share_out(16, 1, 0)) == 16  # who asks for them gets them
 
 
 def test_each_worker_sees_its_own_gpus(machine):
@@ -105,3 +114,31 @@ def test_container_is_as_large_as_its_quota(tmp_path, monkeypatch, files, cpus):
     monkeypatch.setattr(local_machine, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert available_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "2000000000\n"}, 2e9),
+        ({"memory/memory.limit_in_bytes": "3000000000\n"}, 3e9),
+        ({"memory.max": "max\n"}, 8 * 4096),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 8 * 4096),  # none
+        ({}, 8 * 4096),
+    ],
+    ids=str,
+)
+def test_container_has_no_more_memory_than_its_limit(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    pages = 8 if expected == 8 * 4096 else 1 << 30
+    values = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}
+    monkeypatch.setattr(local_machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sysconf", values.__getitem__)
+    assert available_bytes() == expected
+
+
+def test_memory_that_nobody_tells_is_no_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_machine, "_CGROUP", tmp_path)
+    monkeypatch.delattr(os, "sysconf")
+    assert available_bytes() == math.inf

@@ -66,6 +66,13 @@ def test_few_tasks_get_large_workers_on_a_cluster(cluster, num_tasks, expected):
     assert worker_layout(0, 0, -1, num_tasks=num_tasks) == expected
 
 
+def test_nodes_with_little_memory_get_large_workers(cluster):
+    cluster += nodes((16, 0), (16, 0))
+    for node in cluster:
+        node["Resources"]["memory"] = 6e9
+    assert worker_layout(0, 0, -1) == (8, 4, 0.0)
+
+
 def test_fractions_of_a_gpu_share_its_cpus(cluster):
     cluster += nodes(GPU_NODE)
     assert worker_layout(0, 0, 0.5) == (16, 6, 0.5)
