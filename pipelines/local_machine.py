@@ -11,9 +11,6 @@ from pathlib import Path
 
 from one4all.errors import UsageError
 
-# Without a GPU. Python runs on one CPU of a process at a time, and does so for half of the time of
-# a process on two; further CPUs would wait for it (docs/operations.md, "How large a worker").
-_CPUS_PER_WORKER = 2
 _BYTES_PER_WORKER = 1_500_000_000  # it takes 1.1 GB on most photos
 _CGROUP = Path("/sys/fs/cgroup")
 # One of these is there wherever PyTorch may find a GPU: NVIDIA's, AMD's, Windows' below Linux.
@@ -77,9 +74,11 @@ def share_out(
 
 
 def most_workers(cpus: int, num_tasks: int = 0, num_bytes: float = math.inf) -> int:
-    """Workers without GPUs that a machine's CPUs are best shared out among.
+    """Workers without GPUs that a machine's CPUs are best shared out among: one for each.
 
-    With few tasks, or little memory, they are fewer and larger.
+    Python runs on one CPU of a process at a time, and does so for half of the time of a process on
+    two (docs/operations.md, "How large a worker"). With few tasks, or little memory, workers are
+    fewer and larger.
 
     Args:
         cpus: Of the machine.
@@ -87,7 +86,7 @@ def most_workers(cpus: int, num_tasks: int = 0, num_bytes: float = math.inf) -> 
         num_bytes: Memory of the machine.
     """
     by_memory = int(min(num_bytes / _BYTES_PER_WORKER, cpus))
-    return max(1, min(cpus // _CPUS_PER_WORKER, num_tasks or cpus, by_memory))
+    return max(1, min(cpus, num_tasks or cpus, by_memory))
 
 
 def _places(gpus: list[str], gpus_each: float) -> list[str]:

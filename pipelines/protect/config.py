@@ -58,9 +58,10 @@ class ProtectConfig(RewriteConfig, JobConfig):
             in a job of one, or if Ray runs in this process; and local otherwise.
         num_workers: Processes that protect; 0 means one for each GPU, or else as many as the CPUs
             allow, and on a cluster more as nodes join.
-        cpus_per_worker: CPUs of a worker, and its codec threads; 0 means two on a node without GPU,
-            or more if there are fewer shards than workers; else the node's CPUs divided by its
-            GPUs, or by ``num_workers`` on this machine; where nodes differ, see `worker_layout`.
+        cpus_per_worker: CPUs of a worker, and its codec threads; 0 means one on a node without GPU,
+            or more if there are fewer shards than CPUs, or less than 1.5 GB of memory for each;
+            else the node's CPUs divided by its GPUs, or by ``num_workers`` on this machine; where
+            nodes differ, see `worker_layout`.
         gpus_per_worker: GPUs of a worker, whole ones or a part of one; below 0 means 1 if there
             are any, else 0.
         wave_shards: Shards handed to workers at once; on a cluster a wave starts its own.

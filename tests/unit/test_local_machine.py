@@ -26,7 +26,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "cpus_each"),
     [
-        ((0, 0, -1), [2, 2, 2, 2]),
+        ((0, 0, -1), [1] * 8),
         ((3, 0, -1), [2, 2, 2]),
         ((0, 3, -1), [3, 3]),
         ((9, 3, -1), [3, 3]),  # as many as fit
@@ -48,10 +48,11 @@ def test_cpus_are_shared_out_evenly(machine, asked, cpus_each):
     ("cpus", "num_tasks", "cpus_each"),
     [
         (1, 0, [1]),
-        (2, 0, [2]),
-        (3, 9, [3]),
-        (16, 0, [2] * 8),
-        (16, 100, [2] * 8),
+        (2, 0, [1] * 2),
+        (2, 1, [2]),
+        (3, 9, [1] * 3),
+        (16, 100, [1] * 16),
+        (16, 8, [2] * 8),
         (16, 3, [5] * 3),
         (16, 1, [16]),
     ],
@@ -61,7 +62,7 @@ def test_few_tasks_get_few_large_workers(machine, cpus, num_tasks, cpus_each):
     assert [share.cpus for share in share_out(0, 0, -1, num_tasks=num_tasks)] == cpus_each
 
 
-@pytest.mark.parametrize(("memory", "cpus_each"), [(64e9, [2] * 8), (6e9, [4] * 4), (1e9, [16])])
+@pytest.mark.parametrize(("memory", "cpus_each"), [(64e9, [1] * 16), (6e9, [4] * 4), (1e9, [16])])
 def test_little_memory_holds_few_workers(machine, memory, cpus_each):
     machine(16, memory=memory)
     assert [share.cpus for share in share_out(0, 0, -1)] == cpus_each

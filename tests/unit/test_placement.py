@@ -45,10 +45,10 @@ GPU_NODE, CPU_NODE, HEAD = (96, 8), (32, 0), (4, 0)
         ([GPU_NODE] * 2 + [(4, 1)], (16, 12, 1.0)),  # its GPU is not worth CPUs of all the others
         ([(96, 8), (16, 4)], (12, 4, 1.0)),  # but four of twelve are
         ([(2, 8)], (2, 1, 1.0)),  # fewer CPUs than GPUs
-        ([(2, 0)] * 2, (2, 2, 0.0)),
-        ([HEAD] + [(96, 0)] * 2, (98, 2, 0.0)),
-        ([(8, 0), (16, 0)], (12, 2, 0.0)),
-        ([(0, 0), (8, 0)], (4, 2, 0.0)),
+        ([(2, 0)] * 2, (4, 1, 0.0)),
+        ([HEAD] + [(96, 0)] * 2, (196, 1, 0.0)),
+        ([(8, 0), (16, 0)], (24, 1, 0.0)),
+        ([(0, 0), (8, 0)], (8, 1, 0.0)),
     ],
     ids=str,
 )
@@ -59,7 +59,7 @@ def test_workers_are_as_large_as_their_nodes_allow(cluster, sizes, expected):
 
 @pytest.mark.parametrize(
     ("num_tasks", "expected"),
-    [(1, (2, 16, 0.0)), (4, (4, 8, 0.0)), (5, (6, 5, 0.0)), (16, (16, 2, 0.0)), (99, (16, 2, 0.0))],
+    [(1, (2, 16, 0.0)), (4, (4, 8, 0.0)), (5, (6, 5, 0.0)), (16, (16, 2, 0.0)), (99, (32, 1, 0.0))],
 )
 def test_few_tasks_get_large_workers_on_a_cluster(cluster, num_tasks, expected):
     cluster += nodes((16, 0), (16, 0), (0, 0))
