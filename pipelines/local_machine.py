@@ -44,8 +44,8 @@ def share_out(
 
     Args:
         num_workers: Wanted; fewer are had if no more fit. 0 for as many as fit.
-        cpus_per_worker: 0 for an even share of all; without GPUs and a number of workers, see
-            `most_workers`.
+        cpus_per_worker: 0 for an even share of all. If neither GPUs nor ``num_workers`` say among
+            how many, `most_workers` does.
         gpus_per_worker: Below 0 for one if there is any.
         num_cpus: CPUs to share out; 0 for those that this process may use.
         num_tasks: What they will work on, one thing each at a time; 0 if that is not known.

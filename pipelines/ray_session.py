@@ -344,7 +344,7 @@ def worker_layout(
 
     Args:
         num_workers: 0 for as many as fit.
-        cpus_per_worker: 0 for a fair share of a node.
+        cpus_per_worker: 0 for a fair share of a node: for each of its GPUs, or by `most_workers`.
         gpus_per_worker: Below 0 for one if there is any.
         num_tasks: What they will work on, one thing each at a time; 0 if that is not known.
 
