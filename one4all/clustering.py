@@ -1,4 +1,4 @@
-"""k-means, distances to its centres, and points drawn towards their neighbours before it.
+"""k-means, nearest neighbours, and points drawn towards them before they are clustered.
 
 Shape suffixes: N points, K clusters, D features.
 """
@@ -90,22 +90,38 @@ def draw_together(points_ND: Tensor, *, neighbours: int = 15, rounds: int = 8) -
     from scipy import sparse  # no protect worker needs it
 
     num_points = len(points_ND)
-    each = min(neighbours, num_points - 1)
-    chosen_Nk, likeness_Nk = [], []
-    for start in range(0, num_points, _ROWS):
-        cosine_RN = points_ND[start : start + _ROWS] @ points_ND.T
-        cosine_RN.diagonal(start).fill_(-torch.inf)
-        likeness, chosen = cosine_RN.topk(each, dim=1)
-        likeness_Nk.append(likeness.clamp_min(_LEAST_LIKENESS))
-        chosen_Nk.append(chosen)
-    rows = np.repeat(np.arange(num_points), each)
-    columns, values = (torch.cat(parts).flatten().numpy() for parts in (chosen_Nk, likeness_Nk))
-    graph = sparse.csr_matrix((values, (rows, columns)), shape=(num_points, num_points))
+    index_Nk, likeness_Nk = most_alike(points_ND, neighbours)
+    rows = np.repeat(np.arange(num_points), index_Nk.shape[1])
+    values = likeness_Nk.clamp_min(_LEAST_LIKENESS).flatten().numpy()
+    shape = (num_points, num_points)
+    graph = sparse.csr_matrix((values, (rows, index_Nk.flatten().numpy())), shape=shape)
     graph = graph + graph.T + sparse.identity(num_points, dtype=np.float32, format="csr")
     moved = points_ND
     for _ in range(rounds):
         moved = F.normalize(torch.from_numpy(graph @ moved.numpy()), dim=1)
     return moved
+
+
+def most_alike(points_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The nearest neighbours of each point, itself left out.
+
+    Args:
+        points_ND: float32 (N, D), of unit length.
+        count: k; fewer where there are not so many others.
+
+    Returns:
+        Their indices, int64 (N, k), the most alike first, and their likeness (cosine), float32
+        (N, k).
+    """
+    each = min(count, len(points_ND) - 1)
+    index_Nk, likeness_Nk = [], []
+    for start in range(0, len(points_ND), _ROWS):
+        cosine_RN = points_ND[start : start + _ROWS] @ points_ND.T
+        cosine_RN.diagonal(start).fill_(-torch.inf)
+        likeness, index = cosine_RN.topk(each, dim=1)
+        index_Nk.append(index)
+        likeness_Nk.append(likeness)
+    return torch.cat(index_Nk), torch.cat(likeness_Nk)
 
 
 def _check_enough(features_ND: Tensor, num_clusters: int) -> None:

@@ -1,6 +1,6 @@
 """Binary codes of points that keep neighbours alike.
 
-Shape suffixes: N points, D features, P principal directions, B bits.
+Shape suffixes: N points, D features, R directions, M codes, B bits.
 """
 
 from __future__ import annotations
@@ -9,32 +9,8 @@ import torch
 from torch import Tensor
 
 _ITERATIONS = 100
+_STARTS = 10  # of rotations
 _MOST_BITS = 12  # of which all codes are held against each point
-
-
-def principal_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The directions along which points differ most.
-
-    Args:
-        features_ND: float32 (N, D).
-        count: P, at most D. Directions beyond the rank of the points hold nothing.
-
-    Returns:
-        Mean (D,) and orthonormal directions (D, P), float32, the widest first. The largest entry of
-        each direction is positive, so that one set of points has one answer.
-    """
-    from scipy import linalg  # no protect worker needs it
-
-    features = features_ND.double()
-    mean_D = features.mean(dim=0)
-    centred = features - mean_D
-    last = centred.shape[1] - 1
-    _, vectors = linalg.eigh(
-        (centred.T @ centred).numpy(), subset_by_index=(last - count + 1, last), overwrite_a=True
-    )
-    axes_DP = torch.from_numpy(vectors).flip(1)
-    largest_P = axes_DP.gather(0, axes_DP.abs().argmax(dim=0, keepdim=True))
-    return mean_D.float(), (axes_DP * largest_P.sign()).float()
 
 
 def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
@@ -46,7 +22,7 @@ def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int
         features_ND: float32 (N, D).
         num_bits: B. Where the points span fewer dimensions, several bits share one.
         weights_N: How much each point counts, above 0.
-        seed: Seed of the first rotation.
+        seed: Seed of the first rotations, of which the one counts that loses least in the end.
 
     Returns:
         int8 (N, B), each 1 or -1.
@@ -98,6 +74,14 @@ def _components(features_ND: Tensor, num_bits: int, share_N1: Tensor, seed: int)
     directions = axes_RD[:num_bits]
     components_NB[:, : len(directions)] = centred_ND @ directions.T
     generator = torch.Generator().manual_seed(seed)
+    rotated = (_rotated(components_NB, share_N1, generator) for _ in range(_STARTS))
+    # All have the same length, so the least is lost where the sum of absolute values is largest.
+    return max(rotated, key=lambda rotated_NB: float((share_N1 * rotated_NB.abs()).sum()))
+
+
+def _rotated(components_NB: Tensor, share_N1: Tensor, generator: torch.Generator) -> Tensor:
+    """Components, rotated so that rounding loses less with each step from a random start."""
+    num_bits = components_NB.shape[1]
     start = torch.randn(num_bits, num_bits, dtype=torch.float64, generator=generator)
     rotation, _ = torch.linalg.qr(start)
     for _ in range(_ITERATIONS):

@@ -1,16 +1,17 @@
 """A codebook: one fixed code for each concept, written on the images of that concept.
 
-    z      = normalise(A (E_I(x) - m))          what the corpus varies in most: 64 directions
+    z      = normalise(A (E_I(x) - m))          what tells its kinds apart: 64 directions
     p_k(x) ~ exp(-|z - c_k|^2 / 2 T)            how much x is like each of K concepts
     b_j(x) = sign sum_k p_k(x) b_jk             each bit of its code, by the vote of all concepts
     delta  = +-epsilon * (-1, 1, -1)            a green or magenta cell for each bit, or its look
 
 Concepts are clusters of image embeddings of an unlabelled corpus, or the names of a vocabulary.
-Images are drawn towards their neighbours before they are clustered, so that a concept follows what
-images there are, and not the axes of the encoder. Like concepts have like codes: their bits are
-signs of the directions in which concepts differ most. So a class that spreads over several concepts
-still has most of its cells in common, and an image between two concepts has the cells that they
-share. No two clusters have the same code, or the picture would be needed to tell them apart.
+Embeddings are looked at along directions in which images differ, but not from those that are most
+like them; and they are drawn towards their neighbours before they are clustered. So a concept
+follows what images there are, and not the axes of the encoder. Like concepts have like codes: their
+bits are signs of the directions in which concepts differ most. So a class that spreads over several
+concepts still has most of its cells in common, and an image between two concepts has the cells that
+they share. No two clusters have the same code, or the picture would be needed to tell them apart.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute. How
@@ -28,19 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from one4all.clustering import draw_together, k_means, squared_distances
-from one4all.codes import principal_directions, quantise, quantise_apart
+from one4all.clustering import squared_distances
+from one4all.codes import quantise, quantise_apart
+from one4all.directions import discriminant_directions, principal_directions
 from one4all.errors import UsageError
+from one4all.grouping import group, group_centres, stable_number
 from one4all.images import Pixels
 from one4all.perturbation import Levels, around_middle
 from one4all.protectors.config import MAX_CONCEPTS, CodebookConfig, PatternConfig
 from one4all.protectors.model import PerturbationModel
 from one4all.protectors.pattern import hide, paint
 
-# How far bfloat16 may move A (E_I(x) - m) across the border of a bit. Of 5,788 photos and
-# thumbnails with each of 16 codebooks (of names, and of N/15 or N/45 concepts in 3 to 512
-# directions) it turned bits up to .0098 away from it, and at T = .04 moved none by over .0209.
-_DRAFT_ERROR = 0.022
+# How far bfloat16 may move A (E_I(x) - m) across the border of a bit. Of 1,708 photos with each of
+# nine codebooks (fitted to three sets, 16 to 147 concepts) it turned bits up to .0055 away from it,
+# in one case .0202; of 5,788 with sixteen in principal directions, as of names, up to .0098.
+_DRAFT_ERROR = 0.03
 
 
 class Codebook(PerturbationModel):
@@ -159,18 +162,20 @@ def fit_codebook(
         UsageError: Fewer images than concepts, or than two.
     """
     num_images = len(embeddings_ND)
-    num_concepts = config.concepts_of(num_images)
-    if num_images < num_concepts:
+    fewest, most = config.concepts_between(num_images)
+    if num_images < fewest:
         raise UsageError(
-            f"{num_concepts} concepts cannot be found in {num_images} images; give more images, or "
-            "a smaller num_concepts"
+            f"{fewest} concepts cannot be found in {num_images} images; give more images, or a "
+            "smaller num_concepts"
         )
-    mean_D, axes_DP = _directions(embeddings_ND, config)
+    mean_D, axes_DP = discriminant_directions(embeddings_ND, config.directions)
     projected_NP = _project(embeddings_ND, mean_D, axes_DP)
-    _, kind_N = k_means(draw_together(projected_NP), num_concepts, seed=seed)
+    num_concepts = fewest
+    if fewest < most:
+        num_concepts = stable_number(projected_NP, fewest, most, seed=seed)
+    kind_N = group(projected_NP, num_concepts, seed=seed)
+    centres_KP = group_centres(projected_NP, kind_N, num_concepts)
     sizes_K = torch.bincount(kind_N, minlength=num_concepts).clamp_min(1)
-    total_KP = torch.zeros(num_concepts, projected_NP.shape[1])
-    centres_KP = F.normalize(total_KP.index_add_(0, kind_N, projected_NP), dim=1)
     bits_Kb = quantise_apart(centres_KP, config.pattern.num_bits, sizes_K, seed=seed)
     codebook = _codebook(config, mean_D, axes_DP, centres_KP, bits_Kb)
     return codebook, codebook.concepts(embeddings_ND)
@@ -193,7 +198,7 @@ def name_codebook(embeddings_ND: Tensor, config: CodebookConfig, *, seed: int) -
         UsageError: More than `MAX_CONCEPTS` names.
     """
     check_num_concepts(len(embeddings_ND))
-    mean_D, axes_DP = _directions(embeddings_ND, config)
+    mean_D, axes_DP = principal_directions(embeddings_ND, config.directions)
     centres_NP = _project(embeddings_ND, mean_D, axes_DP)
     bits_Nb = quantise(centres_NP, config.pattern.num_bits, torch.ones(len(centres_NP)), seed=seed)
     return _codebook(config, mean_D, axes_DP, centres_NP, bits_Nb)
@@ -210,10 +215,6 @@ def check_num_concepts(count: int) -> None:
             f"{count:,} concepts are too many: each image is held against all of them; at most "
             f"{MAX_CONCEPTS:,} are possible"
         )
-
-
-def _directions(embeddings_ND: Tensor, config: CodebookConfig) -> tuple[Tensor, Tensor]:
-    return principal_directions(embeddings_ND, min(config.directions, embeddings_ND.shape[1]))
 
 
 def _project(embedding_BD: Tensor, mean_D: Tensor, axes_DP: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from one4all.encoders.config import EncoderConfig
 # Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
 DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
 MAX_CONCEPTS = 20_000
-_IMAGES_PER_CONCEPT = 45
-_FEWEST_CONCEPTS = 24  # if there are twice as many images
+_FEWEST_CONCEPTS, _MOST_CONCEPTS = 16, 256  # between which their number is looked for
+_IMAGES_PER_CONCEPT = 8  # at least, of concepts whose number is looked for
 VALUES_PER_CELL = 8  # of a cell of one colour; stripes have as many for each of their periods
 
 
@@ -159,9 +159,9 @@ class CodebookConfig(BaseModel):
     """Size and look of a codebook.
 
     Attributes:
-        num_concepts: Number K of concepts, at most `MAX_CONCEPTS`; 0 means one for every 45 images
-            that it is fitted to, but no more than there are codes. A codebook of names has one for
-            each name, whatever this says.
+        num_concepts: Number K of concepts, at most `MAX_CONCEPTS`; 0 means as many as there seem to
+            be kinds of images, from 16 to 256 (`grouping.stable_number`). A codebook of names has
+            one for each name, whatever this says.
         directions: Number P of directions of the embedding that are looked at, at most.
         temperature: T above, in squared distance of vectors of unit length. Towards 0, the nearest
             concept decides.
@@ -175,12 +175,13 @@ class CodebookConfig(BaseModel):
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.04
     pattern: PatternConfig = PatternConfig()
 
-    def concepts_of(self, num_images: int) -> int:
-        """Number of concepts for so many images."""
-        fewest = min(_FEWEST_CONCEPTS, num_images // 2)
-        most = min(MAX_CONCEPTS, 1 << self.pattern.num_bits)
-        wanted = min(most, max(num_images // _IMAGES_PER_CONCEPT, fewest, 2))
-        return self.num_concepts or wanted
+    def concepts_between(self, num_images: int) -> tuple[int, int]:
+        """The least and the largest number of concepts for so many images."""
+        if self.num_concepts:
+            return self.num_concepts, self.num_concepts
+        codes = min(_MOST_CONCEPTS, 1 << self.pattern.num_bits)
+        fewest = max(min(_FEWEST_CONCEPTS, codes, num_images // 2), 2)
+        return fewest, max(min(codes, num_images // _IMAGES_PER_CONCEPT), fewest)
 
 
 DEFAULT_CODEBOOK = CodebookConfig()

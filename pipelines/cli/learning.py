@@ -59,7 +59,7 @@ def fit(
     ] = None,
     concepts: Annotated[
         int | None,
-        typer.Option(help="Clusters of images; default: one for every 45 images."),
+        typer.Option(help="Clusters of images; default: found from the images, 16 to 256."),
     ] = None,
     strength: Annotated[
         str | None,

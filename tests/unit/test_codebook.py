@@ -1,5 +1,8 @@
 """A codebook: one code a concept, whatever else is in the image; an artefact like any other."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from support.builders import TINY_ENCODER, make_pixels
 
-from one4all.clustering import draw_together, k_means
-from one4all.codes import principal_directions, quantise, quantise_apart
+from one4all.clustering import draw_together, k_means, most_alike
+from one4all.codes import quantise, quantise_apart
+from one4all.directions import discriminant_directions, principal_directions
 from one4all.encoders import load_encoder
 from one4all.errors import UsageError
 from one4all.protectors.codebook import Codebook, fit_codebook, name_codebook
@@ -154,6 +158,32 @@ def test_directions_are_those_of_the_largest_variance():
     assert (axes.T @ axes).tolist() == [pytest.approx(row, abs=1e-5) for row in ([1, 0], [0, 1])]
 
 
+def test_neighbours_are_of_one_kind_more_often_along_discriminant_directions():
+    """Kinds differ along eight features; images of one kind along three others, at random."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(600) % 20
+    kinds = F.normalize(torch.randn(20, 8, generator=generator), dim=1)
+    pose = 0.5 * torch.randn(600, 3, generator=generator)
+    noise = 0.05 * torch.randn(600, 11, generator=generator)
+    points = F.normalize(torch.cat([kinds[kind], pose], dim=1) + noise, dim=1)
+
+    def of_one_kind(directions: Callable[..., Any]) -> float:
+        mean, axes = directions(points, 8)
+        index, _ = most_alike(F.normalize((points - mean) @ axes, dim=1), 5)
+        return (kind[index] == kind[:, None]).float().mean().item()
+
+    assert of_one_kind(principal_directions) == pytest.approx(0.80, abs=0.02)
+    assert of_one_kind(discriminant_directions) == pytest.approx(0.92, abs=0.02)
+
+
+def test_directions_hold_where_images_are_equal_or_few():
+    copies = F.normalize(torch.eye(3, 8)[torch.arange(60) % 3] + 0.1, dim=1)
+    for points in (copies, copies[:2], copies[:1]):
+        _, axes = discriminant_directions(points, 64)
+        assert axes.shape == (8, 8)
+        assert axes.isfinite().all()
+
+
 def test_concepts_vote_bit_by_bit_unless_the_temperature_is_low():
     """The nearest concept stands alone; two others, hardly farther, agree on a bit."""
     for temperature, expected in ((0.04, 1), (0.0001, -1)):
@@ -168,11 +198,22 @@ def test_concepts_vote_bit_by_bit_unless_the_temperature_is_low():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "num_concepts"), [(2, 2), (40, 20), (100, 24), (4500, 100), (9_000_000, 256)]
+    ("num_images", "between"),
+    [(2, (2, 2)), (20, (10, 10)), (100, (16, 16)), (400, (16, 50)), (9_000_000, (16, 256))],
 )
-def test_number_of_concepts_follows_the_number_of_images(num_images, num_concepts):
-    assert CodebookConfig().concepts_of(num_images) == num_concepts
-    assert CodebookConfig(num_concepts=7).concepts_of(num_images) == 7
+def test_number_of_concepts_is_looked_for_within_what_so_many_images_allow(num_images, between):
+    assert CodebookConfig().concepts_between(num_images) == between
+    assert CodebookConfig(num_concepts=7).concepts_between(num_images) == (7, 7)
+
+
+def test_as_many_concepts_as_there_are_kinds():
+    generator = torch.Generator().manual_seed(0)
+    for num_kinds in (20, 40):
+        kinds = torch.randn(num_kinds, 32, generator=generator)
+        noise = torch.randn(800, 32, generator=generator)
+        points = F.normalize(kinds[torch.arange(800) % num_kinds] + 0.5 * noise, dim=1)
+        codebook, _ = fit_codebook(points, CodebookConfig(), seed=0)
+        assert codebook.config.num_concepts == pytest.approx(num_kinds, rel=0.2)
 
 
 def test_more_concepts_than_images_are_refused():
