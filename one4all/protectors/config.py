@@ -94,9 +94,9 @@ class PatternConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cells: Annotated[int, Field(ge=1, le=16)] = 4
-    smoothing: Annotated[float, Field(ge=0, le=2)] = 0.375
-    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.36
-    masking: Annotated[float, Field(ge=0, le=3)] = 1.0
+    smoothing: Annotated[float, Field(ge=0, le=2)] = 0.2
+    amplitude: Annotated[float, Field(gt=0, le=1)] = 0.22
+    masking: Annotated[float, Field(ge=0, le=3)] = 1.83
     in_place: Annotated[float, Field(ge=0, le=1)] = 1.0
     stripes: Annotated[int, Field(ge=0, le=16)] = 0
 
@@ -149,7 +149,7 @@ class PatternConfig(BaseModel):
 # Looks that have a name, the least visible first; measured in docs/results.md.
 STRENGTHS: Mapping[str, PatternConfig] = {
     "discreet": PatternConfig(),
-    "balanced": PatternConfig(smoothing=0.2, amplitude=0.42, masking=1.83),
+    "balanced": PatternConfig(amplitude=0.42),
     "strong": PatternConfig().hard(),
     "gray-proof": PatternConfig(smoothing=0, amplitude=1, masking=0, in_place=0, stripes=5),
 }

@@ -223,7 +223,7 @@ def test_more_concepts_than_images_are_refused():
 
 def test_look_has_a_name_or_is_spelt_out():
     assert CodebookConfig(pattern="strong").pattern == STRENGTHS["strong"]
-    assert CodebookConfig(pattern={"in_place": 0}).pattern.smoothing == 0.375
+    assert CodebookConfig(pattern={"in_place": 0}).pattern.smoothing == 0.2
     with pytest.raises(
         ValidationError, match="'loud', only discreet, balanced, strong, gray-proof"
     ):
