@@ -13,7 +13,7 @@ from one4all.clustering import most_alike
 
 _NEIGHBOURS = 8
 _WIDEST = 256  # principal directions in which the others are sought
-_EVEN = 0.1  # share of the scatter that is spread evenly: few pairs know it badly
+_EVEN = 0.1  # share of their scatter that is spread evenly, as it is known from few pairs
 
 
 def principal_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def principal_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def discriminant_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The directions along which points differ most, beside how much near neighbours differ there.
+    """The directions along which points differ most, measured by how much neighbours differ there.
 
     Two images that chose each other as neighbours mostly show one kind of things. How they differ
     still, in light, pose and background, says nothing of kinds. So each direction is divided by the
@@ -48,8 +48,8 @@ def discriminant_directions(features_ND: Tensor, count: int) -> tuple[Tensor, Te
         on average points are as far from their mean as along as many principal directions. If no
         neighbours differ, they are the principal directions.
 
-    Source: relevant component analysis, Bar-Hillel et al. 2003, with mutual neighbours for the
-    pairs that somebody would tell it are of one kind; linear discriminants, Fisher 1936.
+    Source: relevant component analysis, Bar-Hillel et al. 2003, with mutual neighbours in place of
+    pairs that are known to be of one kind; linear discriminants, Fisher 1936.
     """
     mean_D, wide_DQ = principal_directions(features_ND, max(_WIDEST, count))
     points_NQ = ((features_ND - mean_D) @ wide_DQ).double()

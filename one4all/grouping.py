@@ -51,7 +51,8 @@ def stable_number(points_ND: Tensor, fewest: int, most: int, *, seed: int) -> in
     A fifth of the points is left out, and the others are grouped. With as many groups as there are
     kinds of things, that gives the same groups whichever points are left out. With fewer, kinds
     are put together, and with more they are cut apart, each time in another way. Of numbers that
-    are about as good it is the smallest, since a code with fewer concepts is learnt sooner.
+    are about as good it is the smallest: the larger the groups, the more often images of a kind
+    are in the same one.
 
     Args:
         points_ND: float32 (N, D), of unit length. Of more than 4,000 a sample is looked at.
