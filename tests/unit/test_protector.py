@@ -148,7 +148,7 @@ def test_encoder_that_computes_otherwise_is_refused(protector_folder, monkeypatc
         (
             "default",
             "codebook",
-            "a6f2da0ab155e166b88ea1df50f6e798392bb60d75eb438d32306473dc9d124c",
+            "2621c2b394b122e4791a6d85dbd56a0d523af7526d040f46be6dc62dea24adbd",
         ),
         ("14a", "generator", "14e5b568df6ed88957b221c5261b2d3368307435823c61ef35e86d1a18f57f12"),
     ],
