@@ -41,8 +41,9 @@ from one4all.protectors.model import PerturbationModel
 from one4all.protectors.pattern import hide, paint
 
 # How far bfloat16 may move A (E_I(x) - m) across the border of a bit. At T = .04 it moved none of
-# 1,708 photos by over .0202 with 16 codebooks (of names; fitted, 16 to 147 concepts), and none of
-# 5,788 photos and thumbnails by over .0209 with 16 others in 3 to 512 principal directions.
+# 1,708 photos by over .0162 with seven codebooks (of names; fitted, 16 to 86 concepts), and with
+# nine others (fitted, 24 to 147) turned bits up to .0202 away. With sixteen in 3 to 512 principal
+# directions it moved none of 5,788 photos and thumbnails by over .0209.
 _DRAFT_ERROR = 0.022
 
 
