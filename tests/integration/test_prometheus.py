@@ -56,27 +56,35 @@ def test_prometheus_counts_what_was_done(tmp_path, protector_folder, monkeypatch
             time.sleep(2 * debian.SCRAPE_SECONDS)
             driver.stdin.write("\n")
             driver.stdin.flush()
-            num_images = int(driver.stdout.readline())
-            assert num_images == 120
-            time.sleep(4 * debian.SCRAPE_SECONDS)
+            assert int(driver.stdout.readline()) == 120
             window = "[10m]"
 
             def grown(metric: str, by: str = "") -> dict[str, float]:
-                grouped = f"sum by ({by})" if by else "sum"
-                return server.query(f"{grouped} (increase(ray_one4all_{metric}_total{window}))")
+                """What `increase` of a dashboard rests on: the last value less the first one.
 
-            close = 0.1  # of what Prometheus extrapolates
-            assert grown("images")[""] == pytest.approx(num_images, rel=close)
-            failures = {k: n for k, n in grown("failures", "kind").items() if n}
-            assert failures == {"kind=ShardError": pytest.approx(3, rel=close)}
-            shards = grown("shards", "status")
-            assert shards["status=done"] == pytest.approx(12, rel=close)
-            assert shards["status=failed"] == pytest.approx(3, rel=close)
+                `increase` itself extrapolates to the ends of the window, of a run as short as
+                this one by more than a tenth when a scrape is late.
+                """
+                grouped = f"sum by ({by})" if by else "sum"
+                counter = f"ray_one4all_{metric}_total{window}"
+                return server.query(
+                    f"{grouped} (max_over_time({counter}) - min_over_time({counter}))"
+                )
+
+            def counts() -> dict[str, float]:
+                found = grown("images") | grown("failures", "kind") | grown("shards", "status")
+                return {label: number for label, number in found.items() if number}
+
+            done = {"": 120, "kind=ShardError": 3, "status=done": 12, "status=failed": 3}
+            deadline = time.monotonic() + 60  # Ray exports now and then, a scrape comes later
+            while counts() != done and time.monotonic() < deadline:
+                time.sleep(debian.SCRAPE_SECONDS)
+            assert counts() == done
             seconds = grown("stage_seconds", "stage")
             manifests = list(Ledger(open_storage(str(out))).manifests())
             for stage in ("decode", "device", "encode"):
                 true = sum(manifest.seconds[stage] for manifest in manifests)
-                assert seconds[f"stage={stage}"] == pytest.approx(true, rel=close), stage
+                assert seconds[f"stage={stage}"] == pytest.approx(true), stage
             longest = max(manifest.seconds["device"] for manifest in manifests)
             quantile = server.query(
                 "histogram_quantile(0.95, sum by (le) "
