@@ -28,6 +28,7 @@ from one4all.corpus import (
 )
 from one4all.distances import max_difference, psnr_db, ssim
 from one4all.errors import BadImageError, One4AllError
+from one4all.gray_images import in_colour
 from one4all.images import (
     DecodedImage,
     decode,
@@ -270,6 +271,8 @@ class _Comparison:
         except BadImageError as error:
             self._audit.report(f"{clean.name}: {error}")
             return
+        if self._binding.tint_gray:
+            before = in_colour(before)
         output_format = self._binding.output_format
         expected = extension_for(clean.name, before, output_format)
         if expected != clean.name:

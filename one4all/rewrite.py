@@ -39,6 +39,7 @@ from one4all.corpus import (
     write_unit,
 )
 from one4all.errors import BadImageError, BudgetError, ShardError
+from one4all.gray_images import in_colour, is_gray
 from one4all.images import (
     DEFAULT_MAX_PIXELS,
     DecodedImage,
@@ -81,6 +82,8 @@ class RewriteConfig(BaseModel):
         mark_no_ai_training: Write into the XMP of each protected image that it must not be used to
             train AI (IPTC's Data Mining property), unless it states a reservation already. BMP
             cannot hold it.
+        tint_gray: Make gray images colour images, so that they hold a pattern in colour. If not,
+            they stay gray, and hold hardly any of it.
         max_image_pixels: Larger images are bad images; refused before they are decoded.
         max_sample_bytes: Larger samples make a bad shard; a sample has to fit in memory, and a row
             group of a Parquet file.
@@ -100,6 +103,7 @@ class RewriteConfig(BaseModel):
     on_bad_image: Literal["drop", "fail", "passthrough"] = "drop"
     sidecar_patterns: tuple[str, ...] = ()
     mark_no_ai_training: bool = False
+    tint_gray: bool = False
     max_image_pixels: Annotated[int, Field(ge=1, le=500_000_000)] = DEFAULT_MAX_PIXELS
     max_sample_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     image_columns: tuple[str, ...] = ()
@@ -137,6 +141,7 @@ class _Protected:
 
     name: str
     converted: str
+    lacks_colour: bool
     file: RecodedImage
 
 
@@ -290,6 +295,7 @@ class _UnitRewrite:
             num_images=self._counts["images"],
             num_protected=num_protected,
             num_members=self._counts["members"],
+            num_gray=self._counts["gray"],
             bad_images=tuple(self._bad),
             converted=dict(sorted(self._converted.items())),
             distances=UnitDistances(
@@ -362,7 +368,8 @@ class _UnitRewrite:
 
     def _decode(self, member: Member) -> tuple[DecodedImage, Pixels]:
         size, limit = self._protector.card.working_size, self._config.max_image_pixels
-        return decode_with_copy(member.payload, size, max_pixels=limit)
+        image, copy = decode_with_copy(member.payload, size, max_pixels=limit)
+        return (in_colour(image) if self._config.tint_gray else image), copy
 
     def _perturb(self, batch: _Batch) -> _Batch:
         """Wait for the pixels, run the device, start encoding."""
@@ -407,7 +414,8 @@ class _UnitRewrite:
         written = extension_for(name, clean, config.output_format)
         if written != name:
             written = self._container.renamed(name, written)
-        return _Protected(written, clean.converted, file)
+        lacks_colour = self._protector.is_coloured and is_gray(clean)
+        return _Protected(written, clean.converted, lacks_colour, file)
 
     def _write(self, batch: _Batch, output: UnitWriter) -> None:
         """Wait for the encoded images and write the samples, in the order of the source."""
@@ -494,5 +502,6 @@ class _UnitRewrite:
             self._max_decoded = max(self._max_decoded, file.max_decoded)
             self._psnr_sum += file.psnr_db
             self._num_measured += 1
+        self._counts["gray"] += image.lacks_colour
         if image.converted:
             self._converted[image.converted] += 1

@@ -35,6 +35,7 @@ class Binding(_Record):
     max_image_pixels: int
     sidecar_patterns: tuple[str, ...]
     mark_no_ai_training: bool = False
+    tint_gray: bool = False
     image_columns: tuple[str, ...] = ()
     others: Literal["copy", "skip"] = "copy"
     transform_version: int
@@ -74,6 +75,8 @@ class Manifest(_Record):
         outputs: Objects that were written.
         num_samples, num_images, num_protected, num_members: What the unit held, and of its images
             how many were protected; members are those that were written.
+        num_gray: Protected images that are gray, and so hold hardly any of a pattern in colour; 0
+            if the pattern is in no colour.
         bad_images: Images that could not be protected.
         converted: Number of images by what had to be changed to protect them.
         seconds: Time of each stage.
@@ -89,6 +92,7 @@ class Manifest(_Record):
     num_images: int
     num_protected: int
     num_members: int
+    num_gray: int = 0
     bad_images: tuple[BadImage, ...] = ()
     converted: dict[str, int] = Field(default_factory=dict)
     distances: UnitDistances

@@ -85,6 +85,11 @@ class Codebook(PerturbationModel):
         """
         return self.paint(self.vote(embedding_BD)).to(embedding_BD)
 
+    @property
+    def is_coloured(self) -> bool:
+        """See the base class: unless it is stripes."""
+        return not self.config.pattern.stripes
+
     def place(self, delta_hwC: Levels, clean: Pixels) -> Levels:
         """See the base class: on the middle square, and hidden in the photo's colours."""
         whole = around_middle(delta_hwC, *clean.shape[:2])

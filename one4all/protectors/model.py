@@ -54,6 +54,11 @@ class PerturbationModel(nn.Module, ABC):
         """
         return torch.zeros(len(embedding_BD), dtype=torch.bool)
 
+    @property
+    def is_coloured(self) -> bool:
+        """Whether the pattern is mainly in colour, so that gray images hold hardly any of it."""
+        return False
+
     def place(self, delta_hwC: Levels, clean: Pixels) -> Levels:
         """Lay a perturbation on an image of any shape; the whole of it, squashed, unless told else.
 

@@ -136,6 +136,11 @@ class Protector:
         return self
 
     @property
+    def is_coloured(self) -> bool:
+        """Whether the pattern is mainly in colour, so that gray images hold hardly any of it."""
+        return self.model.is_coloured
+
+    @property
     def backend(self) -> EncoderBackend:
         """What computes embeddings; loaded when it is first asked for, which may take seconds.
 

@@ -90,6 +90,10 @@ def protect(
         bool | None,
         typer.Option("--mark-no-ai-training", help="Write a data-mining reservation (XMP)."),
     ] = None,
+    tint_gray: Annotated[
+        bool | None,
+        typer.Option("--tint-gray", help="Make gray images colour images, to hold the pattern."),
+    ] = None,
     prune: Annotated[
         bool | None,
         typer.Option("--prune", help="Remove outputs whose source is gone."),
@@ -128,6 +132,7 @@ def protect(
         only=only,
         since=since,
         mark_no_ai_training=mark_no_ai_training,
+        tint_gray=tint_gray,
         prune=prune,
         retry_quarantined=retry_quarantined,
         moved_from=moved_from,
@@ -195,6 +200,11 @@ def _result_lines(result: Any, settings: Any, destination: str) -> list[str]:
             "  label maps and masks do not survive that; sidecar_patterns copies them, such as "
             "--set 'sidecar_patterns=[\"*.seg.png\"]'",
         ]
+    if result.num_gray:
+        lines.append(
+            f"  {result.num_gray} images are gray and stay so: the pattern is a colour, so they "
+            "are hardly protected; --tint-gray, at a new destination, makes them colour images"
+        )
     lines += [
         f"  not protected: {name}: {reason}"
         for name, reason in (result.failed | result.quarantined).items()

@@ -70,6 +70,7 @@ class ProtectResult:
         num_done: Of these, protected: they have a manifest.
         num_protected_now: Of these, in this run.
         num_images: Images protected in this run; none that was dropped or passed through.
+        num_gray: Of these, gray ones, which hold hardly any of a pattern in colour.
         converted: Of this run: number of images by what had to be changed to protect them.
         num_bad_images: Dropped or passed through, in all done shards, whichever run met them.
         num_failed: Shards without a manifest, but for those given up.
@@ -95,6 +96,7 @@ class ProtectResult:
     num_done: int = 0
     num_protected_now: int = 0
     num_images: int = 0
+    num_gray: int = 0
     converted: Counter[str] = field(default_factory=Counter)
     num_bad_images: int = 0
     num_failed: int = 0
@@ -285,6 +287,7 @@ class _Run:
                         on_progress(status)
                         result.num_protected_now += status.num_objects * done
                         result.num_images += status.num_protected
+                        result.num_gray += status.num_gray
                         result.converted.update(status.converted)
                         if not done:
                             errors[status.name] = status.error

@@ -23,6 +23,7 @@ class UnitStatus:
         num_images, num_bad: Images of the unit, and those of them that could not be protected.
         num_batches: Batches that the device has done.
         num_protected: Those that were; also less than the rest if a sample was dropped.
+        num_gray: Those that are gray, and so hold hardly any of a pattern in colour.
         converted: Number of images by what had to be changed to protect them.
         num_bytes, num_bytes_written: Size of the unit, and of what was written.
         seconds: Time that the unit kept each stage waiting; a stage that it did not reach is 0.
@@ -41,6 +42,7 @@ class UnitStatus:
     num_bad: int = 0
     num_protected: int = 0
     num_batches: int = 0
+    num_gray: int = 0
     converted: Mapping[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     num_bytes_written: int = 0

@@ -170,6 +170,7 @@ class ProtectWorker:
             num_bad=len(manifest.bad_images),
             num_protected=manifest.num_protected,
             num_batches=len(batches),
+            num_gray=manifest.num_gray,
             converted=manifest.converted,
             num_bytes_written=manifest.output_size,
             seconds=manifest.seconds,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.builders import make_16_bit_png, make_image, make_samples, make_tar, write_corpus
 
-from one4all.errors import ProtectorError, UsageError
+from one4all.errors import BindingError, ProtectorError, UsageError
 from one4all.ledger import Ledger, read_binding
 from one4all.protectors.card import WEIGHTS
 from one4all.storage import open_storage
@@ -209,6 +209,31 @@ def test_source_that_was_moved_is_the_same_if_it_is_said_and_true(tmp_path, conf
     assert "1 have another modification time" in caplog.text
     assert verify(str(elsewhere), out, VerifyConfig()).ok
     assert protect(str(elsewhere), out, moved).num_protected_now == 0
+
+
+def test_gray_images_are_told_or_tinted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own_protector, "FEWEST_IMAGES", 10)
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    gray = [(f"{i}.jpg", make_image("JPEG", "L", seed=i)) for i in range(3)]
+    (corpus / "gray.tar").write_bytes(make_tar(gray))
+    told = "3 images are gray and stay so"
+
+    def run(out: str, *options: str) -> tuple[object, str]:
+        settings = ["--set", "cpus_per_worker=1", "--set", "runner=local", *options]
+        with pytest.raises(SystemExit) as stop:
+            cli.app(["protect", str(corpus), str(tmp_path / out), *settings])
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out + printed.err
+
+    code, printed = run("gray")
+    assert (code, told in printed) == (0, True)
+    with pytest.raises(BindingError, match="tint_gray False -> True"):
+        cli.app(["protect", str(corpus), str(tmp_path / "gray"), "--tint-gray"])
+    capsys.readouterr()
+    code, printed = run("tinted", "--tint-gray")
+    assert (code, told in printed) == (0, False)
+    assert "converted now: 3 L to RGB" in printed
+    assert verify(str(corpus), str(tmp_path / "tinted"), VerifyConfig(recompute=1.0)).ok
 
 
 def test_what_was_converted_is_told_and_a_link_to_nothing_fails(tmp_path, config, capsys):
