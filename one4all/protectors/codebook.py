@@ -9,9 +9,10 @@ Concepts are clusters of image embeddings of an unlabelled corpus, or the names 
 Embeddings are looked at along directions in which images differ, but not from those that are most
 like them; and they are drawn towards their neighbours before they are clustered. So a concept
 follows what images there are, and not the axes of the encoder. Like concepts have like codes: their
-bits are signs of the directions in which concepts differ most. So a class that spreads over several
-concepts still has most of its cells in common, and an image between two concepts has the cells that
-they share. No two clusters have the same code, or the picture would be needed to tell them apart.
+bits are signs of the directions in which they differ most, in the encoder's own measure. So a class
+that spreads over several concepts still has most of its cells in common, and an image between two
+concepts has the cells that they share. No two clusters have the same code, or the picture would be
+needed to tell them apart.
 
 No label is read, at fitting or at protection, and nothing is trained. It is the other kind of
 generator beside `Generator`: the same artefact, budget and commands, and far less to compute. How
@@ -180,9 +181,13 @@ def fit_codebook(
     if fewest < most:
         num_concepts = stable_number(projected_NP, fewest, most, seed=seed)
     kind_N = group(projected_NP, num_concepts, seed=seed)
-    centres_KP = group_centres(projected_NP, kind_N, num_concepts)
     sizes_K = torch.bincount(kind_N, minlength=num_concepts).clamp_min(1)
-    bits_Kb = quantise_apart(centres_KP, config.pattern.num_bits, sizes_K, seed=seed)
+    # What tells two kinds apart is one thing, how far apart they are another: codes follow the
+    # large differences between images, which discriminant directions make small.
+    seen_NP = _project(embeddings_ND, *principal_directions(embeddings_ND, config.directions))
+    apart_KP = group_centres(seen_NP, kind_N, num_concepts)
+    bits_Kb = quantise_apart(apart_KP, config.pattern.num_bits, sizes_K, seed=seed)
+    centres_KP = group_centres(projected_NP, kind_N, num_concepts)
     codebook = _codebook(config, mean_D, axes_DP, centres_KP, bits_Kb)
     return codebook, codebook.concepts(embeddings_ND)
 

@@ -207,7 +207,7 @@ class Protector:
         Returns:
             float32 (N, D), L2-normalised, on the CPU.
         """
-        parts = []
+        parts = [torch.zeros(0, self.encoder.embedding_dim)]
         for start in range(0, len(images), batch_size):
             working = np.stack(self._working(images[start : start + batch_size]))
             parts.append(self._embed(working, self._pass_size(len(working), batch_size)).cpu())

@@ -216,6 +216,23 @@ def test_as_many_concepts_as_there_are_kinds():
         assert codebook.config.num_concepts == pytest.approx(num_kinds, rel=0.2)
 
 
+def test_codes_follow_large_differences_though_neighbours_vary_along_them():
+    """Eight kinds on two sides: far more bits differ from side to side than on one of them."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(800) % 8
+    points = 0.03 * torch.randn(800, 16, generator=generator)
+    points[:, 0] = 2.0
+    points[:, 1] = torch.where(kind < 4, 0.8, -0.8) + 0.25 * torch.randn(800, generator=generator)
+    points[torch.arange(800), 2 + kind] += 0.5
+    points = F.normalize(points, dim=1)
+    for seed in range(3):
+        codebook, _ = fit_codebook(points, CodebookConfig(num_concepts=8), seed=seed)
+        bits = codebook.vote(points)
+        code = torch.stack([bits[kind == k].float().mean(0).sign() for k in range(8)])
+        differ = (code[:, None] != code).sum(2).float()
+        assert differ[:4, 4:].mean() > 2.5 * differ[:4, :4].sum() / 12
+
+
 def test_more_concepts_than_images_are_refused():
     with pytest.raises(UsageError, match="61 concepts cannot be found in 60 images"):
         fit_codebook(clouds()[0], CodebookConfig(num_concepts=61), seed=0)
