@@ -323,12 +323,12 @@ class _Rehearsal:
     """Stands for the protector of a worker: a device that may answer at once.
 
     Args:
-        protector: The real one; each of its answers is kept.
+        protector: The real one; each of its answers is kept. Whatever else a worker may ask of its
+            protector, it answers itself.
     """
 
     def __init__(self, protector: Protector) -> None:
-        self.protector, self.card = protector, protector.card
-        self.apply = protector.apply
+        self.protector = protector
         self._answers: list[Levels] = []
         self._repeated: Iterator[Levels] | None = None
 
@@ -339,6 +339,9 @@ class _Rehearsal:
     def repeat(self) -> None:
         """Give the same answers again, in the same order."""
         self._repeated = iter(self._answers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.protector, name)
 
     def perturb(self, working_NHWC: Pixels, *, batch_size: int) -> Levels:
         """As `Protector.perturb`."""
