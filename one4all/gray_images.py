@@ -14,6 +14,8 @@ from PIL import Image, ImageCms
 
 from one4all.images import DecodedImage
 
+_COLOUR_SPACE = (b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"cICP")  # not that of converted tones
+
 
 def is_gray(image: DecodedImage) -> bool:
     """Whether its file has one channel, beside alpha; three equal channels are colour."""
@@ -26,14 +28,16 @@ def in_colour(image: DecodedImage) -> DecodedImage:
 
     Returns:
         (H, W, 3) or (H, W, 4) uint8 pixels in sRGB. A profile for one channel does not fit three:
-        its tones are converted, each channel within half a level, and it is left out. Any other
-        profile that such a file may have is left out, too; readers pay no heed to it.
+        its tones are converted, each channel within half a level, and it is left out, as is all
+        else of the file that states a colour space. Any other profile that such a file may have is
+        left out, too; readers pay no heed to it.
     """
     if not is_gray(image):
         return image
-    gray = Image.fromarray(image.pixels[:, :, 0])
+    gray, chunks = Image.fromarray(image.pixels[:, :, 0]), image.png_chunks
     if image.icc_profile:
         gray = gray.point(_tones(image.icc_profile))
+        chunks = tuple(chunk for chunk in chunks if chunk[0] not in _COLOUR_SPACE)
     pixels = np.repeat(np.asarray(gray)[:, :, None], 3, axis=2)
     target = "RGB"
     if image.pixels.shape[2] == 2:
@@ -43,7 +47,7 @@ def in_colour(image: DecodedImage) -> DecodedImage:
         image,
         pixels=pixels,
         icc_profile=b"",
-        png_chunks=tuple(chunk for chunk in image.png_chunks if chunk[0] != b"iCCP"),
+        png_chunks=chunks,
         converted=f"{before}{'L' if target == 'RGB' else 'LA'} to {target}",
     )
 

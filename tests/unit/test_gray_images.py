@@ -122,9 +122,11 @@ def test_tones_of_a_profile_are_kept_and_it_is_not(profile, shade):
     options = {"icc_profile": profile} if profile else {}
     image = decode(make_image("PNG", "L", **options))
     assert image.icc_profile == profile
-    colour = in_colour(replace(image, pixels=np.full((9, 7, 1), 128, np.uint8)))
+    stated = ((b"gAMA", struct.pack(">I", 55556)), (b"pHYs", bytes(9)))
+    middle = np.full((9, 7, 1), 128, np.uint8)
+    colour = in_colour(replace(image, pixels=middle, png_chunks=image.png_chunks + stated))
     assert colour.icc_profile == b""
-    assert b"iCCP" not in dict(colour.png_chunks)
+    assert dict(colour.png_chunks) == dict(stated[1:] if profile else stated)
     assert colour.pixels.shape[2] == 3
     assert np.abs(colour.pixels.astype(int) - shade).max() <= 1
     assert in_colour(colour) is colour
