@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -32,8 +32,10 @@ from one4all.encoders.backends import EncoderBackend, IsSettled, load_backend, o
 from one4all.encoders.base import Encoder
 from one4all.encoders.config import BackendName, check_backend
 from one4all.errors import BadImageError, ProtectorError, UsageError
+from one4all.gray_images import in_colour
 from one4all.images import (
     DEFAULT_MAX_PIXELS,
+    DecodedImage,
     OutputFormat,
     Pixels,
     check_pixels,
@@ -229,12 +231,14 @@ class Protector:
             parts.append(self.backend.embed(_fill(working, pass_size))[: len(working)])
         return torch.cat(parts)
 
-    def protect_image(self, image: Image.Image) -> Image.Image:
+    def protect_image(self, image: Image.Image, *, tint_gray: bool = False) -> Image.Image:
         """Protect a Pillow image.
 
         Args:
             image: Any mode of 8 bits a channel or fewer. As in the pipeline, a palette, one bit and
                 CMYK become true colour or gray, which a perturbation can be added to.
+            tint_gray: Make a gray image a colour image, so that it holds a pattern in colour. If
+                not, it stays gray, and is hardly protected by such a pattern.
 
         Returns:
             A new image of the same size. Alpha, EXIF (less thumbnails), ICC profile and resolution
@@ -245,16 +249,18 @@ class Protector:
             BadImageError: An image that cannot be protected; the text is the reason.
             UsageError: No Pillow image.
         """
-        return self.protect_images([image])[0]
+        return self.protect_images([image], tint_gray=tint_gray)[0]
 
-    def protect_images(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+    def protect_images(
+        self, images: Sequence[Image.Image], *, tint_gray: bool = False
+    ) -> list[Image.Image]:
         """Protect several Pillow images, some in one forward pass; see `protect_image`."""
-        clean = [from_pillow(image) for image in images]
-        protected = self.protect([image.pixels for image in clean])
-        for before, after in zip(clean, protected, strict=True):
+        written = []
+        for before, after in self._protect_decoded(map(from_pillow, images), tint_gray):
             if np.array_equal(before.pixels, after):
                 raise BadImageError("the perturbation changes no pixel of it")
-        return [to_pillow(replace(c, pixels=p)) for c, p in zip(clean, protected, strict=True)]
+            written.append(to_pillow(replace(before, pixels=after)))
+        return written
 
     def protect_file(
         self,
@@ -262,6 +268,7 @@ class Protector:
         *,
         output_format: OutputFormat = "match",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        tint_gray: bool = False,
     ) -> bytes:
         """Protect an image file: the bytes that the pipeline writes for it.
 
@@ -270,6 +277,7 @@ class Protector:
             output_format: "match" writes the same format; "lossless" writes a JPEG as PNG, so that
                 the budget holds bit for bit on what a reader decodes.
             max_pixels: Refuse, before decoding, an image that declares more pixels than this.
+            tint_gray: Make a gray image a colour image; see `protect_image`.
 
         Returns:
             The protected file, checked as `recode` does.
@@ -277,7 +285,9 @@ class Protector:
         Raises:
             BadImageError: A file that cannot be protected; the text is the reason.
         """
-        return self.protect_files([data], output_format=output_format, max_pixels=max_pixels)[0]
+        return self.protect_files(
+            [data], output_format=output_format, max_pixels=max_pixels, tint_gray=tint_gray
+        )[0]
 
     def protect_files(
         self,
@@ -285,6 +295,7 @@ class Protector:
         *,
         output_format: OutputFormat = "match",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        tint_gray: bool = False,
     ) -> list[bytes]:
         """Protect several image files, some in one forward pass; see `protect_file`."""
         for data in files:
@@ -296,16 +307,24 @@ class Protector:
         clean = [decode(bytes(data), max_pixels=max_pixels) for data in files]
         return [
             recode(
-                image,
-                pixels,
+                before,
+                after,
                 output_format=output_format,
                 epsilon_levels=self.card.epsilon_levels,
                 max_pixels=max_pixels,
             ).payload
-            for image, pixels in zip(
-                clean, self.protect([image.pixels for image in clean]), strict=True
-            )
+            for before, after in self._protect_decoded(clean, tint_gray)
         ]
+
+    def _protect_decoded(
+        self, images: Iterable[DecodedImage], tint_gray: bool
+    ) -> list[tuple[DecodedImage, Pixels]]:
+        """What is to be protected, in colour if it is so wished, and its protected pixels."""
+        seen = list(images)
+        clean = [in_colour(image) for image in seen] if tint_gray else seen
+        # As in the pipeline: the encoder sees the tones of the file, not those converted to sRGB.
+        protected = self._protect([i.pixels for i in seen], [i.pixels for i in clean])
+        return list(zip(clean, protected, strict=True))
 
     def protect(
         self,
@@ -326,16 +345,24 @@ class Protector:
         """
         for pixels in images:
             check_pixels(pixels)
+        return self._protect(images, images, batch_size=batch_size, embeddings_ND=embeddings_ND)
+
+    def _protect(
+        self,
+        seen: Sequence[Pixels],
+        clean: Sequence[Pixels],
+        *,
+        batch_size: int = 8,
+        embeddings_ND: Tensor | None = None,
+    ) -> list[Pixels]:
+        """See `protect`; the encoder sees other pixels than those that are protected."""
         protected: list[Pixels] = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            known = None
-            if embeddings_ND is not None:
-                known = embeddings_ND[start : start + batch_size]
-            deltas = self.perturb(np.stack(self._working(batch)), known, batch_size=batch_size)
-            protected += [
-                self.apply(pixels, delta) for pixels, delta in zip(batch, deltas, strict=True)
-            ]
+        for start in range(0, len(clean), batch_size):
+            batch = slice(start, start + batch_size)
+            working = np.stack(self._working(seen[batch]))
+            known = None if embeddings_ND is None else embeddings_ND[batch]
+            deltas = self.perturb(working, known, batch_size=batch_size)
+            protected += map(self.apply, clean[batch], deltas)
         return protected
 
     def apply(self, clean: Pixels, delta_hwC: Levels) -> Pixels:

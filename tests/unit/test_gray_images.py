@@ -1,11 +1,12 @@
 """Gray images: they stay so and are counted, or they become colour images and hold the pattern."""
 
+import io
 import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import ImageCms
+from PIL import Image, ImageCms
 from support.builders import (
     TINY_ENCODER,
     first_unit,
@@ -50,16 +51,26 @@ def one_curve_profile(gamma: float) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def rewritten(tmp_path_factory):
-    """A shard of gray images and one in colour, protected by a codebook of some look."""
+def make_protector():
+    """A codebook of some look."""
     encoder = load_encoder(TINY_ENCODER)
 
-    def rewrite(tint_gray: bool, strength: str = "strong"):
+    def make(strength: str = "strong") -> Protector:
         config = CodebookConfig(num_concepts=2, pattern=strength)
-        protector = Protector.assemble(
+        return Protector.assemble(
             *(TINY_ENCODER, encoder, Codebook(config, encoder.embedding_dim)),
             **{"name": "green", "working_size": 32, "config": config},
         )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rewritten(tmp_path_factory, make_protector):
+    """A shard of gray images and one in colour, protected."""
+
+    def rewrite(tint_gray: bool, strength: str = "strong"):
+        protector = make_protector(strength)
         folder = tmp_path_factory.mktemp("gray")
         (folder / "in").mkdir()
         (folder / "in" / "s.tar").write_bytes(make_tar([*FILES.items()]))
@@ -87,7 +98,7 @@ def test_gray_stays_gray_and_is_counted(rewritten):
     assert stripes.num_gray == 0  # which gray holds, too
 
 
-def test_gray_becomes_colour_and_holds_the_pattern(rewritten):
+def test_gray_becomes_colour_and_holds_the_pattern(rewritten, make_protector):
     manifest, written, audit = rewritten(tint_gray=True)
     assert audit() == []
     assert manifest.num_gray == 0
@@ -101,6 +112,18 @@ def test_gray_becomes_colour_and_holds_the_pattern(rewritten):
         assert added[1] - added[0] > 3, name
         assert added[1] - added[2] > 3, name
     assert "pixels became" in str(audit(tint_gray=False))
+    # And so from Python.
+    assert make_protector().protect_files([*FILES.values()], tint_gray=True) == [*written.values()]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB"])
+def test_a_gray_pillow_image_becomes_colour_if_it_is_so_wished(make_protector, mode):
+    image = Image.open(io.BytesIO(make_image("PNG", mode)))
+    assert make_protector().protect_image(image).mode == mode
+    tinted = make_protector().protect_image(image, tint_gray=True)
+    assert tinted.mode == {"L": "RGB", "LA": "RGBA"}.get(mode, mode)
+    added = np.asarray(tinted, int)[:, :, :3] - np.asarray(image.convert("RGB"), int)
+    assert added[:, :, 1].mean() > added[:, :, 0].mean() + 3
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIC", "JPEG XL"])
