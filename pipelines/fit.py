@@ -130,6 +130,7 @@ def fit(
     command: str = "",
     on_plan: Callable[[int], None] = lambda num_shards: None,
     on_shard: Callable[[str], None] = lambda name: None,
+    on_group: Callable[[int], None] = lambda num_images: None,
 ) -> Fit:
     """Fit a codebook and write its protector.
 
@@ -138,6 +139,8 @@ def fit(
         command: Recorded in the card.
         on_plan: Called once with the number of shards that will be read.
         on_shard: Called with the name of each shard as it is done.
+        on_group: Called with the number of images before kinds are found among them, which takes
+            half a minute for 20,000.
 
     Raises:
         UsageError: No source, or too few readable images or names for so many concepts.
@@ -159,6 +162,7 @@ def fit(
     found = sorted(_embed_all(parts, config, on_shard), key=lambda part: part.unit)
     embeddings_ND = torch.from_numpy(np.concatenate([part.embeddings for part in found]))
     bad_shards = {part.unit: part.error for part in found if part.error}
+    on_group(len(embeddings_ND))
     try:
         codebook, concepts_N = fit_codebook(embeddings_ND, config.codebook, seed=config.seed)
     except UsageError as error:

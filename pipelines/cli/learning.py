@@ -90,6 +90,7 @@ def fit(
             command=command_line(),
             on_plan=progress.start,
             on_shard=lambda name: progress.advance(),
+            on_group=lambda count: progress.say(f"finding kinds among {count:,} images"),
         )
     show_text(describe(result, settings))
 

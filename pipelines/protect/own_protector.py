@@ -126,6 +126,7 @@ def _fit(
                 command=f"one4all protect {source.uri}",
                 on_plan=lambda num_shards: on_fit("", num_shards),
                 on_shard=lambda name: on_fit("", 0),
+                on_group=lambda count: on_fit(f"finding kinds among {count:,} images", 0),
             )
         except UsageError as error:  # of images that cannot be read
             on_fit(f"none could be fitted: {error}; takes the shipped one", 0)

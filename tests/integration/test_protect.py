@@ -59,7 +59,9 @@ def test_first_run_fits_a_protector_and_later_ones_use_it(tmp_path, s3_uri, monk
     said = []
     result = protect(str(corpus), out, own, on_fit=lambda *news: said.append(news))
     assert (result.exit_code, result.num_images) == (0, 10)
-    assert [sentence for sentence, _ in said if sentence][-1].startswith("fitted to 10 images")
+    *_, grouping, fitted = [sentence for sentence, _ in said if sentence]
+    assert grouping == "finding kinds among 10 images"
+    assert fitted.startswith("fitted to 10 images")
     assert ("", 2) in said
     binding = read_binding(open_storage(out))
     assert binding.protector == "fitted"
