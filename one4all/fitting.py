@@ -21,7 +21,12 @@ from one4all.errors import UsageError
 from one4all.images import Pixels, check_pixels, decode, from_pillow, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.codebook import fit_codebook
-from one4all.protectors.config import DEFAULT_CODEBOOK, DEFAULT_ENCODER, CodebookConfig
+from one4all.protectors.config import (
+    DEFAULT_CODEBOOK,
+    DEFAULT_ENCODER,
+    CodebookConfig,
+    look_of,
+)
 from one4all.protectors.protector import Protector
 
 Embeddings: TypeAlias = npt.NDArray[np.float32]
@@ -32,6 +37,7 @@ _BATCH = 32
 def fit(
     images: Iterable[Image.Image | bytes | Pixels],
     *,
+    strength: str = "",
     num_concepts: int | None = None,
     codebook: CodebookConfig = DEFAULT_CODEBOOK,
     encoder: EncoderConfig = DEFAULT_ENCODER,
@@ -46,6 +52,8 @@ def fit(
     Args:
         images: Pillow images, image files as bytes, or (H, W, C) uint8 arrays; read once, and only
             a few are in memory at a time.
+        strength: Look of the pattern: discreet (hardly seen), balanced, strong or gray-proof;
+            default: as ``codebook`` says.
         num_concepts: Number of clusters of images; default: as ``codebook`` says.
         codebook: Other settings of it.
         encoder: Encoder whose embeddings are clustered.
@@ -57,9 +65,15 @@ def fit(
         on_image: Called with the number of images embedded so far.
 
     Raises:
-        UsageError: Fewer than two images, or fewer than ``num_concepts``.
+        UsageError: Fewer than two images, or fewer than ``num_concepts``; or no such strength.
         BadImageError: An image that cannot be read; leave it out, and fit again.
     """
+    given: dict[str, Any] = {}
+    if num_concepts is not None:
+        given["num_concepts"] = num_concepts
+    if strength:
+        given["pattern"] = look_of(strength)
+    config = CodebookConfig.model_validate(codebook.model_dump() | given)
     loaded = load_encoder(encoder)
     # Here all count; drafts are for the protector that is made of it, and shares the backend.
     backend = load_backend(loaded, encoder_backend, drafts=True)
@@ -72,8 +86,6 @@ def fit(
         on_image(count)
     if count < 2:
         raise UsageError(f"a codebook needs two images or more, and here are {count}")
-    given = {"num_concepts": num_concepts} if num_concepts is not None else {}
-    config = CodebookConfig.model_validate(codebook.model_dump() | given)
     fitted, _ = fit_codebook(torch.from_numpy(np.concatenate(parts)), config, seed=seed)
     return Protector.assemble(
         encoder,

@@ -23,8 +23,9 @@ from pydantic import (
 from safetensors import deserialize
 
 from one4all.encoders.config import EncoderConfig
-from one4all.errors import NotFoundError, ProtectorError
+from one4all.errors import NotFoundError, ProtectorError, UsageError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
+from one4all.protectors.config import look_of
 from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, parse_config, tensor_names
 from one4all.storage import open_storage
 
@@ -87,6 +88,25 @@ class ProtectorCard(BaseModel):
         unnamed = {"kind"} if self.kind in UNNAMED_KINDS else set()
         content = self.model_dump(exclude={"name", "training", "golden_embedding"} | unnamed)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def with_strength(self, strength: str) -> ProtectorCard:
+        """The card of a codebook with the same concepts and codes, and another look.
+
+        Args:
+            strength: A name of `STRENGTHS`. Cells stay as many as they are.
+
+        Raises:
+            UsageError: There is no such strength, or the protector is no codebook.
+        """
+        look = look_of(strength)
+        pattern = getattr(self.generator, "pattern", None)
+        if pattern is None:
+            raise UsageError(
+                f"protector {self.name!r} is trained, and has one look; leave out strength "
+                f"{strength!r}, or take a codebook"
+            )
+        changed = {"pattern": look.model_copy(update={"cells": pattern.cells})}
+        return self.model_copy(update={"generator": self.generator.model_copy(update=changed)})
 
 
 def load_card(protector: str) -> ProtectorCard:

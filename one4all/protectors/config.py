@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from one4all.encoders.config import EncoderConfig
+from one4all.errors import UsageError
 
 # Two networks and 224 pixels: each alone, and 160 pixels, tell concepts apart less well.
 DEFAULT_ENCODER = EncoderConfig(model_name="lite0+lite2", input_size=224)
@@ -153,6 +154,13 @@ STRENGTHS: Mapping[str, PatternConfig] = {
     "strong": PatternConfig().hard(),
     "gray-proof": PatternConfig(smoothing=0, amplitude=1, masking=0, in_place=0, stripes=5),
 }
+
+
+def look_of(strength: str) -> PatternConfig:
+    """The look of that name. Raises: UsageError if there is none."""
+    if strength not in STRENGTHS:
+        raise UsageError(f"no strength {strength!r}, only {', '.join(STRENGTHS)}")
+    return STRENGTHS[strength]
 
 
 class CodebookConfig(BaseModel):

@@ -376,8 +376,9 @@ class Protector:
     def _working(self, images: Sequence[Pixels]) -> list[Pixels]:
         return [working_copy(pixels, self.card.working_size) for pixels in images]
 
-    def save(self, folder: Path) -> ProtectorCard:
+    def save(self, folder: str | Path) -> ProtectorCard:
         """Write the artefact; returns the card with the digest of the weights filled in."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: t.cpu().contiguous() for name, t in self.model.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
@@ -403,6 +404,7 @@ class Protector:
         cls,
         protector: str,
         *,
+        strength: str = "",
         encoder: Encoder | None = None,
         encoder_backend: BackendName = "auto",
     ) -> Protector:
@@ -411,6 +413,8 @@ class Protector:
         Args:
             protector: Name of a shipped one (``default``, ``14a``), a folder, or
                 ``s3://bucket/prefix``.
+            strength: Another look of a codebook than its own, a name of `STRENGTHS`; see
+                `ProtectorCard.with_strength`.
             encoder: Use this one instead of loading the card's; it must have the same content.
             encoder_backend: What computes embeddings: "auto", "torch" or "openvino" for the same
                 images; "openvino-bfloat16" and "torch-bfloat16" are faster and make others. It is
@@ -419,9 +423,12 @@ class Protector:
         Raises:
             ProtectorError: Missing, damaged, or of another version; or the encoder found here is
                 not the one it was trained with.
+            UsageError: There is no such strength, or the protector is no codebook.
         """
         card = load_card(protector)
         weights = load_tensors(read_weights(protector, card))
+        if strength:
+            card = card.with_strength(strength)
         with one_thread():
             encoder = encoder or load_encoder(card.encoder)
             _check_encoder(card, encoder)
@@ -433,15 +440,21 @@ class Protector:
         return cls(card, encoder, model, encoder_backend=encoder_backend)
 
 
-def load(protector: str = DEFAULT_PROTECTOR, *, encoder_backend: BackendName = "auto") -> Protector:
+def load(
+    protector: str = DEFAULT_PROTECTOR,
+    *,
+    strength: str = "",
+    encoder_backend: BackendName = "auto",
+) -> Protector:
     """Load a protector by name, path or URI; see `Protector.load`.
 
     Args:
         protector: Name of a shipped one (``default``, ``14a``), a folder, or ``s3://bucket/prefix``.
+        strength: Another look of a codebook than its own: discreet, balanced, strong or gray-proof.
         encoder_backend: What computes embeddings: "auto", "torch", "openvino", or one of these in
             bfloat16.
     """
-    return Protector.load(protector, encoder_backend=encoder_backend)
+    return Protector.load(protector, strength=strength, encoder_backend=encoder_backend)
 
 
 def golden_embedding(encoder: Encoder) -> tuple[float, ...]:

@@ -158,9 +158,7 @@ def _count_images(source: Storage, config: ProtectConfig) -> int:
 
 def _shipped(folder: Path, strength: str) -> ProtectorCard:
     """The shipped codebook in a strength."""
-    shipped = load_card(DEFAULT_PROTECTOR)
-    look = {"pattern": STRENGTHS[strength]}
-    card = shipped.model_copy(update={"generator": shipped.generator.model_copy(update=look)})
+    card = load_card(DEFAULT_PROTECTOR).with_strength(strength)
     (folder / WEIGHTS).write_bytes(read_part(DEFAULT_PROTECTOR, WEIGHTS))
     (folder / CARD).write_text(card.model_dump_json(indent=2) + "\n", "utf-8")
     return card

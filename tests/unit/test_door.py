@@ -12,7 +12,12 @@ import one4all
 from one4all.errors import BadImageError, UsageError
 from one4all.images import decode
 from one4all.protectors.codebook import Codebook, name_codebook
-from one4all.protectors.config import MAX_CONCEPTS, CodebookConfig
+from one4all.protectors.config import (
+    MAX_CONCEPTS,
+    STRENGTHS,
+    CodebookConfig,
+    PatternConfig,
+)
 
 
 @pytest.mark.slow
@@ -133,21 +138,37 @@ def test_a_codebook_fitted_here_protects_and_is_loaded_again(tmp_path):
     counts = []
     small = one4all.EncoderConfig(input_size=32)
     protector = one4all.fit(
-        images,
-        encoder=small,
-        codebook=CodebookConfig(pattern="balanced"),
-        seed=1,
-        on_image=counts.append,
+        images, encoder=small, strength="balanced", seed=1, on_image=counts.append
     )
     assert counts[-1] == 6
     assert protector.card.generator.num_concepts == 3
-    protector.save(tmp_path / "mine")
+    assert protector.card.generator.pattern == STRENGTHS["balanced"]
+    protector.save(str(tmp_path / "mine"))
     again = one4all.load(str(tmp_path / "mine"))
     assert again.protect_file(files[0]) == protector.protect_file(files[0])
+    strong = one4all.load(str(tmp_path / "mine"), strength="strong")
+    assert strong.card.content_hash != again.card.content_hash
+    added = [
+        np.abs(np.subtract(protector.protect([images[3]])[0], images[3], dtype=int)).mean()
+        for protector in (again, strong)
+    ]
+    assert added[1] > 1.2 * added[0]
     with pytest.raises(UsageError, match="two images or more"):
         one4all.fit(files[:1], encoder=small)
     with pytest.raises(UsageError, match="9 concepts cannot be found in 6 images"):
         one4all.fit(files, num_concepts=9, encoder=small)
+
+
+def test_a_strength_that_there_is_not_is_refused():
+    with pytest.raises(UsageError, match="no strength 'loud', only discreet, balanced, strong, gr"):
+        one4all.load("default", strength="loud")
+    with pytest.raises(UsageError, match="no strength 'loud'"):
+        one4all.fit([], strength="loud")
+    with pytest.raises(UsageError, match="'14a' is trained, and has one look"):
+        one4all.load("14a", strength="strong")
+    few = CodebookConfig(pattern=PatternConfig(cells=6))
+    card = one4all.load("default").card.model_copy(update={"generator": few})
+    assert card.with_strength("strong").generator.pattern.num_bits == few.pattern.num_bits
 
 
 def test_concepts_that_would_not_fit_in_memory_are_refused_before_the_work():
