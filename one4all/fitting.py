@@ -21,12 +21,7 @@ from one4all.errors import UsageError
 from one4all.images import Pixels, check_pixels, decode, from_pillow, working_copy
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
 from one4all.protectors.codebook import fit_codebook
-from one4all.protectors.config import (
-    DEFAULT_CODEBOOK,
-    DEFAULT_ENCODER,
-    CodebookConfig,
-    look_of,
-)
+from one4all.protectors.config import DEFAULT_CODEBOOK, DEFAULT_ENCODER, CodebookConfig
 from one4all.protectors.protector import Protector
 
 Embeddings: TypeAlias = npt.NDArray[np.float32]
@@ -72,7 +67,7 @@ def fit(
     if num_concepts is not None:
         given["num_concepts"] = num_concepts
     if strength:
-        given["pattern"] = look_of(strength)
+        given["pattern"] = codebook.pattern.with_strength(strength)
     config = CodebookConfig.model_validate(codebook.model_dump() | given)
     loaded = load_encoder(encoder)
     # Here all count; drafts are for the protector that is made of it, and shares the backend.

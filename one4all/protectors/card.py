@@ -25,7 +25,7 @@ from safetensors import deserialize
 from one4all.encoders.config import EncoderConfig
 from one4all.errors import NotFoundError, ProtectorError, UsageError
 from one4all.perturbation import DEFAULT_EPSILON_LEVELS
-from one4all.protectors.config import look_of
+from one4all.protectors.config import PatternConfig
 from one4all.protectors.kinds import UNNAMED_KINDS, kind_of, parse_config, tensor_names
 from one4all.storage import open_storage
 
@@ -98,14 +98,13 @@ class ProtectorCard(BaseModel):
         Raises:
             UsageError: There is no such strength, or the protector is no codebook.
         """
-        look = look_of(strength)
-        pattern = getattr(self.generator, "pattern", None)
+        pattern: PatternConfig | None = getattr(self.generator, "pattern", None)
         if pattern is None:
             raise UsageError(
                 f"protector {self.name!r} is trained, and has one look; leave out strength "
                 f"{strength!r}, or take a codebook"
             )
-        changed = {"pattern": look.model_copy(update={"cells": pattern.cells})}
+        changed = {"pattern": pattern.with_strength(strength)}
         return self.model_copy(update={"generator": self.generator.model_copy(update=changed)})
 
 

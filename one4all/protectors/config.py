@@ -121,9 +121,15 @@ class PatternConfig(BaseModel):
     def _named(cls, value: Any) -> Any:
         if isinstance(value, str):
             if value not in STRENGTHS:
-                raise ValueError(f"no strength {value!r}, only {', '.join(STRENGTHS)}")
+                raise ValueError(no_strength(value))
             return STRENGTHS[value].model_dump()
         return value
+
+    def with_strength(self, strength: str) -> PatternConfig:
+        """As many cells in the look of that name. Raises: UsageError if there is none."""
+        if strength not in STRENGTHS:
+            raise UsageError(no_strength(strength))
+        return STRENGTHS[strength].model_copy(update={"cells": self.cells})
 
     def hard(self) -> PatternConfig:
         """The same cells as everybody sees them: no blur, the whole budget."""
@@ -156,11 +162,9 @@ STRENGTHS: Mapping[str, PatternConfig] = {
 }
 
 
-def look_of(strength: str) -> PatternConfig:
-    """The look of that name. Raises: UsageError if there is none."""
-    if strength not in STRENGTHS:
-        raise UsageError(f"no strength {strength!r}, only {', '.join(STRENGTHS)}")
-    return STRENGTHS[strength]
+def no_strength(name: object) -> str:
+    """What is said of a name that is none of `STRENGTHS`."""
+    return f"no strength {name!r}, only {', '.join(STRENGTHS)}"
 
 
 class CodebookConfig(BaseModel):

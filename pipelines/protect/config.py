@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from one4all.encoders.config import BackendName
-from one4all.protectors.config import STRENGTHS
+from one4all.protectors.config import STRENGTHS, no_strength
 from one4all.rewrite import RewriteConfig
 from pipelines.settings import JobConfig, RayConfig, RunnerName, since_seconds
 
@@ -17,7 +17,7 @@ DEFAULT_STRENGTH = "discreet"
 
 def _strength(value: object) -> object:
     if value and value not in STRENGTHS:
-        raise ValueError(f"no strength {value!r}, only {', '.join(STRENGTHS)}")
+        raise ValueError(no_strength(value))
     return value
 
 

@@ -149,8 +149,8 @@ def test_a_codebook_fitted_here_protects_and_is_loaded_again(tmp_path):
     strong = one4all.load(str(tmp_path / "mine"), strength="strong")
     assert strong.card.content_hash != again.card.content_hash
     added = [
-        np.abs(np.subtract(protector.protect([images[3]])[0], images[3], dtype=int)).mean()
-        for protector in (again, strong)
+        np.abs(np.subtract(look.protect([images[3]])[0], images[3], dtype=int)).mean()
+        for look in (again, strong)
     ]
     assert added[1] > 1.2 * added[0]
     with pytest.raises(UsageError, match="two images or more"):
@@ -169,6 +169,15 @@ def test_a_strength_that_there_is_not_is_refused():
     few = CodebookConfig(pattern=PatternConfig(cells=6))
     card = one4all.load("default").card.model_copy(update={"generator": few})
     assert card.with_strength("strong").generator.pattern.num_bits == few.pattern.num_bits
+
+
+@pytest.mark.slow
+def test_a_fit_in_a_strength_keeps_the_cells_that_were_asked_for():
+    files = [payload for name, payload in make_samples(3) if name.endswith("jpg")]
+    six = CodebookConfig(pattern=PatternConfig(cells=6))
+    small = one4all.EncoderConfig(input_size=32)
+    fitted = one4all.fit(files, codebook=six, strength="strong", encoder=small)
+    assert fitted.card.generator.pattern == PatternConfig(cells=6).hard()
 
 
 def test_concepts_that_would_not_fit_in_memory_are_refused_before_the_work():
